@@ -1,0 +1,53 @@
+# Every target sets up what it needs. `make help` lists them.
+SHELL := /bin/bash
+PY := .venv/bin/python
+ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=MESH_REQUIRE_KERNEL,KEEP)
+PROTOS := $(wildcard meshapi/*.proto)
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo test test-unit test-kernel check generate lock bench bench-l4 bench-l7 clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## install what `make demo` needs (Debian packages, .venv, pinned dependencies)
+	@scripts/setup run
+
+setup-dev: ## the same, and what tests, checks and benchmarks need
+	@scripts/setup dev
+
+demo: setup ## the main job: two nodes, a small shop, every promise checked (KEEP=1 leaves the lab up)
+	@$(ROOT) $(PY) -m lab.demo
+
+test: setup-dev ## unit tests, then kernel tests
+	$(ROOT) $(PY) -m pytest tests
+
+test-unit: setup-dev ## unit tests only: no root, no eBPF
+	$(PY) -m pytest tests/unit
+
+test-kernel: setup-dev ## kernel tests only: root, real eBPF
+	$(ROOT) $(PY) -m pytest tests/kernel
+
+check: setup-dev ## ruff, strict mypy, import contracts, generated code up to date
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports --no-cache
+	scripts/generate --check
+
+generate: setup-dev ## regenerate meshapi/*_pb2* from the .proto files
+	scripts/generate
+
+lock: setup-dev ## pin the newest releases that requirements*.in allow
+	for f in requirements requirements-dev; do .venv/bin/uv pip compile --quiet --upgrade --python /usr/bin/python3 --generate-hashes \
+	  --no-emit-index-url --custom-compile-command "make lock" $$f.in -o $$f.lock; done
+
+bench: bench-l4 bench-l7 ## all benchmarks
+
+bench-l4: setup-dev ## same-node L4 against no mesh at all (one JSON object a result)
+	@$(ROOT) $(PY) -m bench.l4
+
+bench-l7: setup-dev ## one waypoint hop against a bare Envoy hop and against two sidecars with mTLS
+	@$(ROOT) $(PY) -m bench.l7
+
+clean: ## remove .venv, caches and build/
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,1 @@
+"""Compile, load, pin and attach the kernel programs; the only place that knows map layouts. No ctypes object leaves this package."""

@@ -1,0 +1,1 @@
+"""The `meshagent` command line: a thin layer over the agent's and the controller's APIs."""

@@ -1,0 +1,1 @@
+"""Workload keys and certificates. Never writes a private key to a disk."""
