@@ -1,0 +1,201 @@
+"""The few libbpf calls that the agent needs, as Python functions on ints and bytes.
+
+Owned by `agent.bpf`; nothing else may import it. Every failure is an OSError with the kernel's errno. Source of the prototypes:
+https://github.com/libbpf/libbpf/blob/v1.1.0/src/bpf.h and libbpf.h (the same in 0.5, which Ubuntu 22.04 has).
+"""
+
+from __future__ import annotations
+
+import ctypes as ct
+import ctypes.util
+import errno
+import functools
+import os
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from agent.errors import EnvironmentUnfit
+
+BPF_ANY = 0
+BPF_F_QUERY_EFFECTIVE = 1
+
+ATTACH_TYPES = {  # include/uapi/linux/bpf.h, enum bpf_attach_type
+    "cgroup_sock_ops": 3,
+    "cgroup_inet4_connect": 10,
+    "cgroup_inet6_connect": 11,
+    "cgroup_getsockopt": 21,
+    "sk_lookup": 36,
+}
+
+
+@functools.cache
+def _lib() -> ct.CDLL:
+    for name in ("libbpf.so.1", "libbpf.so.0"):
+        try:
+            return ct.CDLL(name, use_errno=True)
+        except OSError:
+            continue
+    raise EnvironmentUnfit("libbpf is not installed: install Debian's libbpf1 (Ubuntu 22.04: libbpf0)")
+
+
+def _checked(result: int, what: str) -> int:
+    """libbpf 1 returns -errno and sets errno, libbpf 0 returns -1 and sets errno."""
+    if result < 0:
+        code = ct.get_errno() or -result
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+    return result
+
+
+def open_pin(path: Path) -> int:
+    """File descriptor of the map, program or link pinned at `path`."""
+    return _checked(_lib().bpf_obj_get(os.fsencode(path)), f"open pin {path}")
+
+
+def pin(fd: int, path: Path) -> None:
+    """Pin an object, so that it outlives this process."""
+    _checked(_lib().bpf_obj_pin(fd, os.fsencode(path)), f"pin {path}")
+
+
+def link_create(program: int, target: int, attach_type: str) -> int:
+    """Attach a program to a cgroup or network namespace through a bpf_link; other people's programs stay attached."""
+    return _checked(_lib().bpf_link_create(program, target, ATTACH_TYPES[attach_type], None), f"attach {attach_type}")
+
+
+def link_update(link: int, program: int) -> None:
+    """Replace a link's program atomically: there is no moment without one."""
+    _checked(_lib().bpf_link_update(link, program, None), "replace program")
+
+
+def object_info(fd: int, size: int = 256) -> bytes:
+    """Raw struct bpf_map_info, bpf_prog_info or bpf_link_info; each begins with two __u32: type and id."""
+    info = ct.create_string_buffer(size)
+    length = ct.c_uint32(size)
+    _checked(_lib().bpf_obj_get_info_by_fd(fd, info, ct.byref(length)), "object info")
+    return info.raw[: length.value]
+
+
+def program_id(fd: int) -> int:
+    """Kernel id of a program."""
+    return int(struct.unpack_from("=II", object_info(fd))[1])
+
+
+def map_info(fd: int) -> tuple[int, int, int, int]:
+    """Type, key size, value size in bytes, and capacity of a map (struct bpf_map_info)."""
+    kind, _, key_size, value_size, max_entries = struct.unpack_from("=IIIII", object_info(fd))
+    return kind, key_size, value_size, max_entries
+
+
+def link_program_id(fd: int) -> int:
+    """Kernel id of the program that a link runs now (struct bpf_link_info: type, id, prog_id)."""
+    return int(struct.unpack_from("=III", object_info(fd))[2])
+
+
+def effective_programs(cgroup: int, attach_type: str) -> list[int]:
+    """Ids of the programs that run for a cgroup, inherited ones included, in the order in which they run."""
+    ids = (ct.c_uint32 * 64)()
+    count = ct.c_uint32(64)
+    flags = ct.c_uint32(0)
+    _checked(
+        _lib().bpf_prog_query(cgroup, ATTACH_TYPES[attach_type], BPF_F_QUERY_EFFECTIVE, ct.byref(flags), ids, ct.byref(count)),
+        f"query effective {attach_type} programs",
+    )
+    return list(ids[: count.value])
+
+
+@functools.cache
+def possible_cpus() -> int:
+    """Number of values that a per-CPU element has."""
+    return _checked(_lib().libbpf_num_possible_cpus(), "count CPUs")
+
+
+def lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
+    """One element, or None. `value_size` counts all CPUs of a per-CPU map."""
+    value = ct.create_string_buffer(value_size)
+    if _lib().bpf_map_lookup_elem(fd, key, value) < 0:
+        if ct.get_errno() == errno.ENOENT:
+            return None
+        _checked(-1, "look up map element")
+    return value.raw
+
+
+def update(fd: int, key: bytes, value: bytes) -> None:
+    """Write one element."""
+    _checked(_lib().bpf_map_update_elem(fd, key, value, ct.c_uint64(BPF_ANY)), "write map element")
+
+
+def update_batch(fd: int, keys: bytes, values: bytes, count: int) -> None:
+    """Write `count` elements with one system call."""
+    if not count:
+        return
+    n = ct.c_uint32(count)
+    _checked(_lib().bpf_map_update_batch(fd, keys, values, ct.byref(n), None), f"write {count} map elements")
+
+
+def delete(fd: int, key: bytes) -> None:
+    """Remove one element; one that is not there is no error."""
+    if _lib().bpf_map_delete_elem(fd, key) < 0 and ct.get_errno() != errno.ENOENT:
+        _checked(-1, "delete map element")
+
+
+def items(fd: int, key_size: int, value_size: int, chunk: int = 4096) -> Iterator[tuple[bytes, bytes]]:
+    """Every element of a hash map, read in batches.
+
+    `value_size` counts all CPUs of a per-CPU map. An element that changes meanwhile may be seen before or after the change; with many deletions
+    in between one may be seen twice (kernel/bpf/hashtab.c, __htab_map_lookup_and_delete_batch).
+    """
+    cursor = ct.create_string_buffer(max(key_size, 8))  # an opaque position: a bucket number for hash maps
+    started = False
+    while True:
+        keys = ct.create_string_buffer(key_size * chunk)
+        values = ct.create_string_buffer(value_size * chunk)
+        count = ct.c_uint32(chunk)
+        result = _lib().bpf_map_lookup_batch(fd, cursor if started else None, cursor, keys, values, ct.byref(count), None)
+        code = ct.get_errno() if result < 0 else 0
+        if code == errno.ENOSPC:  # one bucket holds more than the chunk
+            chunk *= 2
+            continue
+        if code not in (0, errno.ENOENT):
+            _checked(-1, "read map")
+        raw_keys, raw_values = keys.raw, values.raw
+        for i in range(count.value):
+            yield raw_keys[i * key_size : (i + 1) * key_size], raw_values[i * value_size : (i + 1) * value_size]
+        if code == errno.ENOENT:
+            return
+        started = True
+
+
+_SAMPLE = ct.CFUNCTYPE(ct.c_int, ct.c_void_p, ct.c_void_p, ct.c_size_t)
+
+
+class RingBuffer:
+    """Reader of one BPF ring buffer; `fileno` becomes readable when records wait."""
+
+    def __init__(self, fd: int, on_record: Callable[[bytes], None]) -> None:
+        """`on_record` gets each record's bytes, in order, from within `consume`."""
+
+        def sample(_context: int, data: int, size: int) -> int:
+            on_record(ct.string_at(data, size))
+            return 0
+
+        self._callback = _SAMPLE(sample)  # the C side keeps only a pointer
+        new = _lib().ring_buffer__new
+        new.restype = ct.c_void_p
+        handle = new(fd, self._callback, None, None)
+        if not handle:
+            _checked(-1, "open ring buffer")
+        self._handle = ct.c_void_p(handle)
+
+    def fileno(self) -> int:
+        """An epoll descriptor."""
+        return _checked(_lib().ring_buffer__epoll_fd(self._handle), "ring buffer descriptor")
+
+    def consume(self) -> int:
+        """Deliver what waits; returns the number of records."""
+        return _checked(_lib().ring_buffer__consume(self._handle), "read ring buffer")
+
+    def close(self) -> None:
+        """Free the mapping."""
+        if self._handle:
+            _lib().ring_buffer__free(self._handle)
+            self._handle = ct.c_void_p()

@@ -1,0 +1,178 @@
+"""What the loader says about the programs and records it pinned, and the codecs built from it.
+
+C is the only definition of every layout. The Python enums below are for readers and type checkers; `Manifest.read` compares them with the source that
+was compiled and refuses to go on if they differ.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.errors import LayoutMismatch
+
+
+class Verdict(enum.IntEnum):
+    """enum mesh_verdict."""
+
+    NONE = 0
+    ALLOW = 1
+    DENY = 2
+    WAYPOINT = 3
+
+
+class Reason(enum.IntEnum):
+    """enum mesh_reason."""
+
+    NONE = 0
+    POLICY = 1
+    NO_ENTRY = 2
+    NO_BACKEND = 3
+    SPOOFED = 4
+    NO_LISTENER = 5
+    WAYPOINT_PORT = 6
+    UNKNOWN_ADDRESS = 7
+
+
+class Direction(enum.IntEnum):
+    """enum mesh_direction, without the prefix MESH_ only."""
+
+    OUTBOUND = 0
+    INBOUND = 1
+    FROM_WAYPOINT = 2
+
+
+class EventKind(enum.IntEnum):
+    """enum mesh_event_kind."""
+
+    DENIED = 0
+    CONNECT = 1
+    ESTABLISHED = 2
+    CLOSED = 3
+
+
+class Close(enum.IntEnum):
+    """enum mesh_close."""
+
+    NORMAL = 0
+    RESET = 1
+    FAILED = 2
+    MAX = 3
+
+
+class Counter(enum.IntEnum):
+    """enum mesh_counter."""
+
+    EVENT_DROPPED = 0
+    EVENT_SUPPRESSED = 1
+    STATS_FOLDED = 2
+    STORAGE_FAILED = 3
+    FLOW_FAILED = 4
+    ORIGDST_FAILED = 5
+    LISTENER_FAILED = 6
+    VERDICT_FOLDED = 7
+    MAX = 8
+
+
+_ENUMS: dict[str, tuple[str, type[enum.IntEnum]]] = {
+    "mesh_verdict": ("MESH_VERDICT_", Verdict),
+    "mesh_reason": ("MESH_REASON_", Reason),
+    "mesh_direction": ("MESH_", Direction),
+    "mesh_event_kind": ("MESH_EVENT_", EventKind),
+    "mesh_close": ("MESH_CLOSE_", Close),
+    "mesh_counter": ("MESH_COUNT_", Counter),
+}
+
+WORKLOAD_ENFORCE_INBOUND = 1  # MESH_WORKLOAD_ENFORCE_INBOUND
+SERVICE_WAYPOINT = 1  # MESH_SERVICE_WAYPOINT
+IDENTITY_UNKNOWN = 0  # MESH_IDENTITY_UNKNOWN
+IDENTITY_ANY = 0xFFFFFFFF  # MESH_IDENTITY_ANY
+BUCKET_SHIFT = 14  # MESH_BUCKET_SHIFT
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One program: `kind` and `type_number` as in enum bpf_prog_type, `where` says what it is attached to."""
+
+    name: str
+    kind: str
+    type_number: int
+    attach_type: str
+    where: str
+
+
+PROGRAMS = (
+    Program("mesh_connect4", "cgroup_sock_addr", 18, "cgroup_inet4_connect", "node"),
+    Program("mesh_connect6", "cgroup_sock_addr", 18, "cgroup_inet6_connect", "node"),
+    Program("mesh_sockops", "sock_ops", 13, "cgroup_sock_ops", "node"),
+    Program("mesh_listen", "sock_ops", 13, "cgroup_sock_ops", "waypoint"),
+    Program("mesh_getsockopt", "cgroup_sockopt", 25, "cgroup_getsockopt", "waypoint"),
+    Program("mesh_sk_lookup", "sk_lookup", 30, "sk_lookup", "namespace"),
+)
+
+Value = int | bytes | tuple[int, ...]
+
+
+class Codec:
+    """Packs and unpacks one record. Integers are host order, addresses are 16 bytes in network order."""
+
+    def __init__(self, fields: list[list[Any]], size: int) -> None:
+        """`fields` are [name, offset in bytes, struct format]; padding is zero."""
+        self.size = size
+        self._fields = [(str(name), int(offset), struct.Struct("=" + form)) for name, offset, form in fields]
+
+    def pack(self, **values: int | bytes | tuple[int, ...]) -> bytes:
+        """Bytes of a record; members that are not named are zero, unknown names are a KeyError."""
+        record = bytearray(self.size)
+        for name, offset, form in self._fields:
+            value = values.pop(name, None)
+            if value is None:
+                continue
+            form.pack_into(record, offset, *(value if isinstance(value, tuple) else (value,)))
+        if values:
+            raise KeyError(f"no such member: {', '.join(values)}")
+        return bytes(record)
+
+    def unpack(self, record: bytes) -> dict[str, Any]:
+        """Members by name; arrays are tuples. A wrong size is a LayoutMismatch."""
+        if len(record) != self.size:
+            raise LayoutMismatch(f"a record has {len(record)} bytes where the programs say {self.size}: agent and pinned programs differ")
+        found: dict[str, Any] = {}
+        for name, offset, form in self._fields:
+            value = form.unpack_from(record, offset)
+            found[name] = value[0] if len(value) == 1 else value
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class MapLayout:
+    """Codecs of a map's key and of its value on one CPU."""
+
+    key: Codec
+    value: Codec
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """`layout` and `programs` name the pin directories."""
+
+    layout: str
+    programs: str
+    maps: Mapping[str, MapLayout]
+
+    @staticmethod
+    def read(path: Path) -> Manifest:
+        """Read what the loader wrote. Raises LayoutMismatch if the enums of this agent are not those that were compiled."""
+        document = json.loads(path.read_text())
+        for name, (prefix, kind) in _ENUMS.items():
+            compiled = {k.removeprefix(prefix): v for k, v in document["enums"][name].items()}
+            expected = {member.name: member.value for member in kind}
+            if compiled != expected:
+                raise LayoutMismatch(f"enum {name}: the programs say {compiled}, this agent {expected}: install matching bpf_src and agent")
+        maps = {name: MapLayout(Codec(m["key"], m["key_size"]), Codec(m["value"], m["value_size"])) for name, m in document["maps"].items()}
+        return Manifest(document["layout"], document["programs"], maps)

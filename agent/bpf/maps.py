@@ -1,0 +1,91 @@
+"""Pinned maps as Python mappings of bytes, and the tables that the agent mirrors into the kernel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from agent.bpf import libbpf
+from agent.bpf.manifest import MapLayout
+from agent.errors import KernelRefused, LayoutMismatch
+
+_PERCPU = {5, 6, 10}  # include/uapi/linux/bpf.h: BPF_MAP_TYPE_PERCPU_HASH, PERCPU_ARRAY, LRU_PERCPU_HASH
+
+
+class Map:
+    """One pinned map. Sizes are compared with the manifest when it is opened: a mismatch stops the agent before it attaches anything."""
+
+    def __init__(self, path: Path, layout: MapLayout) -> None:
+        """Open the pin at `path`."""
+        self.name = path.name
+        self.layout = layout
+        self.fd = libbpf.open_pin(path)
+        kind, key_size, value_size, self.capacity = libbpf.map_info(self.fd)
+        if layout.value.size and (key_size, value_size) != (layout.key.size, layout.value.size):
+            raise LayoutMismatch(
+                f"map {self.name} has keys of {key_size} and values of {value_size} bytes, the programs say {layout.key.size} and"
+                f" {layout.value.size}: remove {path.parent} with 'meshagent uninstall' or start the agent that made it"
+            )
+        self._cpus = libbpf.possible_cpus() if kind in _PERCPU else 1
+        # Values of per-CPU maps are padded to 8 bytes each (kernel/bpf/syscall.c, bpf_map_value_size).
+        self._stride = -(-value_size // 8) * 8 if self._cpus > 1 else value_size
+
+    def items(self) -> Iterator[tuple[bytes, list[bytes]]]:
+        """Every (key, value on each CPU) of a hash map."""
+        size = self.layout.value.size
+        for key, value in libbpf.items(self.fd, self.layout.key.size, self._stride * self._cpus):
+            yield key, [value[i : i + size] for i in range(0, len(value), self._stride)]
+
+    def get(self, key: bytes) -> list[bytes] | None:
+        """The value on each CPU, or None."""
+        value = libbpf.lookup(self.fd, key, self._stride * self._cpus)
+        size = self.layout.value.size
+        return None if value is None else [value[i : i + size] for i in range(0, len(value), self._stride)]
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Write one element; on a per-CPU map the same value for each CPU."""
+        try:
+            libbpf.update(self.fd, key, value.ljust(self._stride, b"\0") * self._cpus)
+        except OSError as error:
+            raise KernelRefused(f"map {self.name} refuses an element: {error}; it holds at most {self.capacity}") from error
+
+    def close(self) -> None:
+        """Close the descriptor; the pin stays."""
+        os.close(self.fd)
+
+
+class Mirror:
+    """A hash map whose content the agent alone decides. Remembers what it wrote, so that a change costs as much as it changes."""
+
+    def __init__(self, table: Map) -> None:
+        """Start from what the kernel holds: after an agent restart that is the last state."""
+        self.map = table
+        self.rows: dict[bytes, bytes] = {key: value[0] for key, value in table.items()}
+
+    def check(self, wanted: Mapping[bytes, bytes]) -> None:
+        """Raise KernelRefused if `wanted` cannot fit beside what must stay until the switch."""
+        needed = len(self.rows.keys() | wanted.keys())
+        if needed > self.map.capacity:
+            raise KernelRefused(
+                f"map {self.map.name} holds at most {self.map.capacity} rows, {needed} are needed: the previous state stays in force"
+            )
+
+    def put(self, wanted: Mapping[bytes, bytes]) -> int:
+        """Write rows that are new or different; returns how many. Each single row changes atomically."""
+        changed = [(k, v) for k, v in wanted.items() if self.rows.get(k) != v]
+        try:
+            libbpf.update_batch(self.map.fd, b"".join(k for k, _ in changed), b"".join(v for _, v in changed), len(changed))
+        except OSError as error:
+            self.rows = {key: value[0] for key, value in self.map.items()}  # some were written
+            raise KernelRefused(f"map {self.map.name}: {error}") from error
+        self.rows.update(changed)
+        return len(changed)
+
+    def prune(self, wanted: Mapping[bytes, bytes]) -> int:
+        """Remove rows that are not wanted; returns how many."""
+        stale = self.rows.keys() - wanted.keys()
+        for key in stale:
+            libbpf.delete(self.map.fd, key)
+            del self.rows[key]
+        return len(stale)

@@ -1,0 +1,60 @@
+"""What the agent needs of the machine, checked before anything is touched. Each failure is one line that says what is missing and what to do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+from agent.config import Config
+from agent.errors import EnvironmentUnfit
+from agent.netns import file_system
+
+OLDEST_KERNEL = (5, 15)  # bpf_get_netns_cookie in sock_ops
+SET_RETVAL_KERNEL = (5, 18)  # bpf_set_retval: lets connect() fail with ECONNREFUSED instead of EPERM
+
+
+def kernel_version(release: str = "") -> tuple[int, int]:
+    """Major and minor version of the running kernel, or of `release`."""
+    match = re.match(r"(\d+)\.(\d+)", release or platform.release())
+    if not match:
+        raise EnvironmentUnfit(f"cannot tell the kernel version from {release or platform.release()!r}")
+    return int(match[1]), int(match[2])
+
+
+def check_root() -> None:
+    """Loading programs, entering namespaces and mounting need root (CAP_BPF, CAP_NET_ADMIN, CAP_SYS_ADMIN)."""
+    if os.geteuid() != 0:
+        raise EnvironmentUnfit("this needs root: run it with sudo, or give the container privileged: true")
+
+
+def check(config: Config) -> None:
+    """Raise EnvironmentUnfit for the first thing that is missing."""
+    check_root()
+    version = kernel_version()
+    if version < OLDEST_KERNEL:
+        raise EnvironmentUnfit(
+            f"Linux {platform.release()} is too old: bpf_get_netns_cookie in sock_ops programs needs {OLDEST_KERNEL[0]}.{OLDEST_KERNEL[1]} or newer"
+        )
+    if file_system(config.cgroup) != "cgroup2":
+        found = cgroup2_mount()
+        hint = f"pass --cgroup {found}" if found else "mount it: mount -t cgroup2 none /sys/fs/cgroup"
+        raise EnvironmentUnfit(f"{config.cgroup} is not in a cgroup2 file system: {hint}")
+    if not config.cgroup.is_dir():
+        raise EnvironmentUnfit(f"cgroup {config.cgroup} does not exist: create it, or pass another --cgroup")
+    if file_system(config.pin_dir) != "bpf":
+        raise EnvironmentUnfit(f"{config.pin_dir} is not in a BPF file system: mount it: mount -t bpf bpf /sys/fs/bpf")
+
+
+def cgroup2_mount() -> Path | None:
+    """Where cgroup2 is mounted: /sys/fs/cgroup, or /sys/fs/cgroup/unified on hybrid hosts."""
+    for path in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")):
+        if path.is_dir() and file_system(path) == "cgroup2":
+            return path
+    return None
+
+
+def compile_flags() -> tuple[str, ...]:
+    """Compiler flags for what this kernel has beyond the oldest supported one."""
+    return ("-DMESH_HAVE_SET_RETVAL",) if kernel_version() >= SET_RETVAL_KERNEL else ()

@@ -1,0 +1,65 @@
+/* Every map, with its capacity. All are pinned below MESH_PIN, a directory named after the layout (agent/bpf/loader.py). */
+#pragma once
+
+/* bcc turns member calls into helper calls; this is its table shape with the members that these programs use.
+ * https://github.com/iovisor/bcc/blob/master/docs/reference_guide.md#maps */
+#define MESH_MAP(_type, _key, _leaf, _name, _entries, _flags) \
+struct _name##_table_t { \
+	_key key; \
+	_leaf leaf; \
+	_leaf *(*lookup)(_key *); \
+	int (*update)(_key *, _leaf *); \
+	int (*insert)(_key *, _leaf *); \
+	int (*delete)(_key *); \
+	void *(*sk_storage_get)(void *, void *, int); \
+	int (*sk_storage_delete)(void *); \
+	int (*sock_hash_update)(void *, void *, u64); \
+	u32 max_entries; \
+	int flags; \
+}; \
+__attribute__((section("maps/" _type ":" MESH_PIN "/" #_name))) \
+struct _name##_table_t _name = { .max_entries = (_entries), .flags = (_flags) }; \
+BPF_ANNOTATE_KV_PAIR(_name, _key, _leaf)
+
+/* Configuration, written by the agent, read here. */
+MESH_MAP("array", u32, struct mesh_config, mesh_config, 1, 0);
+MESH_MAP("hash", u64, struct mesh_workload, mesh_workload, 4096, BPF_F_NO_PREALLOC);
+MESH_MAP("hash", struct mesh_addr, struct mesh_workload, mesh_address, 262144, BPF_F_NO_PREALLOC);
+MESH_MAP("hash", struct mesh_service_key, struct mesh_service, mesh_service, 65536, BPF_F_NO_PREALLOC);
+MESH_MAP("hash", struct mesh_backend_key, struct mesh_backend, mesh_backend, 524288, BPF_F_NO_PREALLOC);
+MESH_MAP("hash", struct mesh_policy_key, struct mesh_policy, mesh_policy, 524288, BPF_F_NO_PREALLOC);
+MESH_MAP("hash", struct mesh_trace_key, u32, mesh_trace, 1024, BPF_F_NO_PREALLOC);
+
+/* State of connections, written here. LRU: an entry matters only during a handshake; one that is evicted too early fails closed. */
+MESH_MAP("lru_hash", struct mesh_flow_key, struct mesh_flow, mesh_flow, 65536, 0);
+MESH_MAP("lru_hash", struct mesh_origdst_key, struct mesh_origdst, mesh_origdst, 65536, 0);
+MESH_MAP("sk_storage", int, struct mesh_sock, mesh_sock, 0, BPF_F_NO_PREALLOC);
+
+/* Results, written here, read by the agent. */
+MESH_MAP("percpu_hash", struct mesh_stats_key, struct mesh_stats, mesh_stats, 16384, BPF_F_NO_PREALLOC);
+MESH_MAP("percpu_hash", struct mesh_verdict_key, u64, mesh_verdicts, 16384, BPF_F_NO_PREALLOC);
+MESH_MAP("percpu_array", u32, u64, mesh_counter, MESH_COUNT_MAX, 0);
+MESH_MAP("percpu_array", u32, struct mesh_budget, mesh_budget, 1, 0);
+MESH_MAP("percpu_array", u32, struct mesh_event, mesh_scratch, 1, 0);
+MESH_MAP("array", u32, struct mesh_stats, mesh_blank, 1, 0); /* never written: all zero */
+
+/* The waypoint's inbound listening sockets: mesh_sk_lookup hands connections to them. */
+struct mesh_listener_table_t {
+	struct mesh_listener_key key;
+	u64 leaf;
+	struct bpf_sock *(*lookup)(struct mesh_listener_key *);
+	int (*sock_hash_update)(void *, void *, u64);
+	u32 max_entries;
+	int flags;
+};
+__attribute__((section("maps/sockhash:" MESH_PIN "/mesh_listener")))
+struct mesh_listener_table_t mesh_listener = { .max_entries = 8192 };
+
+struct mesh_events_table_t {
+	int key;
+	u32 leaf;
+	int (*ringbuf_output)(void *, u64, u64);
+	u32 max_entries;
+};
+__attribute__((section("maps/ringbuf:" MESH_PIN "/mesh_events")))
+struct mesh_events_table_t mesh_events = { .max_entries = 1 << 20 };

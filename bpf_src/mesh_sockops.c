@@ -1,0 +1,256 @@
+/* sockops: what becomes of a connection. Before the SYN leaves: who calls (for the receiver) or what was dialled (for the waypoint).
+ * At the handshake and at the end: counters. Nothing runs per packet. */
+
+/* Both ends of the connection, local first. Ports in host order: remote_port is a __be32 with the port in its upper half
+ * (net/core/filter.c, sock_ops_convert_ctx_access). */
+struct mesh_ends {
+	struct mesh_addr local;
+	struct mesh_addr remote;
+	u16 local_port;
+	u16 remote_port;
+};
+
+static __always_inline void mesh_ends_of(struct bpf_sock_ops *ctx, struct mesh_ends *ends)
+{
+	if (ctx->family == AF_INET) {
+		mesh_addr_from4(&ends->local, ctx->local_ip4);
+		mesh_addr_from4(&ends->remote, ctx->remote_ip4);
+		mesh_keep_branch();
+	} else {
+		mesh_addr_from6(&ends->local, ctx->local_ip6);
+		mesh_addr_from6(&ends->remote, ctx->remote_ip6);
+	}
+	ends->local_port = ctx->local_port;
+	ends->remote_port = bpf_ntohl(ctx->remote_port);
+}
+
+/* The record that mesh_connect or mesh_on_accepted left on this socket. */
+static __always_inline struct mesh_sock *mesh_sock_of(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+
+	return sk ? mesh_sock.sk_storage_get(sk, 0, 0) : NULL;
+}
+
+/* Payload bytes that the peer acknowledged. The SYN of the end that called counts as one byte in bytes_acked (net/ipv4/tcp_input.c). */
+static __always_inline u64 mesh_sent_bytes(struct bpf_sock_ops *ctx, struct mesh_sock *sock)
+{
+	u64 acked = ctx->bytes_acked;
+
+	return acked && sock->direction != MESH_INBOUND ? acked - 1 : acked;
+}
+
+static __always_inline void mesh_report_socket(struct bpf_sock_ops *ctx, struct mesh_sock *sock, u8 kind, u8 reason)
+{
+	struct mesh_event *event = mesh_event_new(kind);
+	struct mesh_ends ends;
+
+	if (!event)
+		return;
+	mesh_ends_of(ctx, &ends);
+	event->socket_cookie = bpf_get_socket_cookie(ctx);
+	event->duration_ns = event->time_ns - sock->start_ns;
+	event->sent_bytes = mesh_sent_bytes(ctx, sock);
+	event->received_bytes = ctx->bytes_received;
+	event->local_address = ends.local;
+	event->local_port = ends.local_port;
+	event->remote_address = ends.remote;
+	event->remote_port = ends.remote_port;
+	event->dialled_address = sock->destination;
+	event->dialled_port = sock->destination_port;
+	event->source = sock->source;
+	event->target = sock->target;
+	event->service = sock->service;
+	event->rule = sock->rule;
+	event->verdict = sock->verdict;
+	event->direction = sock->direction;
+	event->redirected = sock->redirected;
+	event->reason = reason;
+	event->rtt_us = ctx->srtt_us >> 3; /* kept as eighths: include/linux/tcp.h */
+	event->retransmits = ctx->total_retrans;
+	mesh_event_send(event);
+}
+
+/* The caller's end, before its SYN leaves. */
+static __always_inline void mesh_on_connect(struct bpf_sock_ops *ctx)
+{
+	struct mesh_sock *sock = mesh_sock_of(ctx);
+	struct mesh_origdst_key origdst_key = {};
+	struct mesh_origdst origdst = {};
+	struct mesh_flow_key flow_key = {};
+	struct mesh_flow flow = {};
+	struct mesh_ends ends;
+
+	if (!sock)
+		return;
+	bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+	mesh_ends_of(ctx, &ends);
+	if (sock->redirected) {
+		origdst_key.netns_cookie = bpf_get_netns_cookie(ctx);
+		origdst_key.source_port = ends.local_port;
+		origdst_key.ipv4 = mesh_addr_is4(&ends.remote);
+		origdst.address = sock->destination;
+		origdst.port = sock->destination_port;
+		if (mesh_origdst.update(&origdst_key, &origdst))
+			mesh_count(MESH_COUNT_ORIGDST_FAILED);
+		return;
+	}
+	flow_key.source = ends.local;
+	flow_key.destination = ends.remote;
+	flow_key.source_port = ends.local_port;
+	flow_key.destination_port = ends.remote_port;
+	flow.workload = sock->source;
+	flow.identity = sock->identity;
+	flow.service = sock->service;
+	flow.flags = (sock->direction == MESH_FROM_WAYPOINT ? MESH_FLOW_WAYPOINT : 0) | (sock->traced ? MESH_FLOW_TRACED : 0);
+	if (mesh_flow.update(&flow_key, &flow))
+		mesh_count(MESH_COUNT_FLOW_FAILED);
+}
+
+static __always_inline void mesh_on_established(struct bpf_sock_ops *ctx)
+{
+	struct mesh_sock *sock = mesh_sock_of(ctx);
+	struct mesh_stats *stats;
+	u64 took;
+
+	if (!sock)
+		return;
+	sock->established_ns = bpf_ktime_get_ns();
+	took = sock->established_ns - sock->start_ns;
+	stats = mesh_stats_of(sock);
+	if (stats) {
+		stats->opened += 1;
+		stats->connect_ns += took;
+		stats->connect_bucket[mesh_bucket(took) & (MESH_BUCKETS - 1)] += 1;
+	}
+	if (sock->traced)
+		mesh_report_socket(ctx, sock, MESH_EVENT_ESTABLISHED, 0);
+}
+
+/* The receiver's end, when the handshake is done. mesh_sk_lookup has let it in. */
+static __always_inline void mesh_on_accepted(struct bpf_sock_ops *ctx)
+{
+	u64 netns_cookie = bpf_get_netns_cookie(ctx);
+	struct mesh_workload *self = mesh_workload.lookup(&netns_cookie);
+	struct mesh_flow_key flow_key = {};
+	struct mesh_decision decision;
+	struct mesh_workload *peer;
+	struct mesh_sock sock = {};
+	struct mesh_stats *stats;
+	struct bpf_sock *sk = ctx->sk;
+	struct mesh_flow *flow;
+	struct mesh_ends ends;
+
+	if (!self || !sk)
+		return;
+	mesh_ends_of(ctx, &ends);
+	if (mesh_addr_is_loopback(&ends.remote) || mesh_addr_equal(&ends.remote, &ends.local))
+		return; /* within the pod: the application's own, or the waypoint's last step */
+	sock.start_ns = bpf_ktime_get_ns();
+	sock.established_ns = sock.start_ns;
+	sock.target = self->id;
+	sock.destination = ends.local;
+	sock.destination_port = ends.local_port;
+	sock.direction = MESH_INBOUND;
+	flow_key.source = ends.remote;
+	flow_key.destination = ends.local;
+	flow_key.source_port = ends.remote_port;
+	flow_key.destination_port = ends.local_port;
+	flow = mesh_flow.lookup(&flow_key);
+	if (flow) {
+		sock.source = flow->workload;
+		sock.identity = flow->identity;
+		sock.service = flow->service;
+		sock.traced = flow->flags & MESH_FLOW_TRACED ? 1 : 0;
+	} else {
+		peer = mesh_address.lookup(&ends.remote);
+		if (peer && !peer->netns_cookie) {
+			u32 zero = 0;
+
+			sock.source = peer->id;
+			sock.identity = peer->identity;
+			sock.traced = mesh_traced(mesh_config.lookup(&zero), sock.source, sock.target, 0);
+		}
+	}
+	decision = mesh_decide(self->policy, sock.identity, sock.destination_port);
+	sock.rule = decision.rule;
+	sock.verdict = decision.verdict;
+	stats = mesh_stats_of(&sock);
+	if (stats)
+		stats->opened += 1;
+	if (!mesh_sock.sk_storage_get(sk, &sock, BPF_SK_STORAGE_GET_F_CREATE)) {
+		mesh_count(MESH_COUNT_STORAGE_FAILED);
+		return;
+	}
+	bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+	if (sock.traced)
+		mesh_report_socket(ctx, &sock, MESH_EVENT_ESTABLISHED, 0);
+}
+
+static __always_inline void mesh_on_close(struct bpf_sock_ops *ctx)
+{
+	struct mesh_sock *sock = mesh_sock_of(ctx);
+	u32 old = ctx->args[0];
+	struct mesh_stats *stats;
+	u64 rtt_ns;
+	u32 reason;
+
+	if (!sock)
+		return;
+	if (!sock->established_ns)
+		reason = MESH_CLOSE_FAILED;
+	else if (old == BPF_TCP_ESTABLISHED || old == BPF_TCP_CLOSE_WAIT)
+		reason = MESH_CLOSE_RESET;
+	else
+		reason = MESH_CLOSE_NORMAL;
+	rtt_ns = (u64)(ctx->srtt_us >> 3) * 1000;
+	stats = mesh_stats_of(sock);
+	if (stats) {
+		stats->closed[reason] += 1;
+		stats->retransmits += ctx->total_retrans;
+		if (reason != MESH_CLOSE_FAILED) {
+			stats->sent_bytes += mesh_sent_bytes(ctx, sock);
+			stats->received_bytes += ctx->bytes_received;
+			stats->rtt_ns += rtt_ns;
+			stats->rtt_bucket[mesh_bucket(rtt_ns) & (MESH_BUCKETS - 1)] += 1;
+		}
+	}
+	if (sock->traced)
+		mesh_report_socket(ctx, sock, MESH_EVENT_CLOSED, reason);
+}
+
+int mesh_sockops(struct bpf_sock_ops *ctx)
+{
+	switch (ctx->op) {
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		mesh_on_connect(ctx);
+		break;
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+		mesh_on_established(ctx);
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		mesh_on_accepted(ctx);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		if (ctx->args[1] == BPF_TCP_CLOSE)
+			mesh_on_close(ctx);
+		break;
+	}
+	return 1;
+}
+
+/* Attached to the waypoint's cgroup only: remembers its inbound listeners for mesh_sk_lookup. */
+int mesh_listen(struct bpf_sock_ops *ctx)
+{
+	struct mesh_listener_key key = {};
+	int error;
+
+	if (ctx->op != BPF_SOCK_OPS_TCP_LISTEN_CB || ctx->local_port != MESH_INBOUND_PORT)
+		return 1;
+	key.netns_cookie = bpf_get_netns_cookie(ctx);
+	key.ipv4 = ctx->family == AF_INET;
+	error = mesh_listener.sock_hash_update(ctx, &key, BPF_ANY); /* a statement of its own: bcc appends a semicolon */
+	if (error)
+		mesh_count(MESH_COUNT_LISTENER_FAILED);
+	return 1;
+}

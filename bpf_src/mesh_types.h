@@ -1,0 +1,256 @@
+/* Shared structs and enums: the only definition of every layout. The loader reads sizes and offsets from here (agent/bpf/manifest.py). */
+#pragma once
+
+/* Ports of the waypoint inside a pod's namespace; host order. */
+#define MESH_OUTBOUND_PORT 15001
+#define MESH_INBOUND_PORT 15006
+
+/* IPv6 address, or an IPv4 address mapped to ::ffff:a.b.c.d (RFC 4291, 2.5.5.2). One key form serves both families. */
+struct mesh_addr {
+	__be32 word[4];
+};
+
+/* Numbers are never reused: they stand in logs and dashboards. */
+enum mesh_verdict {
+	MESH_VERDICT_NONE = 0,     /* no policy protects the destination */
+	MESH_VERDICT_ALLOW = 1,
+	MESH_VERDICT_DENY = 2,
+	MESH_VERDICT_WAYPOINT = 3, /* only the request can decide: L7 */
+};
+
+enum mesh_reason {
+	MESH_REASON_NONE = 0,
+	MESH_REASON_POLICY = 1,       /* a rule said so */
+	MESH_REASON_NO_ENTRY = 2,     /* the destination is protected, but the table has no row: closed */
+	MESH_REASON_NO_BACKEND = 3,   /* the service has no ready endpoint */
+	MESH_REASON_SPOOFED = 4,      /* source address of a local workload, but not its socket */
+	MESH_REASON_NO_LISTENER = 5,  /* the waypoint's inbound listener is not there */
+	MESH_REASON_WAYPOINT_PORT = 6, /* direct connection to a port that only redirection may use */
+	MESH_REASON_UNKNOWN_ADDRESS = 7, /* an enrolled namespace was reached at an address that its workload does not declare */
+};
+
+enum mesh_direction {
+	MESH_OUTBOUND = 0,      /* seen at the caller */
+	MESH_INBOUND = 1,       /* seen at the receiver */
+	MESH_FROM_WAYPOINT = 2, /* seen at the caller's waypoint, on its way to the backend */
+};
+
+enum mesh_event_kind {
+	MESH_EVENT_DENIED = 0,      /* connect() or an incoming SYN was refused by the mesh */
+	MESH_EVENT_CONNECT = 1,     /* connect() was decided */
+	MESH_EVENT_ESTABLISHED = 2, /* handshake done; duration_ns since connect() */
+	MESH_EVENT_CLOSED = 3,      /* duration_ns since connect(), or since accept at the receiver */
+};
+
+enum mesh_close {
+	MESH_CLOSE_NORMAL = 0,
+	MESH_CLOSE_RESET = 1,  /* ended without the FIN handshake: reset or timed out */
+	MESH_CLOSE_FAILED = 2, /* never established */
+	MESH_CLOSE_MAX = 3,
+};
+
+enum mesh_counter {
+	MESH_COUNT_EVENT_DROPPED = 0,     /* ring buffer full */
+	MESH_COUNT_EVENT_SUPPRESSED = 1,  /* more denials than MESH_DENIALS_PER_SECOND on one CPU */
+	MESH_COUNT_STATS_FOLDED = 2,      /* mesh_stats full: counted under the all-zero key */
+	MESH_COUNT_STORAGE_FAILED = 3,    /* no socket storage: refused where policy or redirection needs it */
+	MESH_COUNT_FLOW_FAILED = 4,       /* mesh_flow refused an entry: the receiver will not know the caller */
+	MESH_COUNT_ORIGDST_FAILED = 5,    /* mesh_origdst refused an entry */
+	MESH_COUNT_LISTENER_FAILED = 6,   /* mesh_listener refused a socket */
+	MESH_COUNT_VERDICT_FOLDED = 7,    /* mesh_verdicts full */
+	MESH_COUNT_MAX = 8,
+};
+
+#define MESH_WORKLOAD_ENFORCE_INBOUND 1u /* L7 policy is enforced at the receiver even for connections from a local waypoint */
+
+#define MESH_SERVICE_WAYPOINT 1u /* L7 */
+
+#define MESH_FLOW_WAYPOINT 1u /* opened by this node's waypoint */
+#define MESH_FLOW_TRACED 2u
+
+/* Times and sizes that the agent may change while programs run. One element. */
+struct mesh_config {
+	__u64 waypoint_cgroup; /* cgroup2 id of Envoy; 0 = no waypoint */
+	__u32 tracing;         /* number of rows in mesh_trace; 0 = do not look */
+	__u32 pad;
+};
+
+/* A workload by netns cookie (enrolled on this node), or by address (on any node: an address is all that mesh_sk_lookup can see). */
+struct mesh_workload {
+	__u64 netns_cookie; /* 0 = not enrolled on this node */
+	__u32 id;       /* of the workload, for metrics; never 0 */
+	__u32 identity; /* of its service account, for policy; never 0 */
+	__u32 policy;   /* policy set that protects it; 0 = none */
+	__u32 flags;    /* MESH_WORKLOAD_* */
+};
+
+struct mesh_service_key {
+	struct mesh_addr address;
+	__u16 port; /* host order */
+	__u8 protocol;
+	__u8 pad;
+};
+
+struct mesh_service {
+	__u32 id;    /* service port, for metrics; never 0 */
+	__u32 list;  /* of backends */
+	__u32 count; /* rows in that list */
+	__u32 flags; /* MESH_SERVICE_* */
+};
+
+struct mesh_backend_key {
+	__u32 list;
+	__u32 slot;
+};
+
+struct mesh_backend {
+	struct mesh_addr address;
+	__u32 workload;
+	__u16 port; /* host order */
+	__u16 pad;
+};
+
+/* Looked up as (policy, identity, port), (policy, identity, 0), (policy, ANY, port), (policy, ANY, 0). */
+#define MESH_IDENTITY_UNKNOWN 0u
+#define MESH_IDENTITY_ANY 0xffffffffu
+struct mesh_policy_key {
+	__u32 policy;
+	__u32 identity;
+	__u16 port; /* host order; 0 = every port without a row of its own */
+	__u16 pad;
+};
+
+struct mesh_policy {
+	__u32 rule;    /* index of the rule that decided, for people */
+	__u32 verdict; /* enum mesh_verdict */
+};
+
+/* Who opened a connection on this node: written before the SYN leaves, read where it arrives. */
+struct mesh_flow_key {
+	struct mesh_addr source;
+	struct mesh_addr destination;
+	__u16 source_port;      /* host order */
+	__u16 destination_port; /* host order */
+};
+
+struct mesh_flow {
+	__u32 workload;
+	__u32 identity;
+	__u32 flags; /* MESH_FLOW_* */
+	__u32 service;
+};
+
+/* A redirected connection, by what the waypoint can see of it. */
+struct mesh_origdst_key {
+	__u64 netns_cookie;
+	__u16 source_port; /* host order */
+	__u16 ipv4;        /* 1: IPv4 (also as ::ffff:0:0/96), 0: IPv6 */
+	__u32 pad;
+};
+
+struct mesh_origdst {
+	struct mesh_addr address;
+	__u16 port; /* host order */
+	__u16 pad;
+};
+
+struct mesh_listener_key {
+	__u64 netns_cookie;
+	__u32 ipv4;
+	__u32 pad;
+};
+
+/* Kept on the socket from connect() or accept to close. */
+struct mesh_sock {
+	__u64 start_ns;       /* bpf_ktime_get_ns() at connect() or at accept */
+	__u64 established_ns; /* 0 = not yet */
+	struct mesh_addr destination; /* as the application dialled it */
+	__u32 source;   /* workload id */
+	__u32 identity;
+	__u32 target;   /* workload id; 0 = not known here */
+	__u32 service;
+	__u32 rule;
+	__u16 destination_port; /* host order, as the application dialled it */
+	__u8 direction; /* enum mesh_direction */
+	__u8 verdict;   /* enum mesh_verdict */
+	__u8 redirected; /* 1: sent to the waypoint's outbound listener */
+	__u8 traced;
+	__u16 pad;
+};
+
+struct mesh_stats_key {
+	__u32 source;
+	__u32 target;
+	__u32 service;
+	__u16 port; /* host order, as dialled (outbound) or listened on (inbound) */
+	__u8 direction;
+	__u8 pad;
+};
+
+#define MESH_BUCKETS 16
+/* Upper bounds are 2^(slot + MESH_BUCKET_SHIFT) ns: 16.4 us, 32.8 us, ... 0.27 s, 0.54 s; the last slot has no bound. */
+#define MESH_BUCKET_SHIFT 14
+struct mesh_stats {
+	__u64 opened;
+	__u64 closed[MESH_CLOSE_MAX]; /* by enum mesh_close */
+	__u64 sent_bytes;             /* payload acknowledged by the peer */
+	__u64 received_bytes;
+	__u64 retransmits; /* segments */
+	__u64 connect_ns;  /* sum over opened */
+	__u64 rtt_ns;      /* sum over closed of the smoothed RTT */
+	__u64 connect_bucket[MESH_BUCKETS];
+	__u64 rtt_bucket[MESH_BUCKETS];
+};
+
+struct mesh_verdict_key {
+	__u32 source;
+	__u32 target;
+	__u32 service;
+	__u32 rule;
+	__u8 verdict;
+	__u8 direction;
+	__u8 reason;
+	__u8 pad;
+};
+
+/* A pair that somebody traces: `target` and `service` are each 0 or set, never both. */
+struct mesh_trace_key {
+	__u32 source;
+	__u32 target;
+	__u32 service;
+};
+
+struct mesh_event {
+	__u64 time_ns; /* bpf_ktime_get_ns(): CLOCK_MONOTONIC */
+	__u64 socket_cookie;
+	__u64 duration_ns;
+	__u64 sent_bytes;
+	__u64 received_bytes;
+	struct mesh_addr local_address;
+	struct mesh_addr dialled_address;
+	struct mesh_addr remote_address; /* where the connection really went */
+	__u32 source;
+	__u32 target;
+	__u32 service;
+	__u32 rule;
+	__u32 pid;
+	__u32 rtt_us;
+	__u32 retransmits;
+	__u16 local_port;
+	__u16 dialled_port;
+	__u16 remote_port;
+	__u8 kind;      /* enum mesh_event_kind */
+	__u8 verdict;   /* enum mesh_verdict */
+	__u8 direction; /* enum mesh_direction */
+	__u8 reason;    /* enum mesh_reason, or enum mesh_close in MESH_EVENT_CLOSED */
+	__u8 redirected;
+	__u8 pad;
+	char comm[16];
+};
+
+/* Per-CPU budget for denial events, so that a flood of denied connections costs no user-space time. */
+#define MESH_DENIALS_PER_SECOND 50
+struct mesh_budget {
+	__u64 window_ns;
+	__u64 used;
+};
