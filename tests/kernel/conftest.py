@@ -1,0 +1,42 @@
+"""What the kernel tests share: a machine that is fit for them, and a running shop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from lab import cgroup, topology
+from lab.cli import SHOP
+from lab.errors import LabError
+from lab.lab import Lab
+
+
+def _unfit() -> str:
+    """Return what this machine lacks, or ""."""
+    if os.geteuid() != 0:
+        return "kernel tests need root"
+    try:
+        cgroup.mount_point()
+    except LabError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def machine() -> None:
+    """Skip on a machine that cannot run kernel tests; with MESH_REQUIRE_KERNEL=1 that is a failure."""
+    reason = _unfit()
+    if reason and os.environ.get("MESH_REQUIRE_KERNEL") == "1":
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    """The shop with its mesh and its resources applied. One a module, because there is one lab a machine and other modules make theirs."""
+    with Lab(topology.load(SHOP / "lab.yaml")) as running:
+        running.apply(SHOP / "mesh")
+        yield running
