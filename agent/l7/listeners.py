@@ -1,0 +1,206 @@
+"""One outbound and, where a policy needs it, one inbound listener per local workload, inside that workload's network namespace.
+
+Pure functions, called by `agent.l7.snapshot`. Which listener accepted says who the workload is: a `set_filter_state` network filter notes
+it on the connection, from where authorization, upstream binding and pool separation read it; a client can not influence it.
+Everything that changes often (routes, authorization, tracing) is elsewhere, because a changed listener drains its connections.
+
+Routing goes by the original destination, not by Host: an early header mutation writes the connection's local address, which the
+`original_dst` listener filter restored, into `names.DESTINATION_HEADER`, and scoped routes choose the RouteConfiguration by it. Early
+mutation runs before the route is first looked up, and overwriting leaves nothing of what a client sent
+(https://www.envoyproxy.io/docs/envoy/v1.37.0/configuration/http/http_conn_man/headers#early-header-mutation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from envoy.config.accesslog.v3 import accesslog_pb2
+from envoy.config.common.mutation_rules.v3 import mutation_rules_pb2
+from envoy.config.core.v3 import base_pb2, extension_pb2, grpc_service_pb2, substitution_format_string_pb2
+from envoy.config.listener.v3 import listener_components_pb2, listener_pb2
+from envoy.extensions.access_loggers.grpc.v3 import als_pb2
+from envoy.extensions.filters.common.set_filter_state.v3 import value_pb2
+from envoy.extensions.filters.http.rbac.v3 import rbac_pb2
+from envoy.extensions.filters.http.router.v3 import router_pb2
+from envoy.extensions.filters.listener.original_dst.v3 import original_dst_pb2
+from envoy.extensions.filters.network.direct_response.v3 import config_pb2 as direct_response_pb2
+from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2 as hcm_pb2
+from envoy.extensions.filters.network.set_filter_state.v3 import set_filter_state_pb2
+from envoy.extensions.http.early_header_mutation.header_mutation.v3 import header_mutation_pb2
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from agent.config import INBOUND_PORT, OUTBOUND_PORT
+from agent.l7 import names
+from agent.l7.clusters import ads, socket_address
+from agent.l7.resources import packed
+from agent.model import LocalWorkload
+
+_REASONS = (  # local replies by response flag or code (https://www.envoyproxy.io/docs/envoy/v1.37.0/configuration/observability/access_log)
+    ("NR", 0, "no-route"),
+    ("UH", 0, "no-ready-backend"),
+    ("NC", 0, "invalid-backend"),
+    ("UF", 0, "backend-connection-failed"),
+    ("UO", 0, "overload"),
+    ("UT", 0, "timeout"),
+    ("", 403, "authorization-policy"),
+)
+
+
+def outbound(local: LocalWorkload, trust_domain: str) -> listener_pb2.Listener:
+    """Build the listener that the connect hook redirects this workload's L7 connections to.
+
+    [::1] is added only for a workload that has an IPv6 address: in a namespace with IPv6 switched off it could not be bound, and
+    Envoy would refuse the whole listener.
+    """
+    name = names.listener(names.OUTBOUND, local.workload.name)
+    manager = _manager(local.workload.name, name, names.OUTBOUND)
+    manager.scoped_routes.name = "destinations"
+    manager.scoped_routes.rds_config_source.CopyFrom(ads())
+    manager.scoped_routes.scoped_rds.scoped_rds_config_source.CopyFrom(ads())
+    extractor = hcm_pb2.ScopedRoutes.ScopeKeyBuilder.FragmentBuilder.HeaderValueExtractor(name=names.DESTINATION_HEADER, index=0)
+    manager.scoped_routes.scope_key_builder.fragments.add().header_value_extractor.CopyFrom(extractor)
+    destination = base_pb2.HeaderValueOption(
+        header=base_pb2.HeaderValue(key=names.DESTINATION_HEADER, value="%DOWNSTREAM_LOCAL_ADDRESS%"),
+        append_action=base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD,
+    )
+    mutation = header_mutation_pb2.HeaderMutation(mutations=[mutation_rules_pb2.HeaderMutation(append=destination)])
+    manager.early_header_mutation_extensions.append(
+        extension_pb2.TypedExtensionConfig(name="envoy.http.early_header_mutation.header_mutation", typed_config=packed(mutation))
+    )
+    workload = local.workload
+    state = [
+        _value(names.NETNS_KEY, local.netns_path, factory="envoy.hashable_string", shared=True),
+        _value(names.PRINCIPAL_KEY, workload.identity(trust_domain).removeprefix("spiffe://")),
+        _value(names.NAMESPACE_KEY, workload.namespace),
+        _value(names.SERVICE_ACCOUNT_KEY, f"{workload.namespace}/{workload.service_account}"),
+        _value(names.WORKLOAD_KEY, workload.name),
+    ]
+    listener = _listener(name, local, ("127.0.0.1", "::1"), OUTBOUND_PORT, state, manager)
+    listener.traffic_direction = base_pb2.OUTBOUND
+    listener.listener_filters.add(name="envoy.filters.listener.original_dst").typed_config.CopyFrom(packed(original_dst_pb2.OriginalDst()))
+    return listener
+
+
+def inbound(local: LocalWorkload) -> listener_pb2.Listener:
+    """Build the listener that plain connections to this workload are steered to when its policies need the request.
+
+    It is bound to the wildcard: an accepted socket then has the address that the caller dialled, which filter state hands to the
+    original-destination cluster. Authorization is in its RouteConfiguration of the same name.
+    """
+    name = names.listener(names.INBOUND, local.workload.name)
+    manager = _manager(local.workload.name, name, names.INBOUND)
+    manager.rds.route_config_name = name
+    manager.rds.config_source.CopyFrom(ads())
+    state = [
+        _value(names.NETNS_KEY, local.netns_path, factory="envoy.hashable_string", shared=True),
+        _value(
+            "envoy.network.transport_socket.original_dst_address",
+            "%DOWNSTREAM_LOCAL_ADDRESS%",
+            factory="envoy.network.transport_socket.original_dst_address",
+        ),
+    ]
+    listener = _listener(name, local, ("0.0.0.0", "::"), INBOUND_PORT, state, manager)
+    listener.traffic_direction = base_pb2.INBOUND
+    # Who dials the listener's own port was not steered here: forwarding that to where it was sent would never end. Close it.
+    refuse = listener_components_pb2.Filter(name="envoy.filters.network.direct_response", typed_config=packed(direct_response_pb2.Config()))
+    match = listener_components_pb2.FilterChainMatch(destination_port={"value": INBOUND_PORT})
+    listener.filter_chains.add(name="direct", filter_chain_match=match, filters=[refuse])
+    return listener
+
+
+def _listener(
+    name: str, local: LocalWorkload, hosts: tuple[str, str], port: int, state: Sequence[Message], manager: hcm_pb2.HttpConnectionManager
+) -> listener_pb2.Listener:
+    listener = listener_pb2.Listener(name=name, stat_prefix=name.partition("/")[0])
+    listener.address.CopyFrom(socket_address(hosts[0], port, local.netns_path))
+    if any(":" in address for address in local.workload.addresses):
+        listener.additional_addresses.add().address.CopyFrom(socket_address(hosts[1], port, local.netns_path))
+    set_state = set_filter_state_pb2.Config(on_new_connection=state)
+    listener.filter_chains.add(
+        name="http",
+        filters=[
+            listener_components_pb2.Filter(name="envoy.filters.network.set_filter_state", typed_config=packed(set_state)),
+            listener_components_pb2.Filter(name="envoy.filters.network.http_connection_manager", typed_config=packed(manager)),
+        ],
+    )
+    return listener
+
+
+def _value(key: str, value: str, *, factory: str = "envoy.string", shared: bool = False) -> value_pb2.FilterStateValue:
+    """Build one filter state entry.
+
+    Only a *hashable* shared object becomes part of the pool key (Envoy, TransportSocketOptionsUtility::commonHashKey), hence
+    `envoy.hashable_string` where callers must not share connections.
+    """
+    text = substitution_format_string_pb2.SubstitutionFormatString(text_format_source=base_pb2.DataSource(inline_string=value))
+    sharing = value_pb2.FilterStateValue.ONCE if shared else value_pb2.FilterStateValue.NONE
+    return value_pb2.FilterStateValue(object_key=key, factory_key=factory, format_string=text, shared_with_upstream=sharing)
+
+
+def _manager(workload: str, log_name: str, side: str) -> hcm_pb2.HttpConnectionManager:
+    """Build the HTTP connection manager: transparent to the application, strict where a path could mean two things.
+
+    Paths are normalized, repeated slashes merged and escaped slashes answered by a redirect to the plain path, so that what
+    authorization matched is what the application sees (https://www.envoyproxy.io/docs/envoy/v1.37.0/configuration/best_practices/edge).
+    """
+    router = router_pb2.Router(suppress_envoy_headers=True)
+    manager = hcm_pb2.HttpConnectionManager(
+        stat_prefix=side,
+        codec_type=hcm_pb2.HttpConnectionManager.AUTO,
+        http_filters=[
+            # Disabled = not even made, until a route, virtual host or weighted cluster carries a configuration for it.
+            hcm_pb2.HttpFilter(name=names.DENY_FILTER, typed_config=packed(rbac_pb2.RBAC()), disabled=True),
+            hcm_pb2.HttpFilter(name=names.ALLOW_FILTER, typed_config=packed(rbac_pb2.RBAC()), disabled=True),
+            hcm_pb2.HttpFilter(name="envoy.filters.http.router", typed_config=packed(router)),
+        ],
+        access_log=[_access_log(workload, log_name)],
+        upgrade_configs=[hcm_pb2.HttpConnectionManager.UpgradeConfig(upgrade_type="websocket")],
+        normalize_path={"value": True},
+        merge_slashes=True,
+        path_with_escaped_slashes_action=hcm_pb2.HttpConnectionManager.UNESCAPE_AND_REDIRECT,
+        server_header_transformation=hcm_pb2.HttpConnectionManager.PASS_THROUGH,
+        stream_idle_timeout=Duration(seconds=0),  # Envoy's 5 minutes would cut quiet streams that work without a mesh
+        generate_request_id={"value": False},
+        skip_xff_append=True,
+        local_reply_config=hcm_pb2.LocalReplyConfig(mappers=[_reason(*reason) for reason in _REASONS]),
+    )
+    manager.http2_protocol_options.allow_connect = True  # WebSocket over HTTP/2 (RFC 8441)
+    return manager
+
+
+def _reason(flag: str, code: int, reason: str) -> hcm_pb2.ResponseMapper:
+    condition = accesslog_pb2.AccessLogFilter()
+    if flag:
+        condition.response_flag_filter.flags.append(flag)
+    else:
+        condition.status_code_filter.comparison.op = accesslog_pb2.ComparisonFilter.EQ
+        condition.status_code_filter.comparison.value.default_value = code
+        condition.status_code_filter.comparison.value.runtime_key = "meshagent.unused"
+    header = base_pb2.HeaderValueOption(
+        header=base_pb2.HeaderValue(key=names.REASON_HEADER, value=reason),
+        append_action=base_pb2.HeaderValueOption.OVERWRITE_IF_EXISTS_OR_ADD,
+    )
+    return hcm_pb2.ResponseMapper(filter=condition, headers_to_add=[header])
+
+
+def _access_log(workload: str, log_name: str) -> accesslog_pb2.AccessLog:
+    """Build the record stream to the agent, off (0 %) until the runtime layer says otherwise for this workload."""
+    config = als_pb2.HttpGrpcAccessLogConfig()
+    config.common_config.CopyFrom(
+        als_pb2.CommonGrpcAccessLogConfig(
+            log_name=log_name,
+            transport_api_version="V3",
+            grpc_service=grpc_service_pb2.GrpcService(
+                envoy_grpc=grpc_service_pb2.GrpcService.EnvoyGrpc(cluster_name=names.XDS_CLUSTER), timeout=Duration(seconds=1)
+            ),
+            buffer_flush_interval=Duration(nanos=50_000_000),
+            filter_state_objects_to_log=[names.WORKLOAD_KEY],
+        )
+    )
+    runtime = accesslog_pb2.RuntimeFilter(runtime_key=names.trace_key(workload), use_independent_randomness=True)
+    return accesslog_pb2.AccessLog(
+        name="envoy.access_loggers.http_grpc",
+        filter=accesslog_pb2.AccessLogFilter(runtime_filter=runtime),
+        typed_config=packed(config),
+    )

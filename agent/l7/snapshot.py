@@ -1,0 +1,192 @@
+"""From the workload model to everything that Envoy on this node should have. Pure functions, called by the supervisor on every change.
+
+`build` makes all resources of the xDS server; `needs_inbound` tells the kernel side whose policies only the receiver can decide. Must
+not touch Envoy, files or the kernel. Only what a local workload can reach over L7 costs anything: an L4 service has no resources here, and
+a node without enrolled workloads has none at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from envoy.config.listener.v3 import listener_pb2
+from envoy.service.runtime.v3 import rtds_pb2
+
+from agent.l7 import clusters, listeners, names, rbac, routes
+from agent.l7.rbac import Authorization
+from agent.l7.resources import Resource, Resources, pack
+from agent.model import LocalWorkload, Route, ServicePort, Snapshot, Workload
+
+
+def build(snapshot: Snapshot, local: Sequence[LocalWorkload], *, trust_domain: str, traced: frozenset[str] = frozenset()) -> Resources:
+    """Build all resources, by type URL and name.
+
+    `local` are the enrolled workloads of this node; each one's `netns_path` must name one namespace for ever (put the cookie into it):
+    Envoy keeps the sockets of a listener whose address did not change, so a reused path would leave it listening in the old namespace.
+    `traced` names local workloads whose requests are streamed to the agent.
+    """
+    view = View(snapshot)
+    inbound = receivers(snapshot, view)
+    result: dict[str, dict[str, Resource]] = {
+        kind: {} for kind in (names.CLUSTER, names.ENDPOINTS, names.LISTENER, names.SCOPE, names.ROUTES, names.RUNTIME)
+    }
+    result[names.RUNTIME][names.RUNTIME_LAYER] = pack(_runtime(traced))
+    if not local:
+        return result
+    _services(view, result)
+    _workload_addresses(view, result)
+    callers = rbac.Callers(snapshot, trust_domain)
+    for one in sorted(local, key=lambda entry: entry.workload.name):
+        _listener(result, listeners.outbound(one, trust_domain))
+        if one.workload.name in inbound:
+            _listener(result, listeners.inbound(one))
+            name = names.listener(names.INBOUND, one.workload.name)
+            authorization = rbac.at_receiver(one.workload, snapshot, callers)
+            configuration = routes.direct(name, names.ORIGINAL_DESTINATION_CLUSTER, f"{one.workload.name} inbound", authorization)
+            result[names.ROUTES][name] = pack(configuration)
+    if any(one.workload.name in inbound for one in local):
+        result[names.CLUSTER][names.ORIGINAL_DESTINATION_CLUSTER] = pack(clusters.original_destination_cluster())
+    return result
+
+
+def needs_inbound(snapshot: Snapshot) -> frozenset[str]:
+    """Names of workloads whose policies the caller's side can not decide, also for flows that come through a trusted local waypoint.
+
+    That is so where the endpoints of one L7 service port are not protected alike: the load balancer picks the endpoint after
+    authorization, so only the receiver knows which policies count. Every protected workload among them is named, whether its own policies
+    need the request or not.
+    """
+    return _undecided(View(snapshot))
+
+
+def receivers(snapshot: Snapshot, view: View | None = None) -> frozenset[str]:
+    """Names of all workloads that have an inbound listener on their node: an L7 policy, or `needs_inbound`."""
+    l7 = {workload.name for workload in snapshot.workloads.values() if rbac.needs_request(workload, snapshot)}
+    return frozenset(l7) | _undecided(view or View(snapshot))
+
+
+@dataclass(slots=True)
+class View:
+    """Indexes over one snapshot that the builders share: made once per build, in one pass over the workloads."""
+
+    snapshot: Snapshot
+    ports: dict[tuple[str, int], ServicePort] = field(init=False)
+    endpoints: dict[tuple[str, int], list[tuple[Workload, int]]] = field(init=False)
+    attached: dict[tuple[str, int], list[Route]] = field(init=False)
+    used: frozenset[tuple[str, int]] = field(init=False)
+    """Service ports that need a cluster: those with a waypoint and every backend of a route attached to one."""
+    _decided: dict[tuple[str, int], Authorization | None] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Index ports, endpoints and routes."""
+        snapshot = self.snapshot
+        self.ports = {(name, port.port): port for name, service in snapshot.services.items() for port in service.ports}
+        self.endpoints = {}
+        for name in sorted(snapshot.workloads):
+            workload = snapshot.workloads[name]
+            if workload.ready and workload.addresses:
+                for backing in workload.backing:
+                    for port, target in backing.ports.items():
+                        self.endpoints.setdefault((backing.service, port), []).append((workload, target))
+        self.attached = {}
+        for route in snapshot.routes.values():
+            for parent, port in route.parents:
+                known = snapshot.services.get(parent)
+                for one in known.ports if known else ():
+                    attached = self.attached.setdefault((parent, one.port), [])
+                    if port in {0, one.port} and route not in attached:
+                        attached.append(route)
+        waypoints = {key for key, port in self.ports.items() if port.waypoint}
+        backends = {
+            (backend.service, backend.port)
+            for key in waypoints
+            for route in self.attached.get(key, ())
+            for rule in route.rules
+            for backend in rule.backends
+            if not backend.invalid
+        }
+        self.used = frozenset(waypoints | (backends & self.ports.keys()))
+
+    def known(self, service: str, port: int) -> bool:
+        """Return True if this service port has a cluster."""
+        return (service, port) in self.used
+
+    def decide(self, service: str, port: int) -> Authorization | None:
+        """Return what the caller's side enforces for a service port; None if its endpoints differ and only the receiver can decide."""
+        key = (service, port)
+        if key not in self._decided:
+            every = [rbac.at_caller(workload, target, self.snapshot) for workload, target in self.endpoints.get(key, ())]
+            alike = all(one == every[0] for one in every)
+            self._decided[key] = (every[0] if every else Authorization()) if alike else None
+        return self._decided[key]
+
+    def authorize(self, service: str, port: int) -> Authorization:
+        """Return what routes to a service port enforce; nothing where it is the receiver's to decide."""
+        return self.decide(service, port) or Authorization()
+
+
+def _undecided(view: View) -> frozenset[str]:
+    found = set()
+    for key in view.used:
+        if view.decide(*key) is None:
+            found |= {workload.name for workload, _ in view.endpoints[key] if workload.policies}
+    return frozenset(found)
+
+
+def _services(view: View, result: dict[str, dict[str, Resource]]) -> None:
+    for name, port in sorted(view.used):
+        cluster = names.service(name, port)
+        service_port = view.ports[name, port]
+        result[names.CLUSTER][cluster] = pack(clusters.service_cluster(name, service_port))
+        endpoints = [(workload.addresses[0], target) for workload, target in view.endpoints.get((name, port), ())]
+        result[names.ENDPOINTS][cluster] = pack(clusters.service_endpoints(name, port, endpoints))
+        if not service_port.waypoint:
+            continue
+        attached = view.attached.get((name, port))
+        if attached:
+            configuration = routes.service(cluster, attached, view.known, view.authorize)
+        else:
+            configuration = routes.direct(cluster, cluster, f"{name} default", view.authorize(name, port))
+        result[names.ROUTES][cluster] = pack(configuration)
+        for address in view.snapshot.services[name].addresses:
+            _scope(result, address, port, cluster)
+
+
+def _workload_addresses(view: View, result: dict[str, dict[str, Resource]]) -> None:
+    """Give every address of a workload with an L7 policy its own scope. Two workloads on one address and port: the first by name."""
+    for workload in (view.snapshot.workloads[name] for name in sorted(view.snapshot.workloads)):
+        if not workload.addresses or not rbac.needs_request(workload, view.snapshot):
+            continue
+        for target, app_protocol in _targets(view, workload):
+            name = names.workload(workload.name, target)
+            result[names.CLUSTER][name] = pack(clusters.workload_cluster(workload.name, target, app_protocol, workload.addresses[0]))
+            authorization = rbac.at_caller(workload, target, view.snapshot)
+            result[names.ROUTES][name] = pack(routes.direct(name, name, f"{workload.name} address", authorization))
+            for address in workload.addresses:
+                _scope(result, address, target, name)
+
+
+def _targets(view: View, workload: Workload) -> Iterable[tuple[int, str]]:
+    found: dict[int, str] = {}
+    for backing in workload.backing:
+        for port, target in backing.ports.items():
+            service_port = view.ports.get((backing.service, port))
+            found[target] = found.get(target) or (service_port.app_protocol if service_port else "")
+    return sorted(found.items())
+
+
+def _scope(result: dict[str, dict[str, Resource]], address: str, port: int, configuration: str) -> None:
+    """Add a scope unless the destination is taken: Envoy refuses two scopes with one key."""
+    scope = routes.scope(address, port, configuration)
+    result[names.SCOPE].setdefault(scope.name, pack(scope))
+
+
+def _listener(result: dict[str, dict[str, Resource]], listener: listener_pb2.Listener) -> None:
+    result[names.LISTENER][listener.name] = pack(listener)
+
+
+def _runtime(traced: frozenset[str]) -> rtds_pb2.Runtime:
+    runtime = rtds_pb2.Runtime(name=names.RUNTIME_LAYER)
+    runtime.layer.update({names.trace_key(workload): 100 for workload in sorted(traced)})
+    return runtime

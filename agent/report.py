@@ -1,0 +1,140 @@
+"""The JSON that the command line prints: the one definition of its shape.
+
+Filled by the supervisor and the tracer, passed as bytes through the agent's socket, printed as it is or laid out as text by `agent.cli`. Field names
+become camelCase in JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class HookStatus:
+    """A kernel program: attached by a link of ours, and among those that the kernel really runs."""
+
+    name: str
+    attached: bool
+    effective: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WaypointStatus:
+    """Envoy. `nacks` counts configurations that it refused since the agent started."""
+
+    ready: bool
+    version: str
+    pid: int | None
+    nacks: int
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerStatus:
+    """`version` is the model's in force; `lag_seconds` is from the last source change to its effect here, None before the first."""
+
+    connected: bool
+    version: str
+    lag_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadStatus:
+    """A workload of this node. `redirected`: its namespace is known to the kernel and linked; `identity`: SPIFFE ID, "" if not enrolled."""
+
+    namespace: str
+    name: str
+    enrolled: bool
+    redirected: bool
+    identity: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """`meshagent status`. `problems` are sentences for people, each with the next step."""
+
+    ready: bool
+    node: str
+    hooks: tuple[HookStatus, ...]
+    waypoint: WaypointStatus
+    controller: ControllerStatus
+    workloads: tuple[WorkloadStatus, ...]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BackendPlan:
+    """A workload that may answer, in the share that weights give it (0 to 1)."""
+
+    workload: str
+    address: str
+    node: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """First line of `meshagent trace`: what would happen, known without traffic."""
+
+    source: str
+    destination: str
+    verdict: str
+    rule: str | None
+    level: str
+    reason: str
+    backends: tuple[BackendPlan, ...]
+    encryption: str
+    fail_mode: str
+    problems: tuple[str, ...]
+    kind: str = "plan"
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One step of a connection. `detail` holds what is particular to the step, by JSON name; what is not known is left out."""
+
+    at: str
+    node: str
+    duration_ns: int
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One connection or request that was seen. `outcome`: an HTTP status, or "closed", "reset", "failed", "denied", "refused"."""
+
+    source: str
+    destination: str
+    hops: tuple[Hop, ...]
+    outcome: str
+    rule: str | None = None
+    next_step: str | None = None
+    kind: str = "connection"
+
+
+def _camel(name: str) -> str:
+    head, *rest = name.split("_")
+    return head + "".join(part.capitalize() for part in rest)
+
+
+def as_json(value: object) -> Any:
+    """Dataclasses to JSON values; a Hop's detail is merged into it."""
+    if isinstance(value, Hop):
+        return {"at": value.at, "node": value.node, "durationNs": value.duration_ns, **value.detail}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {_camel(f.name): as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return value.name.lower()
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    return value
+
+
+def encode(value: object) -> bytes:
+    """One JSON document without a newline."""
+    return json.dumps(as_json(value)).encode()

@@ -1,0 +1,247 @@
+"""The agent's daemon: owns every part, starts them in the right order, and holds the node's state together.
+
+Order of a start: check the machine, take the lock, load the programs, bring the tables to the last good snapshot, attach, then serve. When the agent
+ends, for whatever reason, programs, tables and Envoy stay as they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from agent import features, lock
+from agent.api import Api
+from agent.bpf.datapath import DataPath
+from agent.bpf.events import Events
+from agent.bpf.manifest import PROGRAMS
+from agent.config import Config
+from agent.discovery import Discovery
+from agent.enrolment import Enrolled, Enrolment
+from agent.errors import EnvironmentUnfit
+from agent.ids import Ids
+from agent.l7 import envoy
+from agent.l7.snapshot import build, needs_inbound
+from agent.l7.xds import XdsServer
+from agent.model import Snapshot
+from agent.report import ControllerStatus, HookStatus, Status, WaypointStatus, WorkloadStatus
+from agent.telemetry import MeshCollector, MetricsServer
+from agent.trace import Pair, Tracer
+
+_log = logging.getLogger(__name__)
+
+NAMESPACE_POLL_S = 0.25
+HEARTBEAT_S = 1.0
+DEAD_AFTER_S = 10.0
+
+
+class Supervisor:
+    """One agent. `run` returns after SIGTERM or SIGINT, or raises what made a part fail."""
+
+    def __init__(self, config: Config) -> None:
+        """Touch nothing yet."""
+        self._config = config
+        self._snapshot: Snapshot | None = None
+        self._enrolled = Enrolled()
+        self._enforcing = asyncio.Lock()
+        self._beat = time.monotonic()
+        self._tracer = Tracer(config.node, self._trace_changed)
+
+    async def run(self) -> None:
+        """Start everything and keep it running."""
+        config = self._config
+        features.check(config)
+        envoy.find(config.envoy)
+        for directory in (config.run_dir, config.state_dir, config.netns_dir):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        held = lock.acquire(config.run_dir / "agent.lock")
+        try:
+            await self._start()
+            await self._serve()
+        finally:
+            os.close(held)
+
+    async def _start(self) -> None:
+        config = self._config
+        started = time.monotonic()
+        config.pin_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            config.waypoint_cgroup.mkdir(exist_ok=True)
+        except OSError as error:
+            raise EnvironmentUnfit(
+                f"cannot make cgroup {config.waypoint_cgroup}: {error.strerror}; is {config.cgroup} writable?"
+            ) from error
+        self.datapath = DataPath(config)
+        await self.datapath.load()
+        self.ids = Ids(config.run_dir / "ids.json")
+        self._enrolment = Enrolment(config, self.datapath, self.ids)
+        self._waypoint = envoy.Envoy(config)
+        self._xds = XdsServer(config.xds_socket, self._tracer.on_record)
+        self._discovery = Discovery(config, self.apply)
+        self._set_tracing(frozenset())
+        last_good = self._discovery.load_last_good()
+        if last_good is not None:
+            await self.apply(last_good)
+        self.datapath.attach(config.waypoint_cgroup)
+        self.datapath.forget_other_versions()
+        _log.info(
+            "data path in force",
+            extra={"node": config.node, "took_s": round(time.monotonic() - started, 3), "loader_s": self.datapath.loader_s},
+        )
+
+    async def _serve(self) -> None:
+        collector = MeshCollector(self.datapath, self.ids, self.status)
+        metrics = MetricsServer(self._config, collector, self.status, lambda: time.monotonic() - self._beat < DEAD_AFTER_S)
+        events = Events(self.datapath.maps["mesh_events"], self.datapath.maps["mesh_scratch"], self.ids, self._tracer.on_event)
+        api = Api(self._config, self)
+        metrics.start()
+        try:
+            await run_forever(
+                {
+                    "xds": self._xds.run(),
+                    "envoy": self._waypoint.run(),
+                    "discovery": self._discovery.run(),
+                    "events": events.run(),
+                    "namespaces": self._watch_namespaces(),
+                    "heartbeat": self._heartbeat(),
+                    "api": api.run(),
+                }
+            )
+        finally:
+            metrics.stop()
+
+    async def apply(self, snapshot: Snapshot) -> None:
+        """Bring `snapshot` into force; on failure the previous one stays. Called by the discovery client, and when namespaces change."""
+        async with self._enforcing:
+            # Before the first await, so that what is compiled is what is served.
+            self._enrolled = await asyncio.to_thread(self._enrolment.enforce, snapshot, needs_inbound(snapshot))
+            self._snapshot = snapshot
+            self._configure_waypoint()
+
+    def _configure_waypoint(self) -> None:
+        traced = frozenset(pair.source for pair in self._tracer.pairs)
+        snapshot = self._snapshot or Snapshot()
+        self._xds.set(build(snapshot, self._enrolled.local, trust_domain=self._config.trust_domain, traced=traced))
+
+    async def _watch_namespaces(self) -> None:
+        while True:
+            await asyncio.sleep(NAMESPACE_POLL_S)
+            if self._snapshot is not None and self._enrolment.namespaces_changed(self._snapshot):
+                await self.apply(self._snapshot)
+
+    async def _heartbeat(self) -> None:
+        while True:
+            self._beat = time.monotonic()
+            await asyncio.sleep(HEARTBEAT_S)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What is in force; empty before the first."""
+        return self._snapshot or Snapshot()
+
+    @property
+    def enrolled(self) -> Enrolled:
+        """The workloads in the data path."""
+        return self._enrolled
+
+    @property
+    def tracer(self) -> Tracer:
+        """The running traces."""
+        return self._tracer
+
+    async def tracing_armed(self) -> bool:
+        """Wait until Envoy reports what the tracer asked for; False if it does not within two seconds."""
+        return await self._xds.wait_acked(2.0)
+
+    def _trace_changed(self, pairs: frozenset[Pair]) -> None:
+        self._set_tracing(pairs)
+        self._configure_waypoint()
+
+    def _set_tracing(self, pairs: frozenset[Pair]) -> None:
+        """Write the kernel's filter: rows first, then the count that makes the programs look."""
+        table = self.datapath.maps["mesh_trace"]
+        wanted = set()
+        for pair in pairs:
+            source = self.ids.number("workload", pair.source)
+            if pair.service:
+                wanted.add(table.layout.key.pack(source=source, service=self.ids.number("service", pair.service)))
+            wanted |= {table.layout.key.pack(source=source, target=self.ids.number("workload", target)) for target in pair.targets}
+        self.ids.save()
+        for key in wanted:
+            table.put(key, table.layout.value.pack(**{"": 1}))
+        self.datapath.configure(waypoint_cgroup_id=self._config.waypoint_cgroup.stat().st_ino, tracing=len(wanted))
+        table.prune(wanted)
+
+    def status(self) -> Status:
+        """The state of the node now. May be called from any thread."""
+        config = self._config
+        hooks = tuple(HookStatus(h.name, h.attached, h.effective) for h in self.datapath.hooks())
+        waypoint, xds, discovery = self._waypoint.state, self._xds.state, self._discovery.state
+        enrolled, snapshot = self._enrolled, self.snapshot
+        missing = dict(enrolled.missing)
+        redirected = {local.workload.name for local in enrolled.local} - missing.keys()
+        problems = [f"{h.name} does not run: another program may have replaced it; restart the agent" for h in hooks if not h.effective]
+        if not waypoint.ready:
+            problems.append(f"the waypoint is not ready: see {config.run_dir / 'envoy.log'}")
+        if xds.nacks:
+            problems.append(f"Envoy refused a configuration: {xds.last_nack}")
+        if self._snapshot is None:
+            problems.append(
+                f"no configuration yet: controller {config.controller} has not answered{': ' + discovery.last_error if discovery.last_error else ''}"
+            )
+        elif not discovery.connected:
+            problems.append(f"controller {config.controller} is away: the last good configuration {snapshot.version} is in force")
+        problems += [f"workload {name} is not redirected: {reason}" for name, reason in sorted(missing.items())]
+        counters = self.datapath.counters()
+        problems += [
+            f"{counters[c]} times {c} in the kernel programs: see mesh_datapath_events in /metrics" for c in _TROUBLE if counters[c]
+        ]
+        workloads = tuple(
+            WorkloadStatus(
+                w.namespace,
+                w.name.partition("/")[2],
+                w.enrolled,
+                w.name in redirected,
+                w.identity(config.trust_domain) if w.enrolled else "",
+            )
+            for w in sorted(snapshot.workloads.values(), key=lambda w: w.name)
+            if w.node == config.node
+        )
+        return Status(
+            ready=len(hooks) == len(PROGRAMS) and all(h.effective for h in hooks) and waypoint.ready and self._snapshot is not None,
+            node=config.node,
+            hooks=hooks,
+            waypoint=WaypointStatus(waypoint.ready, waypoint.version, waypoint.pid, xds.nacks),
+            controller=ControllerStatus(discovery.connected, snapshot.version, discovery.lag_s),
+            workloads=workloads,
+            problems=tuple(problems),
+        )
+
+
+_TROUBLE = ("storage_failed", "flow_failed", "origdst_failed", "listener_failed", "stats_folded", "verdict_folded")
+
+
+async def run_forever(parts: dict[str, Coroutine[Any, Any, None]]) -> None:
+    """Run named parts until SIGTERM or SIGINT. A part that fails, or returns although it should run for ever, ends all of them."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    asked = asyncio.create_task(stop.wait(), name="signal")
+    tasks = [asyncio.create_task(part, name=name) for name, part in parts.items()]
+    try:
+        await asyncio.wait([asked, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                task.result()
+                raise RuntimeError(f"part {task.get_name()} ended, but should run for ever")
+    finally:
+        for task in (asked, *tasks):
+            task.cancel()
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(asyncio.gather(asked, *tasks, return_exceptions=True), 5)

@@ -1,0 +1,216 @@
+"""Live part of `meshagent trace`: turns kernel events and Envoy's records of one pair into connections, hop by hop.
+
+The kernel and Envoy report only pairs that somebody traces; this module decides which those are and joins what comes. Owned by the supervisor, on the
+event loop; one `Watch` per running trace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.bpf.events import Event
+from agent.bpf.manifest import Close, Direction, EventKind, Reason, Verdict
+from agent.l7.access_log import RequestRecord
+from agent.report import Connection, Hop
+
+_REMEMBERED = 4096  # connections of a trace that are open at the same time; older ones lose their first hops
+_RBAC = re.compile(r"rbac_access_denied_matched_policy\[(.*)\]$")
+_NEXT_STEPS = {
+    Reason.POLICY: "allow the caller in this AuthorizationPolicy, or call as another service account",
+    Reason.NO_ENTRY: "the agent has not compiled this policy: see 'meshagent status'",
+    Reason.NO_BACKEND: "no endpoint is ready: see the Workloads that the service selects",
+    Reason.SPOOFED: "a process uses the address of a local workload from outside its namespace",
+    Reason.NO_LISTENER: "the waypoint is not ready: see 'meshagent status'",
+    Reason.WAYPOINT_PORT: "ports 15001 and 15006 belong to the waypoint: dial the service's own port",
+    Reason.UNKNOWN_ADDRESS: "declare this address in the Workload's spec.addresses",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What one trace watches."""
+
+    source: str
+    service: str
+    targets: frozenset[str]
+
+    def covers(self, event: Event) -> bool:
+        """True if an event belongs to this pair. A receiver may know a stranger only by address: such events never do."""
+        return event.source == self.source and ((bool(self.service) and event.service == self.service) or event.target in self.targets)
+
+
+@dataclass(slots=True)
+class Watch:
+    """One running trace: finished connections arrive in `found`."""
+
+    pair: Pair
+    node: str
+    found: asyncio.Queue[Connection] = field(default_factory=asyncio.Queue)
+    _open: OrderedDict[int, list[Event]] = field(default_factory=OrderedDict)
+    _inbound: OrderedDict[str, Event] = field(default_factory=OrderedDict)
+    _by_port: OrderedDict[int, int] = field(default_factory=OrderedDict)
+
+    def on_event(self, event: Event) -> None:
+        """Take one kernel event."""
+        if not self.pair.covers(event):
+            return
+        if event.kind is EventKind.DENIED:
+            self.found.put_nowait(self._denied(event))
+        elif event.direction is Direction.INBOUND:
+            if event.kind is EventKind.ESTABLISHED:
+                _remember(self._inbound, event.remote, event)
+        elif event.direction is Direction.OUTBOUND:
+            steps = self._open.get(event.socket_cookie)
+            if steps is None:
+                steps = []
+                _remember(self._open, event.socket_cookie, steps)
+            steps.append(event)
+            if event.kind is EventKind.ESTABLISHED and event.redirected:
+                _remember(self._by_port, event.local_port, event.socket_cookie)
+            if event.kind is EventKind.CLOSED:
+                del self._open[event.socket_cookie]
+                # Of a connection to the waypoint each request is reported by itself; one that failed before that is reported here.
+                if not event.redirected or event.reason == Close.FAILED:
+                    self.found.put_nowait(self._closed(steps))
+
+    def on_record(self, record: RequestRecord) -> None:
+        """Take one request that the waypoint handled."""
+        if record.side != "outbound" or record.workload != self.pair.source:
+            return
+        steps = self._open.get(self._by_port.get(int(record.downstream_remote_address.rpartition(":")[2] or 0), 0), [])
+        if not steps:
+            return  # of another destination: the kernel reported nothing of it for this pair
+        self.found.put_nowait(self._request(record, steps))
+
+    def _request(self, record: RequestRecord, steps: list[Event]) -> Connection:
+        rule = (match[1] if (match := _RBAC.search(record.response_code_details)) else None) or None
+        request = _known(
+            method=record.method,
+            path=record.path,
+            protocol=record.protocol,
+            route=record.route_name,
+            attempts=record.attempts,
+            status=record.response_code,
+            flags=list(record.response_flags),
+            details=record.response_code_details if record.response_code >= 400 else "",
+        )
+        hops = [*self._first_hops(steps), Hop("waypoint", self.node, record.duration_ns, request)]
+        if record.upstream_address:
+            waited = max(0, record.first_upstream_byte_ns - record.upstream_connected_ns)
+            backend = _known(address=record.upstream_address, cluster=record.upstream_cluster)
+            hops.append(Hop("backend", self.node, waited, backend))
+        hops.append(
+            Hop("response", self.node, record.duration_ns, {"sentBytes": record.bytes_received, "receivedBytes": record.bytes_sent})
+        )
+        next_step = "allow the request in this AuthorizationPolicy" if rule else None
+        return Connection(self.pair.source, self._destination(), tuple(hops), str(record.response_code or "no response"), rule, next_step)
+
+    def _closed(self, steps: list[Event]) -> Connection:
+        last = steps[-1]
+        reason = Close(last.reason)
+        hops = self._first_hops(steps)
+        if inbound := self._inbound.pop(last.local, None):
+            hops.append(Hop("inbound", self.node, 0, _known(workload=inbound.target, verdict=_verdict(inbound), rule=inbound.rule)))
+        detail: dict[str, Any] = {
+            "sentBytes": last.sent_bytes,
+            "receivedBytes": last.received_bytes,
+            "rttUs": last.rtt_us,
+            "retransmits": last.retransmits,
+        }
+        hops.append(Hop("close", self.node, last.duration_ns, detail))
+        outcome = {Close.NORMAL: "closed", Close.RESET: "reset", Close.FAILED: "failed"}[reason]
+        next_step = None
+        if reason is Close.FAILED and last.redirected:
+            next_step = "the waypoint does not listen: see 'meshagent status'"
+        elif reason is Close.FAILED:
+            next_step = "the backend did not accept: is it listening, and does the policy at its node allow the caller?"
+        return Connection(self.pair.source, self._destination(last), tuple(hops), outcome, last.rule or None, next_step)
+
+    def _first_hops(self, steps: list[Event]) -> list[Hop]:
+        hops = []
+        for event in steps:
+            if event.kind is EventKind.CONNECT:
+                detail = _known(
+                    verdict=_verdict(event),
+                    rule=event.rule,
+                    dialled=event.dialled,
+                    to="waypoint" if event.redirected else event.target or event.remote,
+                    remote=event.remote,
+                    pid=event.pid,
+                    command=event.command,
+                )
+                hops.append(Hop("connect", self.node, event.duration_ns, detail))
+            elif event.kind is EventKind.ESTABLISHED:
+                hops.append(Hop("handshake", self.node, event.duration_ns, _known(local=event.local, rttUs=event.rtt_us)))
+        return hops
+
+    def _denied(self, event: Event) -> Connection:
+        reason = Reason(event.reason)
+        at = "inbound" if event.direction is Direction.INBOUND else "connect"
+        detail = _known(
+            verdict="deny", rule=event.rule, reason=reason.name.lower(), dialled=event.dialled, pid=event.pid, command=event.command
+        )
+        hop = Hop(at, self.node, event.duration_ns, detail)
+        outcome = "refused" if reason is Reason.NO_BACKEND else "denied"
+        return Connection(self.pair.source, self._destination(event), (hop,), outcome, event.rule or None, _NEXT_STEPS.get(reason))
+
+    def _destination(self, event: Event | None = None) -> str:
+        return self.pair.service or (event.target if event else "") or ", ".join(sorted(self.pair.targets))
+
+
+def _remember(table: OrderedDict[Any, Any], key: object, value: object) -> None:
+    table[key] = value
+    table.move_to_end(key)
+    while len(table) > _REMEMBERED:
+        table.popitem(last=False)
+
+
+def _verdict(event: Event) -> str:
+    """An unprotected destination is allowed as well; the rule tells the difference."""
+    return {Verdict.NONE: "allow", Verdict.WAYPOINT: "waypoint"}.get(event.verdict, event.verdict.name.lower())
+
+
+def _known(**detail: object) -> dict[str, Any]:
+    return {key: value for key, value in detail.items() if value not in ("", 0, [], None)}
+
+
+class Tracer:
+    """All running traces, and what the kernel and Envoy are asked to report for them."""
+
+    def __init__(self, node: str, changed: Callable[[frozenset[Pair]], None]) -> None:
+        """`changed` is called with all watched pairs whenever a trace begins or ends."""
+        self._node = node
+        self._changed = changed
+        self._watches: list[Watch] = []
+
+    @property
+    def pairs(self) -> frozenset[Pair]:
+        """Everything that is watched now."""
+        return frozenset(w.pair for w in self._watches)
+
+    def begin(self, pair: Pair) -> Watch:
+        """Start watching; end it with `end`."""
+        watch = Watch(pair, self._node)
+        self._watches.append(watch)
+        self._changed(self.pairs)
+        return watch
+
+    def end(self, watch: Watch) -> None:
+        """Stop watching."""
+        self._watches.remove(watch)
+        self._changed(self.pairs)
+
+    def on_event(self, event: Event) -> None:
+        """Hand a kernel event to every watch."""
+        for watch in self._watches:
+            watch.on_event(event)
+
+    def on_record(self, record: RequestRecord) -> None:
+        """Hand a request to every watch."""
+        for watch in self._watches:
+            watch.on_record(record)

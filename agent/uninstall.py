@@ -1,0 +1,90 @@
+"""Removes every trace of an agent: process, Envoy, programs, links, maps, namespace mounts, cgroup, files. Works after a crash, and twice."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+from agent import lock, netns
+from agent.config import Config
+from agent.l7 import envoy
+
+_PATIENCE_S = 10.0
+
+
+def uninstall(config: Config) -> list[str]:
+    """Undo everything an agent with this configuration ever did; returns what was found and removed."""
+    done = []
+    if pid := _stop_agent(config.run_dir / "agent.lock"):
+        done.append(f"stopped the agent (pid {pid})")
+    if envoy.stop(config.run_dir):
+        done.append("stopped Envoy")
+    # Links first: with them the programs stop deciding, and nothing is redirected to a waypoint that is gone.
+    if config.pin_dir.is_dir():
+        links = len(list(config.pin_dir.glob("links/*")))
+        shutil.rmtree(config.pin_dir)
+        done.append(f"removed programs, maps and {links} links below {config.pin_dir}")
+    mounts = netns.held(config.netns_dir)
+    for mount in mounts:
+        netns.release(mount)
+    if mounts:
+        done.append(f"unmounted {len(mounts)} network namespaces")
+    if config.waypoint_cgroup.is_dir():
+        _remove_cgroup(config.waypoint_cgroup)
+        done.append(f"removed cgroup {config.waypoint_cgroup}")
+    for directory in (config.run_dir, config.state_dir):
+        if directory.is_dir():
+            _remove_files(directory)
+            done.append(f"removed {directory}")
+    return done
+
+
+def _stop_agent(path: Path) -> int | None:
+    pid = lock.holder(path)
+    if not pid:
+        return None
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    end = time.monotonic() + _PATIENCE_S
+    while lock.holder(path):
+        if time.monotonic() > end:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            end += _PATIENCE_S
+        time.sleep(0.05)
+    return pid
+
+
+def _remove_cgroup(path: Path) -> None:
+    end = time.monotonic() + _PATIENCE_S
+    while True:
+        for pid in (path / "cgroup.procs").read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        try:
+            path.rmdir()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+
+
+# Only what agents put there: the directories may hold other nodes' directories (one machine can run several agents).
+_OWN = ("agent.lock", "agent.sock", "xds.sock", "envoy*", "ids.*", "manifest-*", "loader.log", "netns", "snapshot.*")
+
+
+def _remove_files(directory: Path) -> None:
+    for pattern in _OWN:
+        for path in directory.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    with contextlib.suppress(OSError):
+        directory.rmdir()
