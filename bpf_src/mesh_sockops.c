@@ -32,15 +32,22 @@ static __always_inline struct mesh_sock *mesh_sock_of(struct bpf_sock_ops *ctx)
 	return sk ? mesh_sock.sk_storage_get(sk, 0, 0) : NULL;
 }
 
-/* Payload bytes that the peer acknowledged. The SYN of the end that called counts as one byte in bytes_acked (net/ipv4/tcp_input.c). */
-static __always_inline u64 mesh_sent_bytes(struct bpf_sock_ops *ctx, struct mesh_sock *sock)
+/* Payload bytes both ways. The kernel counts each SYN and FIN of the sender as a byte (net/ipv4/tcp_input.c, tcp_snd_una_update and
+ * tcp_rcv_nxt_update). `old` is the state before the close, 0 while the connection lives. What cannot be told is whether the peer's FIN came
+ * to an end that had closed first: then received may be one too high. */
+static __always_inline void mesh_payload(struct bpf_sock_ops *ctx, struct mesh_sock *sock, u32 old, u64 *sent, u64 *received)
 {
-	u64 acked = ctx->bytes_acked;
+	bool fin_acked = old == BPF_TCP_FIN_WAIT2 || old == BPF_TCP_LAST_ACK || old == BPF_TCP_CLOSING;
+	bool fin_received = old == BPF_TCP_CLOSE_WAIT || old == BPF_TCP_LAST_ACK || old == BPF_TCP_CLOSING;
+	u64 extra = (sock->direction != MESH_INBOUND) + fin_acked;
 
-	return acked && sock->direction != MESH_INBOUND ? acked - 1 : acked;
+	*sent = ctx->bytes_acked;
+	*received = ctx->bytes_received;
+	*sent -= *sent < extra ? *sent : extra;
+	*received -= fin_received && *received ? 1 : 0;
 }
 
-static __always_inline void mesh_report_socket(struct bpf_sock_ops *ctx, struct mesh_sock *sock, u8 kind, u8 reason)
+static __always_inline void mesh_report_socket(struct bpf_sock_ops *ctx, struct mesh_sock *sock, u8 kind, u8 reason, u32 old)
 {
 	struct mesh_event *event = mesh_event_new(kind);
 	struct mesh_ends ends;
@@ -50,8 +57,7 @@ static __always_inline void mesh_report_socket(struct bpf_sock_ops *ctx, struct 
 	mesh_ends_of(ctx, &ends);
 	event->socket_cookie = bpf_get_socket_cookie(ctx);
 	event->duration_ns = event->time_ns - sock->start_ns;
-	event->sent_bytes = mesh_sent_bytes(ctx, sock);
-	event->received_bytes = ctx->bytes_received;
+	mesh_payload(ctx, sock, old, &event->sent_bytes, &event->received_bytes);
 	event->local_address = ends.local;
 	event->local_port = ends.local_port;
 	event->remote_address = ends.remote;
@@ -124,7 +130,7 @@ static __always_inline void mesh_on_established(struct bpf_sock_ops *ctx)
 		stats->connect_bucket[mesh_bucket(took) & (MESH_BUCKETS - 1)] += 1;
 	}
 	if (sock->traced)
-		mesh_report_socket(ctx, sock, MESH_EVENT_ESTABLISHED, 0);
+		mesh_report_socket(ctx, sock, MESH_EVENT_ESTABLISHED, 0, 0);
 }
 
 /* The receiver's end, when the handshake is done. mesh_sk_lookup has let it in. */
@@ -184,7 +190,7 @@ static __always_inline void mesh_on_accepted(struct bpf_sock_ops *ctx)
 	}
 	bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
 	if (sock.traced)
-		mesh_report_socket(ctx, &sock, MESH_EVENT_ESTABLISHED, 0);
+		mesh_report_socket(ctx, &sock, MESH_EVENT_ESTABLISHED, 0, 0);
 }
 
 static __always_inline void mesh_on_close(struct bpf_sock_ops *ctx)
@@ -192,7 +198,7 @@ static __always_inline void mesh_on_close(struct bpf_sock_ops *ctx)
 	struct mesh_sock *sock = mesh_sock_of(ctx);
 	u32 old = ctx->args[0];
 	struct mesh_stats *stats;
-	u64 rtt_ns;
+	u64 rtt_ns, sent, received;
 	u32 reason;
 
 	if (!sock)
@@ -209,14 +215,15 @@ static __always_inline void mesh_on_close(struct bpf_sock_ops *ctx)
 		stats->closed[reason] += 1;
 		stats->retransmits += ctx->total_retrans;
 		if (reason != MESH_CLOSE_FAILED) {
-			stats->sent_bytes += mesh_sent_bytes(ctx, sock);
-			stats->received_bytes += ctx->bytes_received;
+			mesh_payload(ctx, sock, old, &sent, &received);
+			stats->sent_bytes += sent;
+			stats->received_bytes += received;
 			stats->rtt_ns += rtt_ns;
 			stats->rtt_bucket[mesh_bucket(rtt_ns) & (MESH_BUCKETS - 1)] += 1;
 		}
 	}
 	if (sock->traced)
-		mesh_report_socket(ctx, sock, MESH_EVENT_CLOSED, reason);
+		mesh_report_socket(ctx, sock, MESH_EVENT_CLOSED, reason, old);
 }
 
 int mesh_sockops(struct bpf_sock_ops *ctx)

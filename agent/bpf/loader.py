@@ -48,7 +48,7 @@ def load(maps_dir: Path, programs_dir: Path, manifest: Path, flags: tuple[str, .
         # helpers.h of bcc and the UAPI headers both define a few macros
         cflags = [f'-DMESH_PIN="{maps_dir}"', "-Wno-macro-redefined", "-Werror=implicit-function-declaration", *flags]
         try:
-            module = BPF(text=code.text, cflags=cflags)
+            module = BPF(text=code.text.encode(), cflags=cflags)
         except Exception as error:
             raise MeshError(f"the programs do not compile, or a map could not be made in {maps_dir}: {error}") from error
     functions = {}
@@ -80,7 +80,7 @@ def load(maps_dir: Path, programs_dir: Path, manifest: Path, flags: tuple[str, .
 def _map(module: Any, name: str) -> dict[str, Any]:
     if name in {"mesh_listener", "mesh_events", "mesh_sock"}:  # sockets, a byte stream, socket storage: no records that user space reads
         return {"key": [], "value": [], "key_size": 0, "value_size": 0}
-    table = module[name]
+    table = module[name.encode()]
     value = getattr(table, "sLeaf", table.Leaf)  # of one CPU
     return {
         "key": _fields(table.Key),

@@ -1,0 +1,211 @@
+"""A node's data path without controller and Envoy: real programs on a real lab network, configured by a snapshot that a test writes itself."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from agent.bpf import libbpf
+from agent.bpf.datapath import DataPath
+from agent.bpf.events import Event, Events
+from agent.bpf.manifest import Close, Direction
+from agent.config import Config
+from agent.enrolment import Enrolment
+from agent.ids import Ids
+from agent.model import Backing, Policy, Service, ServicePort, Snapshot, Workload
+from agent.uninstall import uninstall
+from lab import mounts, paths
+from lab.lab import Lab
+from lab.topology import Node, Outside, Pod, Topology
+
+NODE = "node-1"
+ECHO = """
+import socket, threading
+def serve(s):
+    while True:
+        c, _ = s.accept()
+        threading.Thread(target=talk, args=(c,), daemon=True).start()
+def talk(c):
+    with c:
+        while data := c.recv(65536):
+            c.sendall(data)
+for port in (8080, 8081):
+    s = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=64)
+    threading.Thread(target=serve, args=(s,)).start()
+"""
+
+
+def pod(name: str, host: int, *, serves: bool = False, node: int = 1) -> Pod:
+    """A pod with addresses of both families; one that serves echoes on 8080 and 8081."""
+    command = ("python3", "-c", ECHO) if serves else ()
+    return Pod(
+        name, f"node-{node}", (f"10.77.{node}.{host}", f"fd77:0:0:{node}::{host}"), command=command, ports=(8080, 8081) if serves else ()
+    )
+
+
+PODS = (
+    pod("caller", 11),
+    pod("other", 12),
+    pod("server-a", 21, serves=True),
+    pod("server-b", 22, serves=True),
+    pod("remote", 31, serves=True, node=2),
+    pod("stranger", 41),
+)
+TOPOLOGY = Topology((Node("node-1", 1), Node("node-2", 2)), PODS, (Outside("client", ("10.77.255.200", "fd77:0:0:ff::200")),), Path("/"))
+ADDRESSES = {p.name: p.addresses for p in PODS}
+VIP4, VIP6, VIP_EMPTY = "10.96.0.10", "fd96::10", "10.96.0.20"
+
+
+def workload(name: str, *, policies: tuple[str, ...] = (), ready: bool = True, enrolled: bool = True) -> Workload:
+    """The pod of this name as a workload; both servers and `remote` back the service `echo`."""
+    found = next(p for p in PODS if p.name == name)
+    backing = (Backing("default/echo", {80: 8080}),) if found.ports else ()
+    namespace = paths.place_netns(found)
+    return Workload(f"default/{name}", name, found.node, {}, found.addresses, namespace, enrolled, ready, backing, tuple(sorted(policies)))
+
+
+def snapshot(*workloads: Workload, policies: tuple[Policy, ...] = (), waypoint: bool = False) -> Snapshot:
+    """A model of these workloads with the services `echo` (both families) and `empty`."""
+    port = ServicePort(80, "", "TCP", "", waypoint, "test")
+    services = (Service("default/echo", (VIP4, VIP6), (port,)), Service("default/empty", (VIP_EMPTY,), (port,)))
+    return Snapshot("test", {w.name: w for w in workloads}, {s.name: s for s in services}, {}, {p.name: p for p in policies})
+
+
+class DataNode:
+    """See the module."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+        self.config = Config(
+            node=NODE,
+            controller="unix:none",
+            cgroup=paths.node_cgroup(NODE),
+            pin_dir=paths.agent_pins(NODE),
+            run_dir=paths.agent_run(NODE),
+            state_dir=paths.agent_state(NODE),
+        )
+        for directory in (self.config.run_dir, self.config.state_dir, self.config.pin_dir):
+            directory.mkdir(parents=True, exist_ok=True)
+        self.config.waypoint_cgroup.mkdir(exist_ok=True)
+        self.open()
+
+    def open(self) -> None:
+        """Load or take over, as an agent does when it starts."""
+        self.datapath = DataPath(self.config)
+        asyncio.run(self.datapath.load())
+        self.ids = Ids(self.config.run_dir / "ids.json")
+        self.enrolment = Enrolment(self.config, self.datapath, self.ids)
+
+    def enforce(self, model: Snapshot, enforce_inbound: frozenset[str] = frozenset()) -> None:
+        """Bring a snapshot into force and attach."""
+        enrolled = self.enrolment.enforce(model, enforce_inbound)
+        assert not enrolled.missing
+        self.datapath.configure(waypoint_cgroup_id=self.config.waypoint_cgroup.stat().st_ino, tracing=0)
+        self.datapath.attach(self.config.waypoint_cgroup)
+
+    def connect(self, place: str, address: str, port: int, *, size: int = 5, timeout: float = 2.0) -> str:
+        """Connect from inside a pod and exchange `size` bytes; "ok PEER" or the name of the errno, as the application sees it."""
+        code = (
+            "import socket,errno,sys\n"
+            "try:\n"
+            f"  s=socket.create_connection(({address!r},{port}),timeout={timeout}); peer=s.getpeername()[0]\n"
+            f"  s.sendall(b'x'*{size}); s.shutdown(socket.SHUT_WR)\n"
+            "  got=b''\n"
+            "  while data:=s.recv(65536): got+=data\n"
+            f"  assert len(got)=={size}, got\n"
+            "  print('ok',peer)\n"
+            "except TimeoutError: print('timeout')\n"
+            "except OSError as e: print(errno.errorcode.get(e.errno,e))\n"
+        )
+        run = self.lab.exec(place, ["python3", "-c", code])
+        assert run.returncode == 0, run.stderr
+        return run.stdout.strip()
+
+    def stats(self, source: str, target: str, direction: Direction) -> dict[str, int]:
+        """Sums of a pair's counters over services, ports and CPUs; `closed` and `failed` apart."""
+        table = self.datapath.maps["mesh_stats"]
+        total = {"opened": 0, "sent_bytes": 0, "received_bytes": 0, "closed": 0, "failed": 0, "reset": 0}
+        for key, values in table.items():
+            k = table.layout.key.unpack(key)
+            if (self.ids.name(k["source"]), self.ids.name(k["target"]), k["direction"]) != (source, target, direction):
+                continue
+            for value in map(table.layout.value.unpack, values):
+                for name in ("opened", "sent_bytes", "received_bytes"):
+                    total[name] += value[name]
+                total["closed"] += value["closed"][Close.NORMAL]
+                total["failed"] += value["closed"][Close.FAILED]
+                total["reset"] += value["closed"][Close.RESET]
+        return total
+
+    def verdicts(self) -> dict[tuple[str, str, str], int]:
+        """Counts by (source, target, rule)."""
+        table = self.datapath.maps["mesh_verdicts"]
+        found: dict[tuple[str, str, str], int] = {}
+        for key, values in table.items():
+            k = table.layout.key.unpack(key)
+            who = (self.ids.name(k["source"]), self.ids.name(k["target"]), self.ids.name(k["rule"]))
+            found[who] = found.get(who, 0) + sum(table.layout.value.unpack(v)[""] for v in values)
+        return found
+
+    @contextmanager
+    def events(self) -> Iterator[list[Event]]:
+        """Events that arrive within the block, complete when it ends."""
+        found: list[Event] = []
+        ring = Events(self.datapath.maps["mesh_events"], self.datapath.maps["mesh_scratch"], self.ids, found.append)
+        ring._ring.consume()
+        found.clear()
+        yield found
+        ring._ring.consume()
+        ring._ring.close()
+
+    def close(self) -> None:
+        """Remove everything."""
+        for table in self.datapath.maps.values():
+            table.close()
+        uninstall(self.config)
+
+
+def until(condition: object, timeout: float = 3.0) -> bool:
+    """Poll a condition that no event announces (a counter in the kernel); False if it does not come true."""
+    assert callable(condition)
+    end = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@contextmanager
+def running() -> Iterator[DataNode]:
+    """A lab without a mesh, and the data path on its first node."""
+    with Lab(TOPOLOGY, mesh=False) as lab:
+        mounted = mounts.mount_bpffs(paths.BPF)
+        node = DataNode(lab)
+        try:
+            yield node
+        finally:
+            node.close()
+            if mounted:
+                mounts.unmount_bpffs(paths.BPF)
+
+
+def address_of(place: str, family: socket.AddressFamily = socket.AF_INET) -> str:
+    """A pod's address of a family."""
+    return ADDRESSES[place][0 if family == socket.AF_INET else 1]
+
+
+def program_ids(node: DataNode) -> list[int]:
+    """Ids of the pinned programs, in a stable order."""
+    pins = sorted(p for d in node.config.pin_dir.glob("programs-*") for p in d.iterdir())
+    found = []
+    for pin in pins:
+        fd = libbpf.open_pin(pin)
+        found.append(libbpf.program_id(fd))
+        os.close(fd)
+    return found
