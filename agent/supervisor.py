@@ -116,12 +116,14 @@ class Supervisor:
             metrics.stop()
 
     async def apply(self, snapshot: Snapshot) -> None:
-        """Bring `snapshot` into force; on failure the previous one stays. Called by the discovery client, and when namespaces change."""
+        """Bring a new `snapshot` into force; on failure the previous one stays. Called by the discovery client."""
         async with self._enforcing:
-            # Before the first await, so that what is compiled is what is served.
-            self._enrolled = await asyncio.to_thread(self._enrolment.enforce, snapshot, needs_inbound(snapshot))
-            self._snapshot = snapshot
-            self._configure_waypoint()
+            await self._bring_into_force(snapshot)
+
+    async def _bring_into_force(self, snapshot: Snapshot) -> None:
+        self._enrolled = await asyncio.to_thread(self._enrolment.enforce, snapshot, needs_inbound(snapshot))
+        self._snapshot = snapshot
+        self._configure_waypoint()
 
     def _configure_waypoint(self) -> None:
         traced = frozenset(pair.source for pair in self._tracer.pairs)
@@ -131,8 +133,9 @@ class Supervisor:
     async def _watch_namespaces(self) -> None:
         while True:
             await asyncio.sleep(NAMESPACE_POLL_S)
-            if self._snapshot is not None and self._enrolment.namespaces_changed(self._snapshot):
-                await self.apply(self._snapshot)
+            async with self._enforcing:
+                if self._snapshot is not None and self._enrolment.namespaces_changed(self._snapshot):
+                    await self._bring_into_force(self._snapshot)
 
     async def _heartbeat(self) -> None:
         while True:

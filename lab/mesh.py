@@ -65,7 +65,7 @@ def start_agent(node: Node) -> Process:
     argv = [program("meshagent"), "run", "--node", node.name, "--controller", _CONTROLLER]
     argv += ["--tls-ca", str(paths.PKI / "ca.crt"), "--tls-cert", str(paths.PKI / f"{node.name}.crt")]
     argv += ["--tls-key", str(paths.PKI / f"{node.name}.key"), *agent_directories(node.name)]
-    argv += ["--metrics-address", node.gateways[0], "--metrics-port", str(METRICS_PORT)]
+    argv += ["--metrics-address", node.gateways[0], "--metrics-port", str(METRICS_PORT), "--log-level", "debug"]
     seat = Seat(paths.agent_cgroup(node.name), paths.node_netns(node))
     name = f"agent-{node.name}"
     return process.start(name, seat, argv, {}, Path("/"), paths.log(name))
@@ -100,7 +100,7 @@ def agent_command(node: str, command: str, *args: str) -> list[str]:
 
 def apply_command(files: Sequence[str]) -> list[str]:
     """Return the command line that gives files and directories to the lab's controller."""
-    return [program("meshagent"), "apply", "--socket", str(paths.CONTROLLER_SOCKET), *(arg for file in files for arg in ("-f", file))]
+    return [program("meshagent"), "apply", "--controller", f"unix://{paths.CONTROLLER_SOCKET}", *(arg for file in files for arg in ("-f", file))]
 
 
 def uninstall(node: str, timeout: float = 60.0) -> str:

@@ -14,9 +14,6 @@ from typing import Any, Final, NoReturn
 
 import click
 import grpc
-from rich.console import Console
-from rich.table import Table
-from ruamel.yaml import YAML
 
 from meshapi import admin_pb2 as pb
 from meshapi import admin_pb2_grpc
@@ -136,7 +133,8 @@ def _call(controller: str, call: Any) -> Any:
     try:
         return call()
     except grpc.RpcError as error:
-        code, details = error.code(), " ".join((error.details() or "").split())  # type: ignore[attr-defined,unused-ignore]
+        failed: Any = error  # what a stub raises is also a grpc.Call, which its type does not say
+        code, details = failed.code(), " ".join((failed.details() or "").split())
         if code is grpc.StatusCode.UNAVAILABLE:
             _fail(f"controller {controller} is not reachable ({details}): is `mesh-controller run` up? give its address with --controller")
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -191,6 +189,8 @@ def _show_results(results: Iterable[pb.ObjectResult], output: str) -> None:
 
 
 def _yaml(objects: list[dict[str, Any]]) -> str:
+    from ruamel.yaml import YAML  # noqa: PLC0415 - the daemon imports this module and must not pay for it
+
     out = io.StringIO()
     writer = YAML(typ="safe", pure=True)
     writer.default_flow_style = False
@@ -242,6 +242,9 @@ def _show_table(objects: list[dict[str, Any]], *, wide: bool) -> None:
         rows.append([*row, details, item["status"].get("source", "")] if wide else row)
     header = ["KIND", "NAMESPACE", "NAME", "SUMMARY", "STATUS", *(["DETAILS", "SOURCE"] if wide else [])]
     if sys.stdout.isatty():
+        from rich.console import Console  # noqa: PLC0415 - the daemon imports this module and must not pay for it
+        from rich.table import Table  # noqa: PLC0415
+
         table = Table(*header, box=None, header_style="bold", pad_edge=False)
         for row in rows:
             table.add_row(*row)

@@ -41,7 +41,7 @@ def path_rank(match: RouteMatch) -> tuple[int, int]:
     if path is None or path.kind is MatchKind.PRESENT or (path.kind is MatchKind.PREFIX and not path.value.strip("/")):
         return (_CATCH_ALL, 0)
     if path.kind is MatchKind.EXACT:
-        return (_EXACT, -len(path.value))
+        return (_EXACT, 0)
     if path.kind is MatchKind.PREFIX:
         return (_PREFIX, -len(path.value.rstrip("/")))
     return (_REGEX, -len(path.value))

@@ -24,7 +24,9 @@ from agent.model import Backend, HeaderEdit, MatchKind, Retry, Route, RouteMatch
 
 RETRY_ON = "connect-failure,refused-stream,reset,retriable-status-codes"
 """HTTPRoute's retry stanza names the codes; connection errors (refused, reset, timeout) are retried as well (GEP-1731)."""
-OTHER_HOST_ATTEMPTS = 5  # how often a retry asks the load balancer again when it proposes a host that was already tried
+OTHER_HOST_ATTEMPTS = 30
+"""How often a retry asks the load balancer again while it proposes a host that was already tried: of two equally busy hosts it proposes
+each half of the time, so the usual 5 would send one retry in 64 to the host that just failed."""
 
 Authorize = Callable[[str, int], Authorization]
 """(service, port) -> what the caller's side enforces for that backend."""
@@ -217,16 +219,16 @@ def _string(match: StringMatch) -> string_pb2.StringMatcher:
 def _edit(
     target: route_components_pb2.Route | route_components_pb2.WeightedCluster.ClusterWeight, request: HeaderEdit, response: HeaderEdit
 ) -> None:
-    """Append header changes. Envoy removes first and then adds in order (docs, Custom request/response headers)."""
+    """Append header changes, except those of Host, which Envoy refuses here (see `_host`). It removes first and then adds in order."""
     for edit, added, removed in (
         (request, target.request_headers_to_add, target.request_headers_to_remove),
         (response, target.response_headers_to_add, target.response_headers_to_remove),
     ):
         for name, value in sorted(edit.set.items()):
-            if edit is response or not _is_host(name):
+            if not _is_host(name):
                 _set_header(added, name, value)
         for name, value in sorted(edit.add.items()):
-            if edit is response or not _is_host(name):
+            if not _is_host(name):
                 _set_header(added, name, value, base_pb2.HeaderValueOption.APPEND_IF_EXISTS_OR_ADD)
         changed = {name.lower() for name in (*edit.set, *edit.add)}
         removed.extend(sorted(name for name in edit.remove if name.lower() not in changed and not _is_host(name)))

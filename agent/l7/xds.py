@@ -34,6 +34,14 @@ log = logging.getLogger(__name__)
 
 ORDER = (names.CLUSTER, names.ENDPOINTS, names.LISTENER, names.SCOPE, names.ROUTES)
 """Make before break: what is referred to goes first."""
+WAITS_FOR = {
+    names.CLUSTER: frozenset[str](),
+    names.ENDPOINTS: frozenset[str](),  # Envoy answers for clusters only when it has their endpoints (seen with 1.40)
+    names.LISTENER: frozenset({names.CLUSTER, names.ENDPOINTS}),
+    names.SCOPE: frozenset({names.CLUSTER, names.ENDPOINTS}),  # a listener is not active before it has its routes
+    names.ROUTES: frozenset({names.CLUSTER, names.ENDPOINTS}),
+}
+"""What must be answered before a type goes out."""
 REMOVAL_ORDER = (names.SCOPE, names.LISTENER, names.ROUTES, names.CLUSTER, names.ENDPOINTS)
 WARM_PATIENCE_S = 2.0
 """How long routes wait for the endpoints of new clusters before they go out anyway."""
@@ -243,6 +251,16 @@ class _Stream:
                 self._timer.cancel()
 
     def _take(self, request: discovery_pb2.DeltaDiscoveryRequest) -> None:
+        log.debug(
+            "envoy asks",
+            extra={
+                "type": request.type_url.rpartition(".")[2],
+                "subscribe": list(request.resource_names_subscribe),
+                "unsubscribe": list(request.resource_names_unsubscribe),
+                "nonce": request.response_nonce,
+                "error": request.error_detail.message,
+            },
+        )
         state = self.types.get(request.type_url)
         if state is None:
             # The first request of a type on this stream: it says what Envoy kept from before. No names at all = the wildcard.
@@ -290,16 +308,17 @@ class _Stream:
         runtime = self.types.get(names.RUNTIME)
         if runtime is not None and not runtime.nonce and (response := self._update(names.RUNTIME, runtime)) is not None:
             return response
+        unanswered = {kind for kind in ORDER if (state := self.types.get(kind)) is not None and state.nonce}
         for kind in ORDER:
             state = self.types.get(kind)
-            if state is None:
+            if state is None or kind in unanswered or unanswered & WAITS_FOR[kind]:
                 continue
-            if state.nonce:
-                return None
             if kind in {names.SCOPE, names.ROUTES} and not self._warm():
-                return None
+                continue
             if (response := self._update(kind, state)) is not None:
                 return response
+        if unanswered:
+            return None
         for kind in REMOVAL_ORDER:
             state = self.types.get(kind)
             if state is not None and (response := self._removal(kind, state)) is not None:
@@ -345,6 +364,9 @@ class _Stream:
         state.greeted = True
         state.sent = {name: resource.version for name, resource in changed.items()}
         state.removed = removed
+        log.debug(
+            "to envoy", extra={"type": kind.rpartition(".")[2], "nonce": state.nonce, "resources": list(changed), "removed": list(removed)}
+        )
         return discovery_pb2.DeltaDiscoveryResponse(
             type_url=kind,
             nonce=state.nonce,

@@ -159,7 +159,7 @@ def test_a_client_can_not_choose_the_destination_by_a_header_and_apps_never_see_
     services = [harness.service("web", VIP, 80), harness.service("shop", SHOP_VIP, 80)]
     snapshot = harness.snapshot([*callers(), web, shop], services)
     resources = build(snapshot, [harness.local(callers()[0], lab.netns("a1"))], trust_domain=harness.TRUST_DOMAIN)
-    forged = ["-H", f"{names.DESTINATION_HEADER}: {SHOP_VIP}:80", "-H", f"Host: shop"]
+    forged = ["-H", f"{names.DESTINATION_HEADER}: {SHOP_VIP}:80", "-H", "Host: shop"]
 
     async def scenario() -> list[tuple[int, dict[str, Any]]]:
         async with running(tmp_path, resources):
@@ -186,7 +186,7 @@ def test_inbound_authorizes_by_address_and_reaches_the_application_from_inside(l
     protected = b_workloads(b2=(policy.name,))
     snapshot = harness.snapshot([*callers(), *protected], [harness.service("web", VIP, 80)], policies=[policy])
     resources = steerable(build(snapshot, [harness.local(protected[1], lab.netns("b2"))], trust_domain=harness.TRUST_DOMAIN), "default/b2")
-    steer = "ip daddr %s tcp dport { 8080, 15006 } iifname eth0 tproxy to :15006 meta mark set 1 accept" % PODS["b2"]
+    steer = f"ip daddr {PODS['b2']} tcp dport {{ 8080, 15006 }} iifname eth0 tproxy to :15006 meta mark set 1 accept"
     ns = f"{lab.prefix}-b2"
     sh(f"ip netns exec {ns} nft 'add chain ip t p {{ type filter hook prerouting priority mangle; }}; add rule ip t p {steer}'")
     sh(f"ip -n {ns} rule add fwmark 1 lookup 100 && ip -n {ns} route add local 0.0.0.0/0 dev lo table 100")

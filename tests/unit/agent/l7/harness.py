@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
+import socket
 import socketserver
 import subprocess
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,16 +22,32 @@ from envoy.config.endpoint.v3 import endpoint_pb2
 from envoy.config.listener.v3 import listener_pb2
 from envoy.config.route.v3 import route_pb2, scoped_route_pb2
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2 as hcm_pb2
+from envoy.extensions.filters.network.set_filter_state.v3 import set_filter_state_pb2
 from google.protobuf import json_format
 
 from agent.config import Config
 from agent.l7 import names
 from agent.l7.access_log import RequestRecord
+from agent.l7.clusters import socket_address
 from agent.l7.envoy import Envoy, find, stop
-from agent.l7.resources import Resources
+from agent.l7.resources import Resources, pack
+from agent.l7.snapshot import build
 from agent.l7.xds import XdsServer
-from agent.model import Backend, Backing, HeaderEdit, LocalWorkload, Policy, Retry, Route, RouteMatch, RouteRule, Service, ServicePort
-from agent.model import Snapshot, Workload
+from agent.model import (
+    Backend,
+    Backing,
+    HeaderEdit,
+    LocalWorkload,
+    Policy,
+    Retry,
+    Route,
+    RouteMatch,
+    RouteRule,
+    Service,
+    ServicePort,
+    Snapshot,
+    Workload,
+)
 
 TRUST_DOMAIN = "mesh.test"
 OWN_NETNS = "/proc/self/ns/net"
@@ -91,6 +110,11 @@ def snapshot(
     )
 
 
+def build_nothing() -> Resources:
+    """What an agent without workloads serves."""
+    return build(Snapshot(), [], trust_domain=TRUST_DOMAIN)
+
+
 def local(one: Workload, netns_path: str = OWN_NETNS) -> LocalWorkload:
     """The workload bound to a namespace, by default the tests' own."""
     return LocalWorkload(one, 1, netns_path)
@@ -131,6 +155,8 @@ def validate(resources: Resources, directory: Path) -> None:
             cluster.load_assignment.CopyFrom(decoded(resources, names.ENDPOINTS, name))
         static.clusters.append(cluster)
     configurations = {name: decoded(resources, names.ROUTES, name) for name in resources[names.ROUTES]}
+    for configuration in configurations.values():
+        configuration.validate_clusters.value = False  # as over RDS: the cluster of invalid backends never exists
     scopes = [decoded(resources, names.SCOPE, name) for name in resources[names.SCOPE]]
     for name in resources[names.LISTENER]:
         listener = decoded(resources, names.LISTENER, name)
@@ -153,6 +179,62 @@ def validate(resources: Resources, directory: Path) -> None:
     path.write_text(json_format.MessageToJson(bootstrap))
     done = subprocess.run([find(), "--mode", "validate", "-c", path, "--log-level", "error"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
+
+
+def on_loopback(resources: Resources, *ports: int) -> Resources:
+    """The resources without namespaces, which need root: each outbound listener on 127.0.0.1 at these ports.
+
+    No connection is redirected then, so its local address is its original destination: a service under test is 127.0.0.1 at one of `ports`.
+    """
+    listeners = {}
+    for name in resources[names.LISTENER]:
+        listener = decoded(resources, names.LISTENER, name)
+        listener.ClearField("additional_addresses")
+        listener.address.CopyFrom(socket_address("127.0.0.1", ports[0]))
+        for port in ports[1:]:
+            listener.additional_addresses.add().address.CopyFrom(socket_address("127.0.0.1", port))
+        state = set_filter_state_pb2.Config()
+        assert listener.filter_chains[0].filters[0].typed_config.Unpack(state)
+        del state.on_new_connection[0]
+        listener.filter_chains[0].filters[0].typed_config.Pack(state)
+        listeners[name] = pack(listener)
+    return {**resources, names.LISTENER: listeners}
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One HTTP answer; `seen` is what `http_server` reports, empty for an answer of Envoy's own."""
+
+    status: int
+    headers: dict[str, str]
+    seen: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Which server answered."""
+        return str(self.seen.get("name", ""))
+
+
+def request(port: int, path: str = "/", method: str = "GET", headers: Mapping[str, str] | None = None) -> Answer:
+    """One request on a connection of its own."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request(method, path, headers=dict(headers or {}))
+        response = connection.getresponse()
+        body = response.read()
+        seen = json.loads(body) if body.startswith(b"{") else {}
+        return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, seen)
+    finally:
+        connection.close()
 
 
 def config(directory: Path, **changes: Any) -> Config:
@@ -200,6 +282,7 @@ def http_server(name: str, address: str, port: int = 0, behaviour: Behaviour = l
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = 65536  # one segment: headers and body apart would meet Nagle and a delayed ACK, 40 ms each
 
         def do_GET(self) -> None:
             status = behaviour(self)
@@ -210,7 +293,7 @@ def http_server(name: str, address: str, port: int = 0, behaviour: Behaviour = l
             self.end_headers()
             self.wfile.write(body)
 
-        do_POST = do_DELETE = do_GET
+        do_POST = do_DELETE = do_GET  # noqa: N815  # the names are http.server's
 
         def log_message(self, *_: Any) -> None:
             pass

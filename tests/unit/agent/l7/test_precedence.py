@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.l7.precedence import covers, match_key
-from agent.model import MatchKind, Route, RouteMatch, RouteRule, StringMatch
+from agent.l7.precedence import Key, covers, match_key
+from agent.model import HeaderEdit, MatchKind, Route, RouteMatch, RouteRule, StringMatch
 from tests.unit.agent.l7 import harness
 
 EXACT, PREFIX, REGEX, PRESENT = MatchKind.EXACT, MatchKind.PREFIX, MatchKind.REGEX, MatchKind.PRESENT
@@ -20,7 +20,7 @@ def path(kind: MatchKind, value: str) -> RouteMatch:
     return RouteMatch(path=StringMatch(kind, value))
 
 
-def key(match: RouteMatch, name: str = "r", created: int = 0) -> object:
+def key(match: RouteMatch, name: str = "r", created: int = 0) -> Key:
     return match_key(harness.route(name, harness.rule(matches=(match,)), parent="s", created=created), 0, 0)
 
 
@@ -65,8 +65,8 @@ rules = st.builds(
     retry=st.none(),
     request_timeout_ms=st.just(0),
     backend_request_timeout_ms=st.just(0),
-    request_headers=st.just(harness.HeaderEdit()),
-    response_headers=st.just(harness.HeaderEdit()),
+    request_headers=st.just(HeaderEdit()),
+    response_headers=st.just(HeaderEdit()),
 )
 routes = st.lists(
     st.builds(
@@ -88,7 +88,9 @@ def spec_beats(one: RouteMatch, other: RouteMatch) -> bool | None:
     def kind(match: RouteMatch) -> tuple[str, int]:
         if match.path is None or match.path.kind is PRESENT:
             return "prefix", 0
-        return {EXACT: "exact", PREFIX: "prefix", REGEX: "regex"}[match.path.kind], len(match.path.value.rstrip("/"))
+        if match.path.kind is PREFIX:
+            return "prefix", len(match.path.value.rstrip("/"))
+        return ("exact" if match.path.kind is EXACT else "regex"), 0
 
     (kind_one, length_one), (kind_other, length_other) = kind(one), kind(other)
     if "regex" in {kind_one, kind_other}:

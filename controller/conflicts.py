@@ -1,0 +1,82 @@
+"""Which objects may be in force together: two services cannot share an address and port, two workloads cannot share an address.
+
+Called by `controller.source` with every candidate; pure. What is in force already has precedence over what changed, and that over what is new,
+so that nobody can take over an address by choosing a file name that sorts first. After a restart only the order of files is left.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Iterator, Mapping
+
+from controller.documents import Path
+from controller.errors import Problem
+from controller.objects import Key, Object
+
+Claim = tuple[str, str, int]
+Claims = dict[Claim, Object]
+
+
+def virtual_addresses(service: Object) -> list[str]:
+    """Return the canonical virtual addresses of a Service, none if it is headless."""
+    spec = service.spec
+    addresses = spec.get("clusterIPs") or [spec["clusterIP"]]
+    return [] if addresses == ["None"] else [str(ipaddress.ip_address(address)) for address in addresses]
+
+
+def workload_addresses(workload: Object) -> list[str]:
+    """Return the canonical addresses of a Workload."""
+    return [str(ipaddress.ip_address(address)) for address in workload.spec["addresses"]]
+
+
+def _claims(item: Object) -> Iterator[tuple[Claim, Path, str]]:
+    if item.key.kind == "Service":
+        field = "clusterIPs" if "clusterIPs" in item.spec else "clusterIP"
+        for index, address in enumerate(virtual_addresses(item)):
+            path: Path = ("spec", field, index) if field == "clusterIPs" else ("spec", field)
+            for port in item.spec["ports"]:
+                yield (address, port.get("protocol", "TCP"), port["port"]), path, f"{address} port {port['port']}"
+            # A workload at this address could never be reached by its own address.
+            yield (address, "host", 0), path, address
+    elif item.key.kind == "Workload":
+        for index, address in enumerate(workload_addresses(item)):
+            yield (address, "host", 0), ("spec", "addresses", index), address
+
+
+def _conflict(item: Object, claims: Claims) -> Problem | None:
+    for claim, path, words in _claims(item):
+        holder = claims.get(claim)
+        if holder is None or holder.key == item.key:
+            continue
+        if claim[1] == "host" and holder.key.kind == item.key.kind == "Service":
+            continue
+        return item.problem(path, f"{words} already belongs to {holder.key}")
+    return None
+
+
+def resolve(candidates: Iterable[Object], in_force: Mapping[Key, Object]) -> tuple[dict[Key, Object], dict[Key, Problem]]:
+    """Return what is in force from now on, and for each refused candidate the conflict that it lost.
+
+    `candidates` hold at most one object per key. A candidate that loses is replaced by its version that is `in_force`, if that has no
+    conflict itself.
+    """
+
+    def rank(item: Object) -> int:
+        held = in_force.get(item.key)
+        return 2 if held is None else 0 if held.data == item.data else 1
+
+    accepted: dict[Key, Object] = {}
+    problems: dict[Key, Problem] = {}
+    claims: Claims = {}
+    for item in sorted(candidates, key=rank):
+        chosen: Object | None = item
+        if problem := _conflict(item, claims):
+            problems[item.key] = problem
+            chosen = in_force.get(item.key)
+            if chosen is not None and _conflict(chosen, claims):
+                chosen = None
+        if chosen is not None:
+            accepted[chosen.key] = chosen
+            for claim, _, _ in _claims(chosen):
+                claims.setdefault(claim, chosen)
+    return accepted, problems

@@ -1,0 +1,133 @@
+"""What is built for a rich model: the real Envoy accepts it, and small changes stay small."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from agent.l7 import names
+from agent.l7.resources import Resources
+from agent.l7.snapshot import build
+from agent.model import (
+    Action,
+    Backend,
+    HeaderEdit,
+    MatchKind,
+    Operation,
+    Policy,
+    PolicyRule,
+    Retry,
+    RouteMatch,
+    Snapshot,
+    Source,
+    StringMatch,
+)
+from tests.unit.agent.l7 import harness
+
+GET = Operation(methods=("GET",), paths=("/a*", "*b", "*", "/c"), not_paths=("/d",), hosts=("h", "*.h", "h*", "*"), not_hosts=("x",))
+
+
+def rich() -> Snapshot:
+    every = {"default/web": {80: 8080, 81: 8081}, "default/grpc": {9000: 9000}}
+    source = Source(("*", "mesh.test/*"), ("*/sa/x",), ("default",), ("other",), ("default/a",), ("default/b",))
+    policies = [
+        Policy("default/allow", Action.ALLOW, (PolicyRule((source,), (GET,)), PolicyRule((Source(),), (Operation(ports=(8080,)),)))),
+        Policy("default/deny", Action.DENY, (PolicyRule((Source(not_principals=("*",)),), (Operation(not_methods=("GET",)),)),)),
+        Policy("default/audit", Action.AUDIT, (PolicyRule(operations=(Operation(not_ports=(1,), methods=("*",)),)),)),
+    ]
+    workloads = [
+        harness.workload("a", "10.0.0.1", "fd00::1"),
+        harness.workload("b1", "10.0.0.2", "fd00::2", backing=every, policies=("default/allow", "default/deny", "default/audit")),
+        harness.workload("b2", "10.0.0.3", backing=every, policies=("default/allow", "default/deny", "default/audit")),
+        harness.workload("c", "10.0.0.4", backing={"default/l4": {6379: 6379}}),
+    ]
+    services = [
+        harness.service("web", "10.96.0.1", 80, 81),
+        harness.service("grpc", "fd00:96::2", 9000, protocol="kubernetes.io/h2c"),
+        harness.service("l4", "10.96.0.3", 6379, waypoint=False),
+    ]
+    match = RouteMatch(
+        StringMatch(MatchKind.REGEX, "/x/[0-9]+"),
+        "GET",
+        tuple((f"h{kind.value}", StringMatch(kind, "v")) for kind in MatchKind),
+        tuple((f"q{kind.value}", StringMatch(kind, "v")) for kind in MatchKind),
+    )
+    edit = HeaderEdit({"a": "1", "Host": "h.test"}, {"b": "50%"}, ("c", "host"))
+    both = (
+        Backend("default/web", 80, 3, request_headers=edit, response_headers=edit),
+        Backend("default/web", 81, 1),
+        Backend("default/x", 1, 1, "?"),
+    )
+    rules = [
+        harness.rule(*both, matches=(match, RouteMatch(StringMatch(MatchKind.SUFFIX, r".p\Eng"))), retry=Retry(3, (503,), 50), try_ms=999),
+        harness.rule(Backend("default/web", 81, 1), matches=(RouteMatch(StringMatch(MatchKind.PREFIX, "/p/")),), timeout_ms=1500),
+        harness.rule(name="none"),
+    ]
+    routes = [
+        harness.route("r1", *rules, parent="web", hostnames=("shop.test", "*.shop.test"), created=5),
+        harness.route("r2", *rules, parent="web", port=81),
+    ]
+    return harness.snapshot(workloads, services, routes, policies)
+
+
+def built(snapshot: Snapshot, traced: frozenset[str] = frozenset()) -> Resources:
+    local = [harness.local(snapshot.workloads[name]) for name in ("default/a", "default/b1")]
+    return build(snapshot, local, trust_domain=harness.TRUST_DOMAIN, traced=traced)
+
+
+def test_envoy_accepts_a_rich_snapshot(tmp_path: Path) -> None:
+    resources = built(rich())
+    harness.validate(resources, tmp_path)
+    assert set(resources[names.LISTENER]) == {"outbound/default/a", "outbound/default/b1", "inbound/default/b1"}
+    scopes = {"10.96.0.1:80", "10.96.0.1:81", "[fd00:96::2]:9000"}
+    for address in ("10.0.0.2", "[fd00::2]", "10.0.0.3"):
+        scopes |= {f"{address}:{port}" for port in (8080, 8081, 9000)}
+    assert set(resources[names.SCOPE]) == scopes
+
+
+def test_l4_services_and_nodes_without_workloads_cost_nothing() -> None:
+    assert not any("l4" in name for kind in built(rich()).values() for name in kind)
+    nothing = build(rich(), [], trust_domain=harness.TRUST_DOMAIN)
+    assert {kind: len(found) for kind, found in nothing.items() if found} == {names.RUNTIME: 1}
+
+
+def test_versions_depend_on_content_alone() -> None:
+    one, other = rich(), rich()
+    turned = dataclasses.replace(
+        other, workloads=dict(reversed(list(other.workloads.items()))), policies=dict(reversed(list(other.policies.items())))
+    )
+    assert built(one) == built(turned)
+
+
+def changed(before: Resources, after: Resources) -> set[str]:
+    return {name for kind in after for name, resource in after[kind].items() if before[kind].get(name) != resource}
+
+
+def test_a_new_endpoint_changes_endpoints_only() -> None:
+    snapshot = rich()
+    more = harness.workload("b3", "10.0.0.9", backing={"default/grpc": {9000: 9000}}, policies=snapshot.workloads["default/b1"].policies)
+    after = dataclasses.replace(snapshot, workloads={**snapshot.workloads, more.name: more})
+    differences = changed(built(snapshot), built(after))
+    # and the receiver's list of who has which address, of which it is a part
+    own = {"workload/default/b3/9000", "10.0.0.9:9000"}
+    assert differences - own == {"service/default/grpc/9000", "inbound/default/b1"}
+
+
+def test_a_trace_changes_the_runtime_layer_only() -> None:
+    assert changed(built(rich()), built(rich(), frozenset({"default/a"}))) == {names.RUNTIME_LAYER}
+
+
+def test_one_key_is_never_given_twice() -> None:
+    snapshot = rich()
+    twin = harness.workload("z", "10.0.0.2", backing={"default/web": {80: 8080}}, policies=("default/allow",))
+    resources = built(dataclasses.replace(snapshot, workloads={**snapshot.workloads, twin.name: twin}))
+    scope = harness.decoded(resources, names.SCOPE, "10.0.0.2:8080")
+    assert scope.route_configuration_name == "workload/default/b1/8080"
+
+
+def test_ipv6_is_listened_on_only_where_the_workload_has_it() -> None:
+    resources = built(rich())
+    assert len(harness.decoded(resources, names.LISTENER, "outbound/default/b1").additional_addresses) == 1
+    four = harness.workload("v4", "10.0.0.77")
+    only = build(harness.snapshot([four]), [harness.local(four)], trust_domain=harness.TRUST_DOMAIN)
+    assert not harness.decoded(only, names.LISTENER, "outbound/default/v4").additional_addresses

@@ -1,0 +1,302 @@
+"""The delta protocol: against a scripted client for what Envoy does rarely, against a real Envoy for what matters."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import stat
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+from envoy.config.listener.v3 import listener_pb2
+from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
+
+from agent.l7 import names
+from agent.l7.envoy import Envoy, stop
+from agent.l7.resources import Resource, Resources, pack
+from agent.l7.snapshot import build
+from agent.l7.xds import XdsServer
+from agent.model import Backend, HeaderEdit
+from tests.unit.agent.l7 import harness
+
+
+class Client:
+    """Half an Envoy: sends what the test says and returns what the server answers."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._call = ads_pb2_grpc.AggregatedDiscoveryServiceStub(channel).DeltaAggregatedResources()
+
+    async def send(
+        self,
+        kind: str,
+        *,
+        subscribe: Sequence[str] = (),
+        unsubscribe: Sequence[str] = (),
+        has: Mapping[str, str] | None = None,
+        nonce: str = "",
+        error: str = "",
+    ) -> None:
+        request = discovery_pb2.DeltaDiscoveryRequest(
+            type_url=kind,
+            resource_names_subscribe=subscribe,
+            resource_names_unsubscribe=unsubscribe,
+            initial_resource_versions=has or {},
+            response_nonce=nonce,
+        )
+        if error:
+            request.error_detail.message = error
+        await self._call.write(request)
+
+    async def receive(self) -> Any:
+        return await asyncio.wait_for(self._call.read(), 5)
+
+    async def silent(self, seconds: float = 0.1) -> bool:
+        """True if nothing comes. The read is not lost: it is the next `receive` that matters, so use this last."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._call.read(), seconds)
+            return False
+        return True
+
+
+@contextlib.asynccontextmanager
+async def serving(directory: Path, resources: Resources) -> AsyncIterator[tuple[XdsServer, Client]]:
+    server = XdsServer(directory / "xds.sock")
+    server.set(resources)
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"unix:{directory / 'xds.sock'}") as channel:
+            yield server, Client(channel)
+    finally:
+        await server.stop()
+
+
+def some(**kinds: str) -> Resources:
+    """Resources of empty content: cluster="a:1 b:2" makes two of them with versions 1 and 2."""
+    types = {
+        "cluster": names.CLUSTER,
+        "endpoints": names.ENDPOINTS,
+        "listener": names.LISTENER,
+        "scope": names.SCOPE,
+        "routes": names.ROUTES,
+    }
+    return {types[kind]: {n: Resource(v, b"") for n, v in (entry.split(":") for entry in text.split())} for kind, text in kinds.items()}
+
+
+def got(response: Any) -> tuple[str, dict[str, str], list[str]]:
+    kind = response.type_url.rpartition(".")[2]
+    return kind, {r.name: r.version for r in response.resources}, list(response.removed_resources)
+
+
+def test_a_wildcard_gets_everything_then_differences_then_removals(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, some(cluster="a:1 b:1")) as (server, client):
+            assert stat.S_IMODE((tmp_path / "xds.sock").stat().st_mode) == 0o600
+            await client.send(names.CLUSTER)
+            first = await client.receive()
+            assert got(first) == ("Cluster", {"a": "1", "b": "1"}, [])
+            assert server.state.connected
+            assert not await server.wait_acked(0.05)
+            server.set(some(cluster="a:2 c:1"))
+            await client.send(names.CLUSTER, nonce=first.nonce)
+            second = await client.receive()
+            assert got(second) == ("Cluster", {"a": "2", "c": "1"}, [])
+            await client.send(names.CLUSTER, nonce=second.nonce)
+            third = await client.receive()
+            assert got(third) == ("Cluster", {}, ["b"])
+            await client.send(names.CLUSTER, nonce=third.nonce)
+            assert await server.wait_acked(2)
+            assert server.state.pending == 0
+
+    asyncio.run(scenario())
+
+
+def test_an_empty_wildcard_is_answered_because_envoy_waits(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, {}) as (_, client):
+            await client.send(names.LISTENER)
+            assert got(await client.receive()) == ("Listener", {}, [])
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_comes_back_gets_only_what_it_lacks(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, some(cluster="a:1 b:2", endpoints="a:1")) as (server, client):
+            await client.send(names.CLUSTER, has={"a": "1", "b": "1", "gone": "1"})
+            response = await client.receive()
+            assert got(response) == ("Cluster", {"b": "2"}, [])
+            await client.send(names.ENDPOINTS, subscribe=["a"], has={"a": "1"})
+            await client.send(names.CLUSTER, nonce=response.nonce)
+            response = await client.receive()
+            assert got(response) == ("Cluster", {}, ["gone"])
+            await client.send(names.CLUSTER, nonce=response.nonce)
+            assert await server.wait_acked(2)
+            assert await client.silent()
+
+    asyncio.run(scenario())
+
+
+def test_a_name_that_does_not_exist_is_answered_as_removed_and_served_when_it_comes(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, some(routes="a:1")) as (server, client):
+            await client.send(names.ROUTES, subscribe=["a", "later"])
+            response = await client.receive()
+            assert got(response) == ("RouteConfiguration", {"a": "1"}, ["later"])
+            await client.send(names.ROUTES, nonce=response.nonce)
+            server.set(some(routes="a:1 later:1 other:1"))
+            response = await client.receive()
+            assert got(response) == ("RouteConfiguration", {"later": "1"}, [])
+            await client.send(names.ROUTES, nonce=response.nonce, unsubscribe=["a"])
+            await client.send(names.ROUTES, subscribe=["a"])
+            assert got(await client.receive()) == ("RouteConfiguration", {"a": "1"}, []), "asked for again, sent again"
+
+    asyncio.run(scenario())
+
+
+def test_routes_wait_for_the_endpoints_of_new_clusters(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, some(cluster="a:1", endpoints="a:1", routes="r:1")) as (_, client):
+            await client.send(names.CLUSTER)
+            await client.send(names.ROUTES, subscribe=["r"])
+            clusters = await client.receive()
+            await client.send(names.CLUSTER, nonce=clusters.nonce)
+            await client.send(names.ENDPOINTS, subscribe=["a"])
+            endpoints = await client.receive()
+            assert got(endpoints)[0] == "ClusterLoadAssignment"
+            await client.send(names.ENDPOINTS, nonce=endpoints.nonce)
+            assert got(await client.receive())[0] == "RouteConfiguration"
+
+    asyncio.run(scenario())
+
+
+def test_a_refused_resource_is_isolated_surfaced_and_not_sent_again_until_it_changes(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, some(cluster="a:1 bad:1 c:1")) as (server, client):
+            await client.send(names.CLUSTER)
+            together = await client.receive()
+            await client.send(names.CLUSTER, nonce=together.nonce, error="one of them is wrong")
+            for expected in ("a", "bad", "c"):
+                single = await client.receive()
+                assert list(got(single)[1]) == [expected]
+                await client.send(names.CLUSTER, nonce=single.nonce, error="no such filter" if expected == "bad" else "")
+            assert await server.wait_acked(2)
+            assert (server.state.nacks, server.state.rejected) == (1, 1)
+            assert server.state.last_nack == "Cluster bad: no such filter"
+            server.set(some(cluster="a:1 bad:1 c:2"))
+            only = await client.receive()
+            assert got(only)[1] == {"c": "2"}
+            await client.send(names.CLUSTER, nonce=only.nonce)
+            server.set(some(cluster="a:1 bad:2 c:2"))
+            again = await client.receive()
+            assert got(again)[1] == {"bad": "2"}
+            await client.send(names.CLUSTER, nonce=again.nonce)
+            assert await server.wait_acked(2)
+            assert (server.state.nacks, server.state.rejected) == (1, 0)
+
+    asyncio.run(scenario())
+
+
+CALLER = harness.workload("caller", "10.0.0.1")
+
+
+def web(entry: int, target: int, *, header: str) -> Resources:
+    backing = {"default/web": {entry: target}}
+    edit = HeaderEdit({"x-version": header})
+    route = harness.route("r", harness.rule(Backend("default/web", entry, 1), response=edit), parent="web")
+    snapshot = harness.snapshot(
+        [CALLER, harness.workload("b", "127.0.0.1", backing=backing)], [harness.service("web", "127.0.0.1", entry)], [route]
+    )
+    return harness.on_loopback(build(snapshot, [harness.local(CALLER)], trust_domain=harness.TRUST_DOMAIN), entry)
+
+
+def test_envoy_survives_the_agent_and_the_next_agent_changes_only_what_differs(tmp_path: Path) -> None:
+    [entry] = harness.free_ports(1)
+    settings = harness.config(tmp_path)
+
+    async def agent(resources: Resources) -> tuple[int | None, dict[str, int], set[str]]:
+        """One life of an agent; it ends without ending Envoy."""
+        server, envoy = XdsServer(settings.xds_socket), Envoy(settings)
+        server.set(resources)
+        await server.start()
+        task = asyncio.create_task(envoy.run())
+        try:
+            assert await server.wait_acked(20), server.state
+            return envoy.state.pid, await envoy.stats("listener_manager|cluster_manager"), await envoy.listeners()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await server.stop()
+
+    with harness.http_server("b", "127.0.0.1") as backend:
+        try:
+            pid, before, listeners = asyncio.run(agent(web(entry, backend.server_address[1], header="1")))
+            assert listeners == {"outbound/default/caller"}
+            assert harness.request(entry).headers["x-version"] == "1", "no agent, and traffic goes on"
+            again, after, _ = asyncio.run(agent(web(entry, backend.server_address[1], header="2")))
+            assert again == pid
+            for counter in ("listener_added", "listener_modified", "listener_removed"):
+                assert after.get(f"listener_manager.{counter}") == before.get(f"listener_manager.{counter}")
+            assert after["cluster_manager.cluster_added"] == before["cluster_manager.cluster_added"]
+            assert harness.request(entry).headers["x-version"] == "2"
+        finally:
+            stop(tmp_path)
+
+
+def test_a_listener_that_envoy_refuses_leaves_the_last_good_one_and_the_others_in_force(tmp_path: Path) -> None:
+    entry, other = harness.free_ports(2)
+
+    async def scenario() -> None:
+        async with harness.waypoint(harness.config(tmp_path)) as (server, envoy):
+            good = web(entry, backend.server_address[1], header="1")
+            await harness.applied(server, good)
+            broken: listener_pb2.Listener = harness.decoded(good, names.LISTENER, "outbound/default/caller")
+            second = type(broken).FromString(broken.SerializeToString())
+            second.name, second.address.socket_address.port_value = "outbound/default/second", other
+            broken.filter_chains[0].filters[0].typed_config.type_url = "type.googleapis.com/no.such.Filter"
+            changed = {**good, names.LISTENER: {listener.name: pack(listener) for listener in (broken, second)}}
+            await harness.applied(server, changed)
+            assert server.state.nacks == 1
+            assert "outbound/default/caller" in server.state.last_nack
+            assert await envoy.listeners() == {"outbound/default/caller", "outbound/default/second"}
+            assert (await asyncio.to_thread(harness.request, entry)).status == 200
+
+    with harness.http_server("b", "127.0.0.1") as backend:
+        asyncio.run(scenario())
+
+
+def test_a_new_service_is_never_answered_by_a_cluster_that_is_not_there_yet(tmp_path: Path) -> None:
+    """Make before break, seen from a client that asks all the time while backends are swapped."""
+    [entry] = harness.free_ports(1)
+    statuses: list[int] = []
+
+    def between(target: int, name: str) -> Resources:
+        services = [harness.service("web", "127.0.0.1", entry), harness.service(name, "10.96.0.9", 80, waypoint=False)]
+        pod = harness.workload("b", "127.0.0.1", backing={f"default/{name}": {80: target}})
+        route = harness.route("r", harness.rule(Backend(f"default/{name}", 80, 1)), parent="web")
+        snapshot = harness.snapshot([CALLER, pod], services, [route])
+        return harness.on_loopback(build(snapshot, [harness.local(CALLER)], trust_domain=harness.TRUST_DOMAIN), entry)
+
+    async def scenario() -> None:
+        async with harness.waypoint(harness.config(tmp_path)) as (server, _):
+            await harness.applied(server, between(target, "v0"))
+            done = asyncio.Event()
+
+            async def ask() -> None:
+                while not done.is_set():
+                    statuses.append((await asyncio.to_thread(harness.request, entry)).status)
+
+            asking = asyncio.create_task(ask())
+            try:
+                for number in range(1, 14):
+                    await harness.applied(server, between(target, f"v{number}"))
+            finally:
+                done.set()
+                await asking
+
+    with harness.http_server("b", "127.0.0.1") as backend:
+        target = backend.server_address[1]
+        asyncio.run(scenario())
+    assert len(statuses) > 13
+    assert set(statuses) == {200}
