@@ -9,30 +9,51 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import grpc
 import grpc.aio
 
 from agent import netns, plan
 from agent.config import Config
+from agent.enrolment import Enrolled
 from agent.errors import NotFound
-from agent.report import Plan, encode
-from agent.trace import Pair, Watch
+from agent.model import Snapshot
+from agent.report import Plan, Status, encode
+from agent.trace import Pair, Tracer, Watch
 from meshapi import agent_pb2 as pb
 from meshapi import agent_pb2_grpc
-
-if TYPE_CHECKING:
-    from agent.supervisor import Supervisor
 
 PROBE_TIMEOUT_S = 3.0
 SETTLE_S = 0.4  # after the last connection: Envoy flushes its records within 0.1 s
 
 
+class Node(Protocol):
+    """What the API asks of the supervisor."""
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What is in force."""
+
+    @property
+    def enrolled(self) -> Enrolled:
+        """The workloads in the data path."""
+
+    @property
+    def tracer(self) -> Tracer:
+        """The running traces."""
+
+    def status(self) -> Status:
+        """The state of the node; from any thread."""
+
+    async def tracing_armed(self) -> bool:
+        """Wait until Envoy reports what the tracer asked for."""
+
+
 class Api(agent_pb2_grpc.AgentServicer):
     """Serves on `config.api_socket`, mode 0600: root only."""
 
-    def __init__(self, config: Config, node: Supervisor) -> None:
+    def __init__(self, config: Config, node: Node) -> None:
         """`node` is asked for everything."""
         self._config = config
         self._node = node
@@ -77,7 +98,7 @@ class Api(agent_pb2_grpc.AgentServicer):
                 )
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"connections of {source.name} cannot be watched here: {why}")
             return
-        watch = self._node.tracer.begin(Pair(source.name, service, behind))
+        watch = self._node.tracer.begin(Pair(source.name, service, behind, plan.allowing(snapshot, behind)))
         try:
             await self._node.tracing_armed()
             yield pb.Json(document=encode(planned))

@@ -143,7 +143,7 @@ class Discovery:
         while True:
             try:
                 await self._follow()
-            except (grpc.aio.AioRpcError, grpc.aio.UsageError, OSError) as error:
+            except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError, OSError) as error:
                 reason = _reason(error)
             else:
                 reason = "the controller ended the stream"
@@ -168,9 +168,6 @@ class Discovery:
                     error = await self._take(response, first=first)
                     await call.write(pb.DiscoveryRequest(nonce=response.nonce, error=error))
                     first = False
-                code = await call.code()
-                if code is not grpc.StatusCode.OK:
-                    raise OSError(f"{code.name.lower().replace('_', ' ')}: {await call.details() or 'no details'}")
             finally:
                 call.cancel()
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 from agent.errors import NotFound
-from agent.model import Policy, Service, ServicePort, Snapshot, Workload
+from agent.model import Action, Policy, Service, ServicePort, Snapshot, Workload
 from agent.policy import Caller, Decision, Verdict, decide
 from agent.report import BackendPlan, Plan
 
@@ -83,12 +83,12 @@ def plan(snapshot: Snapshot, source: Workload, destination: str, trust_domain: s
     if decision.verdict is not Verdict.DENY:
         problems += [f"{n} refuses {source.name}: {d.rule}" for n, d in sorted(decisions.items()) if d.verdict is Verdict.DENY]
     if decision.verdict is Verdict.WAYPOINT:
-        reason += f"; each request is decided by {decision.rule or 'the policies of its backend'}"
+        reason += f"; each request is decided by {', '.join(sorted({p.name for w, _, _ in shares for p in _policies(snapshot, w)}))}"
     return Plan(
         source=source.name,
         destination=name,
         verdict="DENY" if decision.verdict is Verdict.DENY else "ALLOW",
-        rule=decision.rule or None,
+        rule=(decision.rule or None) if decision.verdict is not Verdict.WAYPOINT else None,
         level=level,
         reason=reason,
         backends=tuple(
@@ -108,6 +108,12 @@ def targets(snapshot: Snapshot, destination: str) -> tuple[str, frozenset[str]]:
     service_port = next(p for p in found.ports if p.port == port)
     behind = {w.name for w, _, _ in _shares(snapshot, found, service_port)} | {w.name for w, _ in snapshot.endpoints(found.name, port)}
     return f"{found.name}:{port}", frozenset(behind)
+
+
+def allowing(snapshot: Snapshot, workloads: Iterable[str]) -> str:
+    """The ALLOW policies that protect any of the workloads, for people."""
+    found = {p.name for name in workloads for p in _policies(snapshot, snapshot.workloads[name]) if p.action is Action.ALLOW}
+    return ", ".join(sorted(found))
 
 
 def _policies(snapshot: Snapshot, workload: Workload) -> list[Policy]:

@@ -75,10 +75,11 @@ class BackendPlan:
     share: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """First line of `meshagent trace`: what would happen, known without traffic."""
+    """First line of `meshagent trace`: what would happen, known without traffic. `level` is "L4" or "L7"."""
 
+    kind: str = "plan"
     source: str
     destination: str
     verdict: str
@@ -89,7 +90,6 @@ class Plan:
     encryption: str
     fail_mode: str
     problems: tuple[str, ...]
-    kind: str = "plan"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +102,17 @@ class Hop:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
     """One connection or request that was seen. `outcome`: an HTTP status, or "closed", "reset", "failed", "denied", "refused"."""
 
+    kind: str = "connection"
     source: str
     destination: str
     hops: tuple[Hop, ...]
     outcome: str
     rule: str | None = None
     next_step: str | None = None
-    kind: str = "connection"
 
 
 def _camel(name: str) -> str:

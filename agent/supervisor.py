@@ -235,8 +235,8 @@ async def run_forever(parts: dict[str, Coroutine[Any, Any, None]]) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    asked = asyncio.create_task(stop.wait(), name="signal")
-    tasks = [asyncio.create_task(part, name=name) for name, part in parts.items()]
+    asked: asyncio.Task[Any] = asyncio.create_task(stop.wait(), name="signal")
+    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(part, name=name) for name, part in parts.items()]
     try:
         await asyncio.wait([asked, *tasks], return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:

@@ -18,7 +18,7 @@ from agent.bpf.manifest import Close, Direction, EventKind, Reason, Verdict
 from agent.l7.access_log import RequestRecord
 from agent.report import Connection, Hop
 
-_REMEMBERED = 4096  # connections of a trace that are open at the same time; older ones lose their first hops
+_REMEMBERED = 4096  # connections of one trace; older ones lose their first hops
 _RBAC = re.compile(r"rbac_access_denied_matched_policy\[(.*)\]$")
 _NEXT_STEPS = {
     Reason.POLICY: "allow the caller in this AuthorizationPolicy, or call as another service account",
@@ -38,6 +38,8 @@ class Pair:
     source: str
     service: str
     targets: frozenset[str]
+    allowing: str = ""
+    """The ALLOW policies of the targets, for people: what to name when none of their rules matched."""
 
     def covers(self, event: Event) -> bool:
         """True if an event belongs to this pair. A receiver may know a stranger only by address: such events never do."""
@@ -72,11 +74,13 @@ class Watch:
             steps.append(event)
             if event.kind is EventKind.ESTABLISHED and event.redirected:
                 _remember(self._by_port, event.local_port, event.socket_cookie)
-            if event.kind is EventKind.CLOSED:
+            if event.kind is not EventKind.CLOSED:
+                return
+            # A connection to the waypoint is remembered: Envoy's records of its requests come later than its end. Each of them is reported by
+            # itself; the connection is only if it failed.
+            if not event.redirected or event.reason == Close.FAILED:
                 del self._open[event.socket_cookie]
-                # Of a connection to the waypoint each request is reported by itself; one that failed before that is reported here.
-                if not event.redirected or event.reason == Close.FAILED:
-                    self.found.put_nowait(self._closed(steps))
+                self.found.put_nowait(self._closed(steps))
 
     def on_record(self, record: RequestRecord) -> None:
         """Take one request that the waypoint handled."""
@@ -88,7 +92,9 @@ class Watch:
         self.found.put_nowait(self._request(record, steps))
 
     def _request(self, record: RequestRecord, steps: list[Event]) -> Connection:
-        rule = (match[1] if (match := _RBAC.search(record.response_code_details)) else None) or None
+        rule = match[1] if (match := _RBAC.search(record.response_code_details)) else None
+        if rule == "none":
+            rule = f"{self.pair.allowing}: no rule matches"
         request = _known(
             method=record.method,
             path=record.path,
@@ -108,7 +114,8 @@ class Watch:
             Hop("response", self.node, record.duration_ns, {"sentBytes": record.bytes_received, "receivedBytes": record.bytes_sent})
         )
         next_step = "allow the request in this AuthorizationPolicy" if rule else None
-        return Connection(self.pair.source, self._destination(), tuple(hops), str(record.response_code or "no response"), rule, next_step)
+        outcome = str(record.response_code or "no response")
+        return self._connection(self._destination(), hops, outcome, rule, next_step)
 
     def _closed(self, steps: list[Event]) -> Connection:
         last = steps[-1]
@@ -129,7 +136,7 @@ class Watch:
             next_step = "the waypoint does not listen: see 'meshagent status'"
         elif reason is Close.FAILED:
             next_step = "the backend did not accept: is it listening, and does the policy at its node allow the caller?"
-        return Connection(self.pair.source, self._destination(last), tuple(hops), outcome, last.rule or None, next_step)
+        return self._connection(self._destination(last), hops, outcome, last.rule or None, next_step)
 
     def _first_hops(self, steps: list[Event]) -> list[Hop]:
         hops = []
@@ -157,7 +164,12 @@ class Watch:
         )
         hop = Hop(at, self.node, event.duration_ns, detail)
         outcome = "refused" if reason is Reason.NO_BACKEND else "denied"
-        return Connection(self.pair.source, self._destination(event), (hop,), outcome, event.rule or None, _NEXT_STEPS.get(reason))
+        return self._connection(self._destination(event), [hop], outcome, event.rule or None, _NEXT_STEPS.get(reason))
+
+    def _connection(self, destination: str, hops: list[Hop], outcome: str, rule: str | None, next_step: str | None) -> Connection:
+        return Connection(
+            source=self.pair.source, destination=destination, hops=tuple(hops), outcome=outcome, rule=rule, next_step=next_step
+        )
 
     def _destination(self, event: Event | None = None) -> str:
         return self.pair.service or (event.target if event else "") or ", ".join(sorted(self.pair.targets))

@@ -29,6 +29,8 @@ _OUTPUT = click.option(
     "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="json: one object a line."
 )
 _CONNECT_TIMEOUT_S = 5
+NEGATIVE = {"denied", "refused", "failed", "401", "403"}
+"""Outcomes of a connection that make the command end with exit code 1."""
 
 
 def sockets(run_dir: Path) -> list[Path]:
@@ -112,7 +114,7 @@ def trace(source: str, destination: str, *, probe: bool, duration: float, count:
     try:
         for answer in _stub(_agent_of(source, run_dir)).Trace(request):
             document = json.loads(answer.document)
-            negative |= document.get("verdict") == "DENY" or document.get("outcome") in {"denied", "refused", "failed"}
+            negative |= document.get("verdict") == "DENY" or document.get("outcome") in NEGATIVE
             if output == "json":
                 click.echo(json.dumps(document))
             elif document["kind"] == "plan":

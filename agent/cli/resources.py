@@ -156,7 +156,7 @@ def _documents(sources: Iterable[str]) -> list[pb.Document]:
 
 def _texts(source: str) -> Iterator[tuple[str, bytes]]:
     if source == "-":
-        yield "stdin", click.get_binary_stream("stdin").read()
+        yield "stdin", sys.stdin.buffer.read()
         return
     path = Path(source)
     try:

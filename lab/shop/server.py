@@ -65,7 +65,7 @@ class Shop:
         self.counters: collections.Counter[str] = collections.Counter()
         self.lock = threading.Lock()
         routes: dict[str, dict[str, Callable[[], Answer]]] = {
-            "cart": {"GET /items": self.items, "POST /items": self.items, "GET /flaky": self.flaky},
+            "cart": {"GET /": self.items, "GET /items": self.items, "POST /items": self.items, "GET /flaky": self.flaky},
             "frontend": {"GET /": self.front_page},
         }
         self.routes: dict[str, Callable[[], Answer]] = {

@@ -51,6 +51,8 @@ from agent.model import (
 
 TRUST_DOMAIN = "mesh.test"
 OWN_NETNS = "/proc/self/ns/net"
+OWN_NETNS_TOO = "/proc/thread-self/ns/net"
+"""The same namespace by another path: a second listener on the same port of what Envoy takes for another namespace."""
 
 
 def workload(

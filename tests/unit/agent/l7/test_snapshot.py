@@ -71,7 +71,8 @@ def rich() -> Snapshot:
 
 
 def built(snapshot: Snapshot, traced: frozenset[str] = frozenset()) -> Resources:
-    local = [harness.local(snapshot.workloads[name]) for name in ("default/a", "default/b1")]
+    paths = {"default/a": harness.OWN_NETNS, "default/b1": harness.OWN_NETNS_TOO}
+    local = [harness.local(snapshot.workloads[name], path) for name, path in paths.items()]
     return build(snapshot, local, trust_domain=harness.TRUST_DOMAIN, traced=traced)
 
 

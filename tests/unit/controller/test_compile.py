@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+from agent.model import Action, MatchKind, Policy, Route, Service, Workload, decode
+from controller.compile import Compiled, compile_model
+from controller.objects import Key
+from controller.schema import read
+from controller.snapshot import Snapshot, encode
+
+SHOP = """
+apiVersion: v1
+kind: Service
+metadata: {name: cart}
+spec: {clusterIP: 10.96.0.1, selector: {app: cart}, ports: [{name: http, port: 80, targetPort: 8080}, {name: admin, port: 81, targetPort: 9090}]}
+---
+apiVersion: meshagent.io/v1alpha1
+kind: Workload
+metadata: {name: cart-1, labels: {app: cart, version: v1}}
+spec: {node: n1, addresses: ["10.0.1.2", "FD00::2"], serviceAccount: cart, networkNamespace: cart-1}
+---
+apiVersion: meshagent.io/v1alpha1
+kind: Workload
+metadata: {name: other, labels: {app: other}}
+spec: {node: n2, addresses: [10.0.2.3], ready: false}
+---
+"""
+
+
+def compiled(text: str) -> Compiled:
+    checked = read(text, "f")
+    assert [problem for item in checked for problem in item.problems] == []
+    return compile_model({item.object.key: item.object for item in checked if item.object})
+
+
+def entity(model: Compiled, name: str) -> Workload | Service | Route | Policy:
+    return decode(model.entities[name].SerializeToString())
+
+
+def service(model: Compiled, name: str = "default/cart") -> Service:
+    found = entity(model, f"service/{name}")
+    assert isinstance(found, Service)
+    return found
+
+
+def workload(model: Compiled, name: str) -> Workload:
+    found = entity(model, f"workload/{name}")
+    assert isinstance(found, Workload)
+    return found
+
+
+def route(model: Compiled, name: str) -> Route:
+    found = entity(model, f"route/{name}")
+    assert isinstance(found, Route)
+    return found
+
+
+def reasons(text: str) -> list[tuple[bool, str]]:
+    return [(port.waypoint, port.reason) for port in service(compiled(text)).ports]
+
+
+def statuses(model: Compiled, kind: str, name: str) -> dict[str, tuple[bool, str]]:
+    return {item.type: (item.status, item.reason) for item in model.conditions[Key(kind, "default", name)]}
+
+
+def http_route(spec: str, name: str = "r") -> str:
+    return f"apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: {name}}}\nspec: {spec}\n---\n"
+
+
+def policy(spec: str, name: str = "p") -> str:
+    return f"apiVersion: meshagent.io/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {{name: {name}}}\nspec: {spec}\n---\n"
+
+
+def test_a_workload_backs_the_services_that_select_it() -> None:
+    model = compiled(SHOP)
+    cart = workload(model, "default/cart-1")
+    assert [(backing.service, dict(backing.ports)) for backing in cart.backing] == [("default/cart", {80: 8080, 81: 9090})]
+    assert cart.addresses == ("10.0.1.2", "fd00::2")
+    assert (cart.enrolled, cart.ready, cart.node, cart.service_account) == (True, True, "n1", "cart")
+    other = workload(model, "default/other")
+    assert (other.enrolled, other.ready, other.backing, other.service_account) == (False, False, (), "default")
+
+
+def test_the_workloads_mode_label_wins_over_the_namespaces() -> None:
+    namespace = "apiVersion: v1\nkind: Namespace\nmetadata: {name: default, labels: {meshagent.io/mode: none}}\n---\n"
+    assert not workload(compiled(SHOP + namespace), "default/cart-1").enrolled
+    mesh = SHOP.replace("version: v1", "meshagent.io/mode: mesh")
+    assert workload(compiled(mesh + namespace), "default/cart-1").enrolled
+    assert not workload(compiled(SHOP.replace("version: v1", "meshagent.io/mode: none")), "default/cart-1").enrolled
+
+
+def test_without_l7_features_no_port_goes_through_the_waypoint() -> None:
+    assert reasons(SHOP) == [(False, "no L7 feature is used")] * 2
+
+
+def test_a_route_makes_its_port_l7_and_no_other() -> None:
+    only_http = http_route("{parentRefs: [{kind: Service, name: cart, port: 80}]}")
+    assert reasons(SHOP + only_http) == [(True, "HTTPRoute default/r"), (False, "no L7 feature is used")]
+    every_port = http_route("{parentRefs: [{kind: Service, name: cart}]}")
+    assert reasons(SHOP + every_port) == [(True, "HTTPRoute default/r")] * 2
+
+
+def test_a_route_for_every_port_leaves_a_port_alone_that_speaks_something_else() -> None:
+    text = SHOP.replace("name: admin,", "name: admin, appProtocol: redis,") + http_route("{parentRefs: [{kind: Service, name: cart}]}")
+    assert reasons(text) == [(True, "HTTPRoute default/r"), (False, "no L7 feature is used")]
+
+
+def test_a_policy_with_http_rules_makes_the_ports_l7_that_it_speaks_about() -> None:
+    every = policy("{selector: {matchLabels: {app: cart}}, rules: [{to: [{operation: {methods: [GET]}}]}]}")
+    assert reasons(SHOP + every) == [(True, "AuthorizationPolicy default/p has HTTP rules")] * 2
+    target = policy("{selector: {matchLabels: {app: cart}}, rules: [{to: [{operation: {methods: [GET], ports: ['8080']}}]}]}")
+    assert reasons(SHOP + target) == [(True, "AuthorizationPolicy default/p has HTTP rules"), (False, "no L7 feature is used")]
+    excluded = policy("{selector: {matchLabels: {app: cart}}, rules: [{to: [{operation: {methods: [GET], notPorts: [8080]}}]}]}")
+    assert reasons(SHOP + excluded) == [(False, "no L7 feature is used"), (True, "AuthorizationPolicy default/p has HTTP rules")]
+    elsewhere = policy("{selector: {matchLabels: {app: other}}, rules: [{to: [{operation: {methods: [GET]}}]}]}")
+    assert reasons(SHOP + elsewhere) == [(False, "no L7 feature is used")] * 2
+
+
+def test_an_l4_policy_makes_nothing_l7() -> None:
+    assert reasons(SHOP + policy("{rules: [{to: [{operation: {ports: [8080]}}]}]}")) == [(False, "no L7 feature is used")] * 2
+
+
+def test_the_waypoint_annotation_needs_an_http_protocol() -> None:
+    annotated = SHOP.replace("metadata: {name: cart}", "metadata: {name: cart, annotations: {meshagent.io/waypoint: 'true'}}")
+    annotated = annotated.replace("name: http,", "name: http, appProtocol: grpc,")
+    assert reasons(annotated) == [
+        (True, "annotation meshagent.io/waypoint and appProtocol grpc"),
+        (False, "annotation meshagent.io/waypoint has no effect without appProtocol http, h2c or grpc"),
+    ]
+
+
+def test_udp_is_never_l7() -> None:
+    text = SHOP.replace("name: admin,", "name: admin, protocol: UDP,") + http_route("{parentRefs: [{kind: Service, name: cart}]}")
+    assert reasons(text)[1] == (False, "UDP is never L7")
+
+
+def test_policies_protect_by_target_selector_or_namespace() -> None:
+    text = SHOP + policy("{targetRefs: [{kind: Service, name: cart}]}", "by-target") + policy("{}", "whole")
+    text += policy("{selector: {matchLabels: {version: v2}}}", "by-selector")
+    model = compiled(text)
+    assert workload(model, "default/cart-1").policies == ("default/by-target", "default/whole")
+    assert workload(model, "default/other").policies == ("default/whole",)
+
+
+def test_a_policy_whose_target_is_missing_protects_nothing_and_says_so() -> None:
+    model = compiled(SHOP + policy("{action: DENY, targetRefs: [{kind: Service, name: none}], rules: [{}]}"))
+    assert workload(model, "default/cart-1").policies == ()
+    assert statuses(model, "AuthorizationPolicy", "p") == {"Accepted": (True, "Accepted"), "ResolvedRefs": (False, "TargetNotFound")}
+
+
+def test_a_policy_keeps_its_words() -> None:
+    text = policy(
+        "{action: DENY, rules: [{from: [{source: {serviceAccounts: [cart, shop/web], notNamespaces: [x]}}], to: [{operation: {ports: ['80', 81]}}]}]}"
+    )
+    found = entity(compiled(text), "policy/default/p")
+    assert isinstance(found, Policy)
+    assert found.action is Action.DENY
+    (rule,) = found.rules
+    assert rule.sources[0].service_accounts == ("default/cart", "shop/web")
+    assert rule.sources[0].not_namespaces == ("x",)
+    assert rule.operations[0].ports == (80, 81)
+
+
+def test_a_route_is_resolved_with_gateway_api_defaults() -> None:
+    model = compiled(
+        SHOP
+        + http_route(
+            "{parentRefs: [{kind: Service, name: cart, port: 80}], hostnames: [cart.local], rules: [{name: main,"
+            " matches: [{path: {value: /a}, method: GET, headers: [{name: X-A, value: b.*, type: RegularExpression}]}],"
+            " backendRefs: [{name: cart, port: 80}, {name: cart, port: 81, weight: 7}],"
+            " retry: {codes: [503], attempts: 3, backoff: 100ms}, timeouts: {request: 1m30s, backendRequest: 500ms},"
+            " filters: [{type: RequestHeaderModifier, requestHeaderModifier: {set: [{name: a, value: b}], remove: [c]}}]}]}"
+        )
+    )
+    found = route(model, "default/r")
+    assert found.parents == (("default/cart", 80),)
+    (rule,) = found.rules
+    (match,) = rule.matches
+    assert match.path is not None
+    assert (match.path.kind, match.path.value, match.method) == (MatchKind.PREFIX, "/a", "GET")
+    assert [(name, value.kind) for name, value in match.headers] == [("X-A", MatchKind.REGEX)]
+    assert [(backend.port, backend.weight, backend.invalid) for backend in rule.backends] == [(80, 1, ""), (81, 7, "")]
+    assert rule.retry is not None
+    assert (rule.retry.attempts, rule.retry.codes, rule.retry.backoff_ms) == (3, (503,), 100)
+    assert (rule.request_timeout_ms, rule.backend_request_timeout_ms) == (90_000, 500)
+    assert (dict(rule.request_headers.set), rule.request_headers.remove) == ({"a": "b"}, ("c",))
+    assert statuses(model, "HTTPRoute", "r") == {"Accepted": (True, "Accepted"), "ResolvedRefs": (True, "ResolvedRefs")}
+
+
+def test_backends_that_cannot_be_resolved_answer_for_their_share() -> None:
+    model = compiled(
+        SHOP
+        + http_route(
+            "{parentRefs: [{kind: Service, name: cart}], rules: [{backendRefs: [{name: none, port: 80}, {name: cart, port: 82},"
+            " {name: cart, namespace: far, port: 80}, {kind: ServiceImport, group: multicluster.x-k8s.io, name: x}]}]}"
+        )
+    )
+    assert [backend.invalid for backend in route(model, "default/r").rules[0].backends] == [
+        "there is no Service default/none",
+        "Service default/cart has no TCP port 82",
+        "backend far/cart needs a ReferenceGrant, which is not supported yet",
+        "a backend of kind multicluster.x-k8s.io/ServiceImport is not supported yet",
+    ]
+    assert statuses(model, "HTTPRoute", "r")["ResolvedRefs"] == (False, "RefNotPermitted")
+
+
+def test_a_route_without_a_parent_is_not_sent() -> None:
+    model = compiled(SHOP + http_route("{parentRefs: [{kind: Service, name: none}]}"))
+    assert "route/default/r" not in model.entities
+    assert statuses(model, "HTTPRoute", "r")["Accepted"] == (False, "NoMatchingParent")
+
+
+def test_the_order_of_objects_changes_no_byte() -> None:
+    text = SHOP + policy("{}") + http_route("{parentRefs: [{kind: Service, name: cart}]}")
+    documents = [document for document in text.split("---\n") if document.strip()]
+    forwards, backwards = compiled("---\n".join(documents)), compiled("---\n".join(reversed(documents)))
+    one, other = encode(forwards.entities, Snapshot(), 1), encode(backwards.entities, Snapshot(), 2)
+    assert one.version == other.version
+    assert dict(one.versions) == dict(other.versions)
