@@ -44,7 +44,7 @@ class Node(Protocol):
         """The running traces."""
 
     def status(self) -> Status:
-        """The state of the node; from any thread."""
+        """The state of the node."""
 
     async def tracing_armed(self) -> bool:
         """Wait until Envoy reports what the tracer asked for."""
@@ -76,7 +76,7 @@ class Api(agent_pb2_grpc.AgentServicer):
 
     async def Status(self, request: pb.StatusRequest, context: object) -> pb.Json:  # noqa: ARG002, N802  gRPC's names
         """`meshagent status`."""
-        return pb.Json(document=encode(await asyncio.to_thread(self._node.status)))
+        return pb.Json(document=encode(self._node.status()))
 
     async def Trace(self, request: pb.TraceRequest, context: grpc.aio.ServicerContext[pb.TraceRequest, pb.Json]) -> AsyncIterator[pb.Json]:  # noqa: N802
         """`meshagent trace`: the plan, then connections until a limit is reached."""

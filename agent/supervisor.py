@@ -38,6 +38,7 @@ _log = logging.getLogger(__name__)
 NAMESPACE_POLL_S = 0.25
 HEARTBEAT_S = 1.0
 DEAD_AFTER_S = 10.0
+STATUS_TIMEOUT_S = 5.0
 
 
 class Supervisor:
@@ -69,6 +70,7 @@ class Supervisor:
     async def _start(self) -> None:
         config = self._config
         started = time.monotonic()
+        self._loop = asyncio.get_running_loop()
         config.pin_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             config.waypoint_cgroup.mkdir(exist_ok=True)
@@ -83,6 +85,9 @@ class Supervisor:
         self._waypoint = envoy.Envoy(config)
         self._xds = XdsServer(config.xds_socket, self._tracer.on_record)
         self._discovery = Discovery(config, self.apply)
+        # Before anything is attached: a port that is taken must not leave a half-started agent behind.
+        collector = MeshCollector(self.datapath, self.ids, self._status_from_thread)
+        self._metrics = MetricsServer(config, collector, self._status_from_thread, lambda: time.monotonic() - self._beat < DEAD_AFTER_S)
         self._set_tracing(frozenset())
         last_good = self._discovery.load_last_good()
         if last_good is not None:
@@ -95,11 +100,9 @@ class Supervisor:
         )
 
     async def _serve(self) -> None:
-        collector = MeshCollector(self.datapath, self.ids, self.status)
-        metrics = MetricsServer(self._config, collector, self.status, lambda: time.monotonic() - self._beat < DEAD_AFTER_S)
         events = Events(self.datapath.maps["mesh_events"], self.datapath.maps["mesh_scratch"], self.ids, self._tracer.on_event)
         api = Api(self._config, self)
-        metrics.start()
+        self._metrics.start()
         try:
             await run_forever(
                 {
@@ -113,7 +116,7 @@ class Supervisor:
                 }
             )
         finally:
-            metrics.stop()
+            self._metrics.stop()
 
     async def apply(self, snapshot: Snapshot) -> None:
         """Bring a new `snapshot` into force; on failure the previous one stays. Called by the discovery client."""
@@ -180,8 +183,16 @@ class Supervisor:
         self.datapath.configure(waypoint_cgroup_id=self._config.waypoint_cgroup.stat().st_ino, tracing=len(wanted))
         table.prune(wanted)
 
+    def _status_from_thread(self) -> Status:
+        """The state of the node, asked on the event loop, where it belongs."""
+
+        async def ask() -> Status:
+            return self.status()
+
+        return asyncio.run_coroutine_threadsafe(ask(), self._loop).result(STATUS_TIMEOUT_S)
+
     def status(self) -> Status:
-        """The state of the node now. May be called from any thread."""
+        """The state of the node now. Called on the event loop."""
         config = self._config
         hooks = tuple(HookStatus(h.name, h.attached, h.effective) for h in self.datapath.hooks())
         waypoint, xds, discovery = self._waypoint.state, self._xds.state, self._discovery.state

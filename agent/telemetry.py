@@ -39,7 +39,7 @@ class MeshCollector(Collector):
     """The mesh's own metrics."""
 
     def __init__(self, datapath: DataPath, ids: Ids, status: Callable[[], Status]) -> None:
-        """`status` must be callable from any thread."""
+        """`status` is called from the scrape's thread."""
         self._datapath = datapath
         self._ids = ids
         self._status = status

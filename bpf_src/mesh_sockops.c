@@ -77,6 +77,22 @@ static __always_inline void mesh_report_socket(struct bpf_sock_ops *ctx, struct 
 	mesh_event_send(event);
 }
 
+/* How the receiver will find who calls. The same bytes from both ends: `caller` says whether this is the end that called. */
+static __always_inline void mesh_flow_key_of(struct mesh_ends *ends, bool caller, struct mesh_flow_key *key)
+{
+	key->source = caller ? ends->local : ends->remote;
+	key->destination = caller ? ends->remote : ends->local;
+	key->source_port = caller ? ends->local_port : ends->remote_port;
+	key->destination_port = caller ? ends->remote_port : ends->local_port;
+}
+
+static __always_inline void mesh_origdst_key_of(struct bpf_sock_ops *ctx, struct mesh_ends *ends, struct mesh_origdst_key *key)
+{
+	key->netns_cookie = bpf_get_netns_cookie(ctx);
+	key->source_port = ends->local_port;
+	key->ipv4 = mesh_addr_is4(&ends->remote);
+}
+
 /* The caller's end, before its SYN leaves. */
 static __always_inline void mesh_on_connect(struct bpf_sock_ops *ctx)
 {
@@ -92,19 +108,14 @@ static __always_inline void mesh_on_connect(struct bpf_sock_ops *ctx)
 	bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
 	mesh_ends_of(ctx, &ends);
 	if (sock->redirected) {
-		origdst_key.netns_cookie = bpf_get_netns_cookie(ctx);
-		origdst_key.source_port = ends.local_port;
-		origdst_key.ipv4 = mesh_addr_is4(&ends.remote);
+		mesh_origdst_key_of(ctx, &ends, &origdst_key);
 		origdst.address = sock->destination;
 		origdst.port = sock->destination_port;
 		if (mesh_origdst.update(&origdst_key, &origdst))
 			mesh_count(MESH_COUNT_ORIGDST_FAILED);
 		return;
 	}
-	flow_key.source = ends.local;
-	flow_key.destination = ends.remote;
-	flow_key.source_port = ends.local_port;
-	flow_key.destination_port = ends.remote_port;
+	mesh_flow_key_of(&ends, true, &flow_key);
 	flow.workload = sock->source;
 	flow.identity = sock->identity;
 	flow.service = sock->service;
@@ -158,16 +169,14 @@ static __always_inline void mesh_on_accepted(struct bpf_sock_ops *ctx)
 	sock.destination = ends.local;
 	sock.destination_port = ends.local_port;
 	sock.direction = MESH_INBOUND;
-	flow_key.source = ends.remote;
-	flow_key.destination = ends.local;
-	flow_key.source_port = ends.remote_port;
-	flow_key.destination_port = ends.local_port;
+	mesh_flow_key_of(&ends, false, &flow_key);
 	flow = mesh_flow.lookup(&flow_key);
 	if (flow) {
 		sock.source = flow->workload;
 		sock.identity = flow->identity;
 		sock.service = flow->service;
 		sock.traced = flow->flags & MESH_FLOW_TRACED ? 1 : 0;
+		mesh_flow.delete(&flow_key); /* used up: nobody may live on it who takes these addresses later */
 	} else {
 		peer = mesh_address.lookup(&ends.remote);
 		if (peer && !peer->netns_cookie) {
@@ -191,6 +200,25 @@ static __always_inline void mesh_on_accepted(struct bpf_sock_ops *ctx)
 	bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
 	if (sock.traced)
 		mesh_report_socket(ctx, &sock, MESH_EVENT_ESTABLISHED, 0, 0);
+}
+
+/* What was written for the other end goes with the socket, whether it was used or not. */
+static __always_inline void mesh_forget(struct bpf_sock_ops *ctx, struct mesh_sock *sock)
+{
+	struct mesh_origdst_key origdst_key = {};
+	struct mesh_flow_key flow_key = {};
+	struct mesh_ends ends;
+
+	if (sock->direction == MESH_INBOUND)
+		return;
+	mesh_ends_of(ctx, &ends);
+	if (sock->redirected) {
+		mesh_origdst_key_of(ctx, &ends, &origdst_key);
+		mesh_origdst.delete(&origdst_key);
+	} else {
+		mesh_flow_key_of(&ends, true, &flow_key);
+		mesh_flow.delete(&flow_key);
+	}
 }
 
 static __always_inline void mesh_on_close(struct bpf_sock_ops *ctx)
@@ -224,6 +252,7 @@ static __always_inline void mesh_on_close(struct bpf_sock_ops *ctx)
 	}
 	if (sock->traced)
 		mesh_report_socket(ctx, sock, MESH_EVENT_CLOSED, reason, old);
+	mesh_forget(ctx, sock);
 }
 
 int mesh_sockops(struct bpf_sock_ops *ctx)

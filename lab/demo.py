@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -32,7 +33,6 @@ from lab.lab import Lab, Progress
 CALLS = 23
 SPLIT_CALLS = 500
 DENIED_WITHIN_MS = 100
-METRIC_LINES = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,9 +224,9 @@ def _perform(lab: Lab, console: Console) -> int:
     console.rule("meshagent trace frontend cart --probe")
     trace = lab.ask("node-1", "trace", "frontend", "cart", "--probe", "--count", "1", "--duration", "5")
     console.print((trace.stdout + trace.stderr).strip(), markup=False, highlight=False)
-    console.rule("L4 metrics of node-1, from the kernel")
-    for line in trim(lab.metrics("node-1"), METRIC_LINES):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.rule("L4 metrics of node-1, from the kernel: what /metrics says")
+    for metrics_table in tables(lab.metrics("node-1")):
+        console.print(metrics_table)
     return 0 if all(seen.ok for _, seen in results) and trace.returncode == 0 else 1
 
 
@@ -265,11 +265,31 @@ def _print_logs(lab: Lab, console: Console) -> None:
             console.print(text, style="dim", markup=False, highlight=False)
 
 
-def trim(metrics: str, limit: int) -> list[str]:
-    """Return the L4 samples of a /metrics page that are not zero, without histogram buckets and creation times, at most `limit` lines."""
-    wanted = re.compile(r"(mesh_tcp_|mesh_policy_)\w*?(?<!_bucket)(?<!_created)\{.* (?!0\.0$)\S+$")
-    lines = [line for line in metrics.splitlines() if wanted.match(line)]
-    return lines if len(lines) <= limit else [*lines[:limit], f"... {len(lines) - limit} more"]
+def tables(metrics: str) -> tuple[Table, Table]:
+    """Return a /metrics page as people read it: one row a pair of workloads, and one row a verdict."""
+    pairs: dict[tuple[str, ...], dict[str, float]] = {}
+    verdicts = Table("source", "destination", "seen", "verdict", "rule", "times", box=None, title="policy verdicts")
+    for family in text_string_to_metric_families(metrics):
+        for sample in family.samples:
+            label = sample.labels
+            if sample.name.startswith("mesh_tcp_") and not sample.name.endswith(("_bucket", "_created")):
+                service = f" ({label['destination_service']})" if label["destination_service"] else ""
+                pair = (label["source_workload"], label["destination_workload"] + service, label["direction"], label["port"])
+                row = pairs.setdefault(pair, {})
+                row[sample.name] = row.get(sample.name, 0.0) + sample.value
+            elif sample.name == "mesh_policy_verdicts_total" and sample.value:
+                who = (label["source_workload"], label["destination_workload"], label["direction"])
+                verdicts.add_row(*who, label["verdict"], label["rule"], f"{sample.value:.0f}")
+    connections = Table(
+        "source", "destination", "seen", "port", "opened", "closed", "sent B", "received B", "connect µs", "RTT µs", box=None
+    )
+    for names, row in sorted(pairs.items()):
+        if opened := row["mesh_tcp_connections_opened_total"]:
+            closed = row["mesh_tcp_connections_closed_total"]
+            connect, rtt = row.get("mesh_tcp_connect_duration_seconds_sum", 0.0) / opened, row["mesh_tcp_rtt_seconds_sum"] / (closed or 1)
+            numbers = (opened, closed, row["mesh_tcp_sent_bytes_total"], row["mesh_tcp_received_bytes_total"], connect * 1e6, rtt * 1e6)
+            connections.add_row(*names, *(f"{n:.0f}" for n in numbers))
+    return connections, verdicts
 
 
 def samples(metrics: str, name: str, *contain: str) -> float:

@@ -100,7 +100,13 @@ def agent_command(node: str, command: str, *args: str) -> list[str]:
 
 def apply_command(files: Sequence[str]) -> list[str]:
     """Return the command line that gives files and directories to the lab's controller."""
-    return [program("meshagent"), "apply", "--controller", f"unix://{paths.CONTROLLER_SOCKET}", *(arg for file in files for arg in ("-f", file))]
+    return [
+        program("meshagent"),
+        "apply",
+        "--controller",
+        f"unix://{paths.CONTROLLER_SOCKET}",
+        *(arg for file in files for arg in ("-f", file)),
+    ]
 
 
 def uninstall(node: str, timeout: float = 60.0) -> str:

@@ -19,7 +19,7 @@ from meshapi import admin_pb2 as pb
 from meshapi import admin_pb2_grpc
 
 DEFAULT_CONTROLLER: Final = "unix:///run/meshagent/controller.sock"
-TIMEOUT_S: Final = 30.0
+TIMEOUT_S: Final = 60.0
 _SUFFIXES: Final = frozenset({".yaml", ".yml"})
 
 _controller = click.option(

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -94,6 +95,8 @@ class XdsServer:
         self._stream: _Stream | None = None
         self._server: grpc.aio.Server | None = None
         self._changed = asyncio.Condition()
+        self.stopping = asyncio.Event()
+        """Set when every stream should end by itself: gRPC cancels what is left, and says so with a traceback."""
 
     @property
     def state(self) -> XdsState:
@@ -112,10 +115,12 @@ class XdsServer:
         self._socket.chmod(0o600)
         await server.start()
         self._server = server
+        self.stopping.clear()
 
     async def stop(self) -> None:
         """Close the streams; Envoy keeps its configuration and tries to reconnect."""
         if self._server is not None:
+            self.stopping.set()
             await self._server.stop(STOP_GRACE_S)
             self._server = None
 
@@ -390,16 +395,25 @@ class _Discovery(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: igno
         context: grpc.aio.ServicerContext[discovery_pb2.DeltaDiscoveryRequest, discovery_pb2.DeltaDiscoveryResponse],
     ) -> None:
         stream = _Stream(self._server)
-        reader = asyncio.create_task(stream.read(request_iterator), name="xds-read")
-        writer = asyncio.create_task(_write(stream, context), name="xds-write")
         await self._server.connected(stream)
         try:
-            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            await _first(stream.read(request_iterator), _write(stream, context), self._server.stopping.wait())
         finally:
-            for task in (reader, writer):
-                task.cancel()
-            await asyncio.gather(reader, writer, return_exceptions=True)
             await self._server.disconnected(stream)
+
+
+async def _first(*work: Coroutine[Any, Any, object]) -> None:
+    """Run all until one ends, then cancel the others; what the first one raised is raised."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        if not task.cancelled():
+            task.result()
 
 
 async def _write(
@@ -420,9 +434,12 @@ class _AccessLog(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]  
         request_iterator: AsyncIterator[als_pb2.StreamAccessLogsMessage],
         context: grpc.aio.ServicerContext[als_pb2.StreamAccessLogsMessage, als_pb2.StreamAccessLogsResponse],  # noqa: ARG002
     ) -> als_pb2.StreamAccessLogsResponse:
+        await _first(self._read(request_iterator), self._server.stopping.wait())
+        return als_pb2.StreamAccessLogsResponse()
+
+    async def _read(self, messages: AsyncIterator[als_pb2.StreamAccessLogsMessage]) -> None:
         log_name = ""
-        async for message in request_iterator:
-            if message.HasField("identifier"):
+        async for message in messages:
+            if message.HasField("identifier"):  # the first message of a stream only
                 log_name = message.identifier.log_name
             self._server.record(message, log_name)
-        return als_pb2.StreamAccessLogsResponse()

@@ -164,6 +164,18 @@ def test_a_connection_that_nobody_accepts_is_counted_as_failed(node: DataNode) -
     assert datanode.until(lambda: node.stats("default/caller", "default/server-a", Direction.OUTBOUND)["failed"] == before + 1)
 
 
+def test_nothing_is_left_of_a_connection_that_ended(node: DataNode) -> None:
+    """Who takes its addresses and port later must not be taken for the caller."""
+    node.enforce(shop())
+    assert node.connect("caller", VIP4, 80).startswith("ok")
+    assert node.connect("caller", VIP6, 80).startswith("ok")
+    assert node.connect("caller", address_of("server-a"), 9999) == "ECONNREFUSED"
+    node.enforce(shop(waypoint=True))
+    assert node.connect("caller", VIP4, 80) == "ECONNREFUSED"
+    assert datanode.until(lambda: not list(node.datapath.maps["mesh_flow"].items()))
+    assert datanode.until(lambda: not list(node.datapath.maps["mesh_origdst"].items()))
+
+
 def test_no_rare_event_was_counted(node: DataNode) -> None:
     assert {name: count for name, count in node.datapath.counters().items() if not name.startswith("event")} == dict.fromkeys(
         (n for n in node.datapath.counters() if not n.startswith("event")), 0

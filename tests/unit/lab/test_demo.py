@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lab.demo import samples, trim
+from lab.demo import samples, tables
 
 METRICS = """# HELP mesh_tcp_sent_bytes_total bytes
 # TYPE mesh_tcp_sent_bytes_total counter
@@ -18,16 +18,40 @@ process_cpu_seconds_total 1.0
 """
 
 
-def test_trim_keeps_what_happened() -> None:
-    assert [line.partition("{")[0] for line in trim(METRICS, 30)] == [
-        "mesh_tcp_sent_bytes_total",
-        "mesh_tcp_rtt_seconds_sum",
-        *["mesh_policy_verdicts_total"] * 3,
-    ]
+PAIR = (
+    'source_workload="a",destination_workload="b",destination_service="default/s",direction="outbound",port="80",'
+    'source_namespace="default",destination_namespace="default",security_policy="none"'
+)
+PAGE = "".join(
+    f"# TYPE {name} {kind}\n" + "".join(f"{line}\n" for line in lines)
+    for name, kind, lines in (
+        ("mesh_tcp_connections_opened", "counter", [f"mesh_tcp_connections_opened_total{{{PAIR}}} 4"]),
+        (
+            "mesh_tcp_connections_closed",
+            "counter",
+            [
+                f'mesh_tcp_connections_closed_total{{{PAIR},reason="normal"}} 2',
+                f'mesh_tcp_connections_closed_total{{{PAIR},reason="reset"}} 1',
+            ],
+        ),
+        ("mesh_tcp_sent_bytes", "counter", [f"mesh_tcp_sent_bytes_total{{{PAIR}}} 1009"]),
+        ("mesh_tcp_received_bytes", "counter", [f"mesh_tcp_received_bytes_total{{{PAIR}}} 7"]),
+        (
+            "mesh_tcp_connect_duration_seconds",
+            "histogram",
+            [f'mesh_tcp_connect_duration_seconds_bucket{{{PAIR},le="+Inf"}} 4', f"mesh_tcp_connect_duration_seconds_sum{{{PAIR}}} 0.002"],
+        ),
+        ("mesh_tcp_rtt_seconds", "histogram", [f"mesh_tcp_rtt_seconds_sum{{{PAIR}}} 0.0003"]),
+    )
+)
 
 
-def test_trim_says_how_much_it_left_out() -> None:
-    assert trim(METRICS, 2)[-1] == "... 3 more"
+def test_the_table_shows_one_row_a_pair() -> None:
+    connections, verdicts = tables(PAGE)
+    assert [list(column.cells) for column in connections.columns] == [
+        ["a"], ["b (default/s)"], ["outbound"], ["80"], ["4"], ["3"], ["1009"], ["7"], ["500"], ["100"],
+    ]  # fmt: skip
+    assert verdicts.row_count == 0
 
 
 def test_samples_are_summed_over_what_labels_are_not_asked_for() -> None:
