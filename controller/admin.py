@@ -12,12 +12,14 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 from ruamel.yaml import YAML
 
+from controller.documents import path_text
 from controller.errors import Problem
 from controller.files import sync_directory, write_atomically
 from controller.mesh import Mesh
@@ -70,16 +72,14 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             found.append(json.dumps(self._shown(state, key)).encode())
         return pb.GetResponse(objects=found)
 
-    async def _change(self, verb: str, one: Callable[[Source, Checked], pb.ObjectResult], documents: Any) -> list[pb.ObjectResult]:
-        """Do `one` for every document, then wait until the model says so. Shielded by its callers: a client that leaves stops nothing."""
-        results = []
+    async def _change(
+        self, verb: str, work: Callable[[Source, list[Checked]], list[pb.ObjectResult]], documents: Any
+    ) -> list[pb.ObjectResult]:
+        """Do `work` with every document, then wait until the model says so. Shielded by its callers: a client that leaves stops nothing."""
         parsed = await asyncio.to_thread(_read, documents)
         async with self._mesh.change() as source:
-            for checked, problem in parsed:
-                if problem is not None:
-                    results.append(pb.ObjectResult(action="refused", message=str(problem)))
-                else:
-                    results.append(await asyncio.to_thread(one, source, checked))
+            done = iter(await asyncio.to_thread(work, source, [checked for checked, problem in parsed if problem is None]))
+        results = [next(done) if problem is None else pb.ObjectResult(action="refused", message=str(problem)) for _, problem in parsed]
         for result in results:
             _log.info(verb, extra={"kind": result.kind, "object": f"{result.namespace}/{result.name}", "action": result.action})
         return results
@@ -122,7 +122,39 @@ def _result(key: Key | None, action: str, message: str = "") -> pb.ObjectResult:
     return pb.ObjectResult(kind=key.kind, namespace=key.namespace, name=key.name, action=action, message=message)
 
 
-def _apply(source: Source, checked: Checked) -> pb.ObjectResult:
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """One object that is to be written."""
+
+    item: Object
+    target: Path
+    text: str
+    held: Object | None
+
+
+def _apply(source: Source, batch: list[Checked]) -> list[pb.ObjectResult]:
+    """Store what is valid; all together if nothing in the batch meets an objection, otherwise one after the other."""
+    plans = [_plan(source, checked) for checked in batch]
+    changes = {plan.target: plan.text for plan in plans if isinstance(plan, _Plan)}
+    if 1 < len(changes) == sum(isinstance(plan, _Plan) for plan in plans):
+        staged = source.stage(changes)
+        if not any(isinstance(plan, _Plan) and _objection(source.state, staged, plan.item, plan.target) for plan in plans):
+            results = [plan if isinstance(plan, pb.ObjectResult) else _write(plan) for plan in plans]
+            source.load()
+            return results
+    results = []
+    for checked in batch:
+        plan = _plan(source, checked)  # again: what came before it in the batch may have changed what it means
+        if isinstance(plan, _Plan):
+            problem = _objection(source.state, source.stage({plan.target: plan.text}), plan.item, plan.target)
+            results.append(_result(plan.item.key, "refused", problem) if problem else _write(plan))
+            source.load()
+        else:
+            results.append(plan)
+    return results
+
+
+def _plan(source: Source, checked: Checked) -> _Plan | pb.ObjectResult:
     key, item = checked.key, checked.object
     if key is None or item is None:
         return _result(key, "refused", "\n".join(str(problem) for problem in checked.problems))
@@ -133,23 +165,27 @@ def _apply(source: Source, checked: Checked) -> pb.ObjectResult:
     held = source.state.objects.get(key)
     if held is not None and key not in source.state.refused and target in source.files_of(key) and _same(held.data, item.data):
         return _result(key, "unchanged")
-    text = _text(item, held)
-    staged = source.stage({target: text})
-    if problem := _objection(source.state, staged, item, target):
-        return _result(key, "refused", problem)
+    return _Plan(item, target, _text(item, held), held)
+
+
+def _write(plan: _Plan) -> pb.ObjectResult:
     try:
-        write_atomically(target, text)
-        source.load()
+        write_atomically(plan.target, plan.text)
     except OSError as error:
-        return _result(key, "refused", str(item.problem((), f"cannot be stored in {target}: {error.strerror or error}")))
-    return _result(key, "configured" if held else "created")
+        return _result(
+            plan.item.key, "refused", str(plan.item.problem((), f"cannot be stored in {plan.target}: {error.strerror or error}"))
+        )
+    return _result(plan.item.key, "configured" if plan.held else "created")
 
 
 def _objection(before: State, staged: State, item: Object, target: Path) -> str:
     """Return why a staged change must not be written, or nothing."""
     if item.key in staged.refused:
         # The staged text has other line numbers than the text that the user gave.
-        return "\n".join(str(item.problem((), f"{p.field}: {p.message}" if p.field else p.message)) for p in staged.refused[item.key])
+        lines = {path_text(path): line for path, line in item.lines.items()}
+        return "\n".join(
+            str(replace(problem, file=item.file, line=lines.get(problem.field, item.line))) for problem in staged.refused[item.key]
+        )
     pushed_out = sorted(set(staged.refused) - set(before.refused))
     if pushed_out:
         return str(item.problem((), f"would put {pushed_out[0]} out of force"))
@@ -157,7 +193,11 @@ def _objection(before: State, staged: State, item: Object, target: Path) -> str:
     return str(item.problem((), unreadable[0].message)) if unreadable else ""
 
 
-def _delete(source: Source, checked: Checked) -> pb.ObjectResult:
+def _delete(source: Source, batch: list[Checked]) -> list[pb.ObjectResult]:
+    return [_delete_one(source, checked) for checked in batch]
+
+
+def _delete_one(source: Source, checked: Checked) -> pb.ObjectResult:
     key = checked.key
     if key is None:
         return _result(None, "refused", "\n".join(str(problem) for problem in checked.problems))

@@ -90,15 +90,18 @@ def _selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
 
 def _index_backing(world: _World) -> None:
     world.workloads = world.of("Workload")
-    by_namespace: dict[str, list[Object]] = defaultdict(list)
+    by_label: dict[tuple[str, str, str], list[Object]] = defaultdict(list)
     for workload in world.workloads:
-        by_namespace[workload.key.namespace].append(workload)
+        for name, value in workload.labels.items():
+            by_label[workload.key.namespace, name, value].append(workload)
     for service in world.of("Service"):
         world.services[service.key.qualified] = service
         selector = service.spec.get("selector")
         if not selector:
             continue
-        for workload in by_namespace[service.key.namespace]:
+        # Only workloads with the rarest of the wanted labels can match: not every service against every workload.
+        candidates = min((by_label.get((service.key.namespace, name, value), []) for name, value in selector.items()), key=len)
+        for workload in candidates:
             if _selects(selector, workload.labels):
                 world.backing[service.key.qualified].append(workload)
                 world.backed[workload.key.qualified].append(service)

@@ -59,6 +59,7 @@ class Source:
         self.directory = directory
         self.state = State()
         self._files: dict[Path, ParsedFile] = {}
+        self._index: dict[Key, list[Path]] = {}
         self._remembered = ""
 
     def start(self) -> State:
@@ -70,6 +71,10 @@ class Source:
         """Read what changed on disk and return the new state. Raises ControllerError if the directory is not readable."""
         found = self._scan()
         self._files = {path: self._read(path, signature) for path, signature in sorted(found.items())}
+        self._index = {}
+        for path, parsed in self._files.items():
+            for key in {checked.key for checked in parsed.documents if checked.key is not None}:
+                self._index.setdefault(key, []).append(path)
         self.state = self._evaluate(self._files)
         self._remember()
         return self.state
@@ -85,7 +90,7 @@ class Source:
 
     def files_of(self, key: Key) -> list[Path]:
         """Every file that holds a document about `key`, valid or not."""
-        return [path for path, parsed in self._files.items() if any(checked.key == key for checked in parsed.documents)]
+        return self._index.get(key, [])
 
     def applied_path(self, key: Key) -> Path:
         """Where the admin service keeps an object: `applied/NAMESPACE_KIND_NAME.yaml`."""

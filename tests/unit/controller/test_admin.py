@@ -74,8 +74,31 @@ def test_a_change_that_would_push_something_out_is_refused_and_not_written(tmp_p
             response = await stub.Apply(pb.ApplyRequest(documents=[pb.Document(origin="x", yaml=service("a-thief", "10.96.0.1"))]))
             (result,) = response.results
             assert result.action == "refused"
-            assert "10.96.0.1 port 80 already belongs to Service default/one" in result.message
+            assert result.message == "x:4 Service/a-thief spec.clusterIP: 10.96.0.1 port 80 already belongs to Service default/one"
             assert [path.name for path in (directory / "applied").iterdir()] == ["default_service_one.yaml"]
+
+    asyncio.run(check())
+
+
+def test_of_two_objects_in_one_batch_that_exclude_each_other_the_first_is_stored(tmp_path: Path, directory: Path) -> None:
+    async def check() -> None:
+        async with serve(directory, tmp_path / "c.sock"), admin(f"unix:{tmp_path}/c.sock") as stub:
+            texts = (service("one", "10.96.0.1"), service("two", "10.96.0.1"), service("three", "10.96.0.3"))
+            assert await apply(stub, *texts) == [
+                ("Service", "one", "created"),
+                ("Service", "two", "refused"),
+                ("Service", "three", "created"),
+            ]
+
+    asyncio.run(check())
+
+
+def test_of_one_object_twice_in_a_batch_the_last_counts(tmp_path: Path, directory: Path) -> None:
+    async def check() -> None:
+        async with serve(directory, tmp_path / "c.sock"), admin(f"unix:{tmp_path}/c.sock") as stub:
+            texts = (service("one", "10.96.0.1"), service("one", "10.96.0.2"))
+            assert await apply(stub, *texts) == [("Service", "one", "created"), ("Service", "one", "configured")]
+            assert [item["spec"]["clusterIP"] for item in await get(stub, "svc")] == ["10.96.0.2"]
 
     asyncio.run(check())
 
