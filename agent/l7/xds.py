@@ -94,7 +94,7 @@ class XdsServer:
         self._last_nack = ""
         self._stream: _Stream | None = None
         self._server: grpc.aio.Server | None = None
-        self._changed = asyncio.Condition()
+        self._watchers: set[asyncio.Event] = set()
         self.stopping = asyncio.Event()
         """Set when every stream should end by itself: gRPC cancels what is left, and says so with a traceback."""
 
@@ -148,8 +148,14 @@ class XdsServer:
         return True
 
     async def _settled(self) -> None:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._stream is not None and not self._pending())
+        changed = asyncio.Event()
+        self._watchers.add(changed)
+        try:
+            while self._stream is None or self._pending():
+                changed.clear()
+                await changed.wait()
+        finally:
+            self._watchers.discard(changed)
 
     def of(self, kind: str) -> dict[str, Resource]:
         """Return the resources of a type that are not refused."""
@@ -173,21 +179,21 @@ class XdsServer:
             for record in records(message, log_name):
                 self._on_record(record)
 
-    async def connected(self, stream: _Stream) -> None:
+    def connected(self, stream: _Stream) -> None:
         """Make `stream` the one that counts: the newest."""
         self._stream = stream
-        await self.changed()
+        self.changed()
 
-    async def disconnected(self, stream: _Stream) -> None:
+    def disconnected(self, stream: _Stream) -> None:
         """Forget `stream` unless a newer one has replaced it."""
         if self._stream is stream:
             self._stream = None
-        await self.changed()
+        self.changed()
 
-    async def changed(self) -> None:
-        """Wake those who wait for an acknowledgement."""
-        async with self._changed:
-            self._changed.notify_all()
+    def changed(self) -> None:
+        """Wake those who wait for an acknowledgement. No lock: reading from Envoy must never wait for who only looks on."""
+        for watcher in self._watchers:
+            watcher.set()
 
     def _version(self, kind: str, name: str) -> str:
         resource = self._resources.get(kind, {}).get(name)
@@ -240,7 +246,7 @@ class _Stream:
         async for request in requests:
             self._take(request)
             self.wake()
-            await self._server.changed()
+            self._server.changed()
 
     async def responses(self) -> AsyncIterator[discovery_pb2.DeltaDiscoveryResponse]:
         """Yield what can be sent, as soon as it can be sent, for ever."""
@@ -250,7 +256,7 @@ class _Stream:
                 self._wakened.clear()
                 while (response := self._next()) is not None:
                     yield response
-                await self._server.changed()
+                self._server.changed()
         finally:
             if self._timer is not None:
                 self._timer.cancel()
@@ -395,11 +401,11 @@ class _Discovery(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: igno
         context: grpc.aio.ServicerContext[discovery_pb2.DeltaDiscoveryRequest, discovery_pb2.DeltaDiscoveryResponse],
     ) -> None:
         stream = _Stream(self._server)
-        await self._server.connected(stream)
+        self._server.connected(stream)
         try:
             await _first(stream.read(request_iterator), _write(stream, context), self._server.stopping.wait())
         finally:
-            await self._server.disconnected(stream)
+            self._server.disconnected(stream)
 
 
 async def _first(*work: Coroutine[Any, Any, object]) -> None:
