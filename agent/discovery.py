@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import os
 import random
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 import grpc
 
+from agent import files
 from agent.errors import EnvironmentUnfit, MeshError
 from agent.model import Entity, Policy, Route, Service, Snapshot, Workload, decode
 from meshapi import discovery_pb2 as pb
@@ -225,17 +224,7 @@ def _store(path: Path, held: _Held) -> None:
     """Write a DiscoveryResponse that holds everything, its nonce being a digest over the rest; old or new, never half."""
     message = pb.DiscoveryResponse(version=held.version, resources=held.resources.values())
     message.nonce = _digest(message)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(message.SerializeToString())
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    files.write(path, message.SerializeToString(), durable=True)
 
 
 def _decode_file(content: bytes) -> _Held:

@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from agent import files
+
 
 class Ids:
     """One numbering for every kind of name. Numbers start at 1; 0 means "none" or "unknown" everywhere."""
@@ -50,7 +52,5 @@ class Ids:
     def save(self) -> None:
         """Store the numbering if it changed; call it before the numbers reach the kernel."""
         if self._dirty:
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"next": self._next, "numbers": self._numbers}))
-            temporary.rename(self._path)
+            files.write(self._path, json.dumps({"next": self._next, "numbers": self._numbers}).encode())
             self._dirty = False

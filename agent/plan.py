@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 from agent.errors import NotFound
-from agent.model import Action, Policy, Service, ServicePort, Snapshot, Workload
-from agent.policy import Caller, Decision, Verdict, decide
+from agent.model import Action, Service, ServicePort, Snapshot, Workload
+from agent.policy import Caller, Decision, Verdict, decide, protecting
 from agent.report import BackendPlan, Plan
 
 FAIL_MODE = "closed"
@@ -76,14 +76,14 @@ def plan(snapshot: Snapshot, source: Workload, destination: str, trust_domain: s
     else:
         shares = [(found, port, 1.0)]
         name, level, reason = f"{found.name}:{port}", "L4", "a workload's own address is dialled"
-    decisions = {w.name: decide(_policies(snapshot, w), caller, target) for w, target, _ in shares}
+    decisions = {w.name: decide(protecting(w, snapshot), caller, target) for w, target, _ in shares}
     if isinstance(found, Workload) and any(d.verdict is Verdict.WAYPOINT for d in decisions.values()):
         level, reason = "L7", "its AuthorizationPolicy has HTTP rules"
     decision = _combined(decisions.values())
     if decision.verdict is not Verdict.DENY:
         problems += [f"{n} refuses {source.name}: {d.rule}" for n, d in sorted(decisions.items()) if d.verdict is Verdict.DENY]
     if decision.verdict is Verdict.WAYPOINT:
-        reason += f"; each request is decided by {', '.join(sorted({p.name for w, _, _ in shares for p in _policies(snapshot, w)}))}"
+        reason += f"; each request is decided by {', '.join(sorted({p.name for w, _, _ in shares for p in protecting(w, snapshot)}))}"
     return Plan(
         source=source.name,
         destination=name,
@@ -112,12 +112,8 @@ def targets(snapshot: Snapshot, destination: str) -> tuple[str, frozenset[str]]:
 
 def allowing(snapshot: Snapshot, workloads: Iterable[str]) -> str:
     """The ALLOW policies that protect any of the workloads, for people."""
-    found = {p.name for name in workloads for p in _policies(snapshot, snapshot.workloads[name]) if p.action is Action.ALLOW}
+    found = {p.name for name in workloads for p in protecting(snapshot.workloads[name], snapshot) if p.action is Action.ALLOW}
     return ", ".join(sorted(found))
-
-
-def _policies(snapshot: Snapshot, workload: Workload) -> list[Policy]:
-    return [snapshot.policies[n] for n in workload.policies if n in snapshot.policies]
 
 
 def _shares(snapshot: Snapshot, service: Service, port: ServicePort) -> list[tuple[Workload, int, float]]:

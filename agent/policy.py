@@ -12,7 +12,7 @@ import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from agent.model import Action, Operation, Policy, PolicyRule, Source, Workload
+from agent.model import Action, Operation, Policy, PolicyRule, Snapshot, Source, Workload
 
 OTHER_PORT = 0
 """Stands for every port that no rule names."""
@@ -98,6 +98,11 @@ def _rule_matches(rule: PolicyRule, caller: Caller | None, port: int) -> Verdict
     if not fitting:
         return None
     return Verdict.WAYPOINT if all(o.l7 for o in fitting) else Verdict.ALLOW
+
+
+def protecting(workload: Workload, snapshot: Snapshot) -> tuple[Policy, ...]:
+    """Policies that protect a workload, by name. One that is named but missing counts as an ALLOW without rules: it denies everything."""
+    return tuple(snapshot.policies.get(name) or Policy(name, Action.ALLOW) for name in sorted(workload.policies))
 
 
 def decide(policies: Sequence[Policy], caller: Caller | None, port: int) -> Decision:

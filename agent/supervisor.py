@@ -82,7 +82,7 @@ class Supervisor:
         await self.datapath.load()
         self.ids = Ids(config.run_dir / "ids.json")
         self._enrolment = Enrolment(config, self.datapath, self.ids)
-        self._waypoint = envoy.Envoy(config)
+        self._waypoint = envoy.Envoy(config, self.datapath.layout)
         self._xds = XdsServer(config.xds_socket, self._tracer.on_record)
         self._discovery = Discovery(config, self.apply)
         # Before anything is attached: a port that is taken must not leave a half-started agent behind.

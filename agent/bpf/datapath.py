@@ -45,6 +45,8 @@ class DataPath:
         self._config = config
         self._flags = features.compile_flags()
         code = source.read(flags=self._flags)
+        self.layout = code.layout
+        """Names the maps: they are others when this is."""
         self._maps_dir = config.pin_dir / f"maps-{code.layout}"
         self._programs_dir = config.pin_dir / f"programs-{code.programs}"
         self._links_dir = config.pin_dir / "links"

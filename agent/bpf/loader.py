@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from agent import files
 from agent.bpf import libbpf, shim, source
 from agent.bpf.manifest import PROGRAMS
 from agent.errors import MeshError
@@ -70,9 +71,7 @@ def load(maps_dir: Path, programs_dir: Path, manifest: Path, flags: tuple[str, .
         "enums": code.enums,
         "maps": {pin.name: _map(module, pin.name) for pin in maps_dir.iterdir()},
     }
-    temporary = manifest.with_suffix(".tmp")
-    temporary.write_text(json.dumps(document, indent=1))
-    temporary.rename(manifest)
+    files.write(manifest, json.dumps(document, indent=1).encode())
     shutil.rmtree(programs_dir, ignore_errors=True)
     staging.rename(programs_dir)
 

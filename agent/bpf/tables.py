@@ -15,8 +15,8 @@ from agent import addresses
 from agent.bpf import manifest as m
 from agent.bpf.maps import Map, Mirror
 from agent.ids import Ids
-from agent.model import LocalWorkload, Policy, Snapshot, Workload
-from agent.policy import Caller, Decision, Verdict, compile_rows
+from agent.model import LocalWorkload, Snapshot, Workload
+from agent.policy import Caller, Decision, Verdict, compile_rows, protecting
 
 TCP = 6  # IPPROTO_TCP
 _VERDICTS = {
@@ -104,9 +104,8 @@ class Tables:
         callers = list(callers)
         numbers: dict[tuple[str, ...], int] = {}
         names = set()
-        for names_of_set in {w.policies for w in snapshot.workloads.values()}:
-            policies: list[Policy] = [snapshot.policies[n] for n in names_of_set if n in snapshot.policies]
-            compiled = compile_rows(policies, callers)
+        for names_of_set, workload in {w.policies: w for w in snapshot.workloads.values()}.items():
+            compiled = compile_rows(protecting(workload, snapshot), callers)
             if not compiled:
                 numbers[names_of_set] = 0
                 continue

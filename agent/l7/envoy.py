@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from agent import files
 from agent.config import Config
 from agent.errors import EnvironmentUnfit
 from agent.l7.bootstrap import bootstrap
@@ -88,10 +89,22 @@ def find(configured: str = "") -> Path:
 
 
 class Envoy:
-    """Supervises one Envoy. `clock` and `jitter` are injected for tests."""
+    """Supervises one Envoy. `clock` and `jitter` are injected for tests.
 
-    def __init__(self, config: Config, *, clock: Callable[[], float] = time.monotonic, jitter: Callable[[], float] = random.random) -> None:
+    `generation` names the kernel tables that hold Envoy's listening sockets: with other tables a running Envoy is replaced, not adopted,
+    because only listen() puts a socket there (bpf_src/mesh_sockops.c, mesh_listen).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        generation: str = "",
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
         self._config = config
+        self._generation = generation
         self._clock = clock
         self._jitter = jitter
         self._process: Process | None = None
@@ -198,7 +211,7 @@ class Envoy:
         return json.dumps(content, indent=1, sort_keys=True)
 
     def _digest(self, binary: Path) -> str:
-        return hashlib.sha256("\0".join((*self._arguments(binary), self._bootstrap())).encode()).hexdigest()
+        return hashlib.sha256("\0".join((*self._arguments(binary), self._bootstrap(), self._generation)).encode()).hexdigest()
 
     def _start(self, binary: Path) -> Process:
         config = self._config
@@ -208,7 +221,7 @@ class Envoy:
             raise EnvironmentUnfit(
                 f"cannot make the cgroup {config.waypoint_cgroup}: {error.strerror}; run as root and set --cgroup to a cgroup2 directory"
             ) from error
-        _write(config.run_dir / "envoy-bootstrap.json", self._bootstrap())
+        files.write(config.run_dir / "envoy-bootstrap.json", self._bootstrap().encode())
         config.envoy_admin_socket.unlink(missing_ok=True)
         output = config.run_dir / "envoy.log"
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -225,7 +238,7 @@ class Envoy:
         )
         stat = _stat(pid)
         process = Process(pid, stat[1] if stat else 0, self._digest(binary))
-        _write(config.run_dir / _PID_FILE, json.dumps(asdict(process)))
+        files.write(config.run_dir / _PID_FILE, json.dumps(asdict(process)).encode())
         return process
 
 
@@ -290,14 +303,6 @@ def _memory_limit(cgroup: Path) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
-
-
-def _write(path: Path, content: str) -> None:
-    """Replace a file whole, readable by root only."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.touch(mode=0o600)
-    temporary.write_text(content)
-    temporary.replace(path)
 
 
 class _UnixConnection(http.client.HTTPConnection):

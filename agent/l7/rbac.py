@@ -27,6 +27,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from agent.l7 import names
 from agent.l7.resources import packed
 from agent.model import Action, Operation, Policy, Snapshot, Source, Workload
+from agent.policy import Caller, protecting, source_matches
 
 ANY_CALLER = rbac_pb2.Principal(any=True)
 ANY_REQUEST = rbac_pb2.Permission(any=True)
@@ -48,24 +49,19 @@ Principals = Callable[[Source, Action], "rbac_pb2.Principal | None"]
 """Turns a Source into a Principal; None = no caller can match."""
 
 
-def policies_of(workload: Workload, snapshot: Snapshot) -> tuple[Policy, ...]:
-    """Policies that protect a workload, by name. One that is named but missing counts as an ALLOW without rules: it denies everything."""
-    return tuple(snapshot.policies.get(name) or Policy(name, Action.ALLOW) for name in sorted(workload.policies))
-
-
 def needs_request(workload: Workload, snapshot: Snapshot) -> bool:
     """Return True if a policy of this workload can only be decided with the request in hand (method, path or host)."""
-    return any(op.l7 for policy in policies_of(workload, snapshot) for rule in policy.rules for op in rule.operations)
+    return any(op.l7 for policy in protecting(workload, snapshot) for rule in policy.rules for op in rule.operations)
 
 
 def at_caller(workload: Workload, port: int, snapshot: Snapshot) -> Authorization:
     """Build what the outbound side enforces for one endpoint. `port` is the one it listens on: port conditions are decided here and now."""
-    return _authorization(policies_of(workload, snapshot), _principal_by_filter_state, port)
+    return _authorization(protecting(workload, snapshot), _principal_by_filter_state, port)
 
 
 def at_receiver(workload: Workload, snapshot: Snapshot, callers: Callers) -> Authorization:
     """Build what the workload's own inbound listener enforces; port conditions are left to Envoy (`destination_port`)."""
-    return _authorization(policies_of(workload, snapshot), callers.principal, None)
+    return _authorization(protecting(workload, snapshot), callers.principal, None)
 
 
 class Callers:
@@ -89,7 +85,7 @@ class Callers:
         matching = {
             address
             for address, owners in self._owners.items()
-            if quantifier(_source_matches(source, owner, self._trust_domain) for owner in owners)
+            if quantifier(source_matches(source, Caller.of(owner, self._trust_domain)) for owner in owners)
         }
         if source.principals or source.namespaces or source.service_accounts:
             return _any_address(matching) if matching else None
@@ -100,30 +96,6 @@ class Callers:
 def _any_address(addresses: Iterable[str]) -> rbac_pb2.Principal:
     ranges = [address_pb2.CidrRange(address_prefix=a, prefix_len={"value": 128 if ":" in a else 32}) for a in sorted(addresses)]
     return _or_principals([rbac_pb2.Principal(direct_remote_ip=r) for r in ranges])
-
-
-def _source_matches(source: Source, caller: Workload, trust_domain: str) -> bool:
-    principal = caller.identity(trust_domain).removeprefix("spiffe://")
-    account = f"{caller.namespace}/{caller.service_account}"
-    positive = ((source.principals, principal), (source.namespaces, caller.namespace), (source.service_accounts, account))
-    negative = ((source.not_principals, principal), (source.not_namespaces, caller.namespace), (source.not_service_accounts, account))
-    return all(not patterns or _any_pattern(patterns, value) for patterns, value in positive) and not any(
-        _any_pattern(patterns, value) for patterns, value in negative
-    )
-
-
-def _any_pattern(patterns: Sequence[str], value: str) -> bool:
-    return any(_pattern(pattern, value) for pattern in patterns)
-
-
-def _pattern(pattern: str, value: str) -> bool:
-    if pattern == "*":
-        return bool(value)
-    if pattern.endswith("*"):
-        return value.startswith(pattern[:-1])
-    if pattern.startswith("*"):
-        return value.endswith(pattern[1:])
-    return value == pattern
 
 
 def _authorization(policies: Sequence[Policy], principals: Principals, port: int | None) -> Authorization:
