@@ -52,9 +52,15 @@ def find_destination(snapshot: Snapshot, name: str) -> tuple[Service | Workload,
 
 
 def _unknown(what: str, name: str, known: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else "'meshagent get all' lists what exists"
+    # Without the namespace, which would make all names alike.
+    close = difflib.get_close_matches(_leaf(name), {_leaf(full) for full in known}, n=3)
+    found = [full for leaf in close for full in sorted(known) if _leaf(full) == leaf]
+    hint = f"did you mean {' or '.join(found[:3])}?" if found else "'meshagent get all' lists what exists"
     return f"no {what} is called {name}: {hint}"
+
+
+def _leaf(name: str) -> str:
+    return name.partition("/")[2]
 
 
 def plan(snapshot: Snapshot, source: Workload, destination: str, trust_domain: str) -> Plan:

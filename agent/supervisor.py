@@ -100,7 +100,7 @@ class Supervisor:
         )
 
     async def _serve(self) -> None:
-        events = Events(self.datapath.maps["mesh_events"], self.datapath.maps["mesh_scratch"], self.ids, self._tracer.on_event)
+        events = Events(self.datapath.maps["mesh_events"], self.ids, self._tracer.on_event)
         api = Api(self._config, self)
         self._metrics.start()
         try:

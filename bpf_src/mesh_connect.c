@@ -9,52 +9,39 @@ enum mesh_outcome {
 	MESH_REFUSE = 3,  /* ECONNREFUSED: nobody could answer */
 };
 
+/* Adds who called: connect() runs in the caller's context. */
+static __always_inline void mesh_event_send_from_caller(struct mesh_event *event)
+{
+	event->pid = bpf_get_current_pid_tgid() >> 32;
+	bpf_get_current_comm(event->comm, sizeof(event->comm));
+	mesh_event_send(event);
+}
+
 static __always_inline void mesh_report_refusal(struct mesh_sock *sock, struct mesh_decision decision)
 {
 	struct mesh_event *event;
 
 	if (!sock->traced && !mesh_may_report())
 		return;
-	event = mesh_event_new(MESH_EVENT_DENIED);
+	event = mesh_event_about(MESH_EVENT_DENIED, sock);
 	if (!event)
 		return;
-	event->source = sock->source;
-	event->target = sock->target;
-	event->service = sock->service;
 	event->rule = decision.rule;
 	event->verdict = decision.verdict;
 	event->reason = decision.reason;
-	event->direction = sock->direction;
-	event->dialled_address = sock->destination;
-	event->dialled_port = sock->destination_port;
-	event->duration_ns = event->time_ns - sock->start_ns;
-	event->pid = bpf_get_current_pid_tgid() >> 32;
-	bpf_get_current_comm(event->comm, sizeof(event->comm));
-	mesh_event_send(event);
+	mesh_event_send_from_caller(event);
 }
 
 static __always_inline void mesh_report_connect(struct mesh_sock *sock, struct mesh_addr *remote, u16 port, u64 cookie)
 {
-	struct mesh_event *event = mesh_event_new(MESH_EVENT_CONNECT);
+	struct mesh_event *event = mesh_event_about(MESH_EVENT_CONNECT, sock);
 
 	if (!event)
 		return;
 	event->socket_cookie = cookie;
-	event->source = sock->source;
-	event->target = sock->target;
-	event->service = sock->service;
-	event->rule = sock->rule;
-	event->verdict = sock->verdict;
-	event->direction = sock->direction;
-	event->redirected = sock->redirected;
-	event->dialled_address = sock->destination;
-	event->dialled_port = sock->destination_port;
 	event->remote_address = *remote;
 	event->remote_port = port;
-	event->duration_ns = event->time_ns - sock->start_ns;
-	event->pid = bpf_get_current_pid_tgid() >> 32;
-	bpf_get_current_comm(event->comm, sizeof(event->comm));
-	mesh_event_send(event);
+	mesh_event_send_from_caller(event);
 }
 
 /* Decides for the call described by `destination` and `port`, and may change both. */
@@ -70,7 +57,7 @@ static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_a
 	struct mesh_backend *backend;
 	struct mesh_config *config;
 	struct bpf_sock *sk = ctx->sk;
-	struct mesh_sock sock = {};
+	struct mesh_sock sock = {}, *record;
 	bool waypoint = false;
 	u32 zero = 0;
 
@@ -141,11 +128,13 @@ static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_a
 		mesh_addr_to_loopback(destination);
 		*port = MESH_OUTBOUND_PORT;
 	}
-	if (!sk || !mesh_sock.sk_storage_get(sk, &sock, BPF_SK_STORAGE_GET_F_CREATE)) {
+	record = sk ? mesh_sock.sk_storage_get(sk, &sock, BPF_SK_STORAGE_GET_F_CREATE) : NULL;
+	if (!record) {
 		/* Without its record the connection would reach the waypoint nameless, or the receiver as a stranger: refuse it here. */
 		mesh_count(MESH_COUNT_STORAGE_FAILED);
 		return MESH_REFUSE;
 	}
+	*record = sock; /* a socket may be connected again after it failed: what it dialled before must not stay */
 	if (sock.traced)
 		mesh_report_connect(&sock, destination, *port, bpf_get_socket_cookie(ctx));
 	return sock.redirected || sock.service ? MESH_REWRITE : MESH_PASS;

@@ -15,12 +15,15 @@
 		(_address)->word[3] = words[3]; \
 	} while (0)
 
+/* Atomic even on per-CPU values: a program in process context may be interrupted by one in a softirq on the same CPU. */
+#define mesh_add(_target, _amount) ((void)__sync_fetch_and_add(&(_target), (_amount)))
+
 static __always_inline void mesh_count(u32 what)
 {
 	u64 *counter = mesh_counter.lookup(&what);
 
 	if (counter)
-		*counter += 1;
+		mesh_add(*counter, 1);
 }
 
 static __always_inline void mesh_addr_from4(struct mesh_addr *address, __be32 ip)
@@ -111,7 +114,7 @@ static __always_inline void mesh_count_verdict(u32 source, u32 target, u32 servi
 	u64 *counter = mesh_verdicts.lookup(&key), one = 1;
 
 	if (counter)
-		*counter += 1;
+		mesh_add(*counter, 1);
 	else if (mesh_verdicts.insert(&key, &one))
 		mesh_count(MESH_COUNT_VERDICT_FOLDED);
 }
@@ -166,24 +169,44 @@ static __always_inline u32 mesh_bucket(u64 ns)
 	return slot < MESH_BUCKETS ? slot : MESH_BUCKETS - 1;
 }
 
-/* An empty event in this CPU's scratch space. */
+/* An empty event in the ring buffer, or NULL if that is full. Must be sent. */
 static __always_inline struct mesh_event *mesh_event_new(u8 kind)
 {
-	u32 zero = 0;
-	struct mesh_event *event = mesh_scratch.lookup(&zero);
+	struct mesh_event *event = mesh_events.ringbuf_reserve(sizeof(struct mesh_event));
 
-	if (!event)
+	if (!event) {
+		mesh_count(MESH_COUNT_EVENT_DROPPED);
 		return NULL;
+	}
 	__builtin_memset(event, 0, sizeof(*event));
 	event->time_ns = bpf_ktime_get_ns();
 	event->kind = kind;
 	return event;
 }
 
+/* An event about a connection, with what its record knows. */
+static __always_inline struct mesh_event *mesh_event_about(u8 kind, const struct mesh_sock *sock)
+{
+	struct mesh_event *event = mesh_event_new(kind);
+
+	if (!event)
+		return NULL;
+	event->source = sock->source;
+	event->target = sock->target;
+	event->service = sock->service;
+	event->rule = sock->rule;
+	event->verdict = sock->verdict;
+	event->direction = sock->direction;
+	event->redirected = sock->redirected;
+	event->dialled_address = sock->destination;
+	event->dialled_port = sock->destination_port;
+	event->duration_ns = event->time_ns - sock->start_ns;
+	return event;
+}
+
 static __always_inline void mesh_event_send(struct mesh_event *event)
 {
-	if (mesh_events.ringbuf_output(event, sizeof(*event), 0))
-		mesh_count(MESH_COUNT_EVENT_DROPPED);
+	mesh_events.ringbuf_submit(event, 0);
 }
 
 /* True while this CPU may still report a denial in this second. Traced pairs are always reported. */

@@ -40,7 +40,6 @@ MESH_MAP("percpu_hash", struct mesh_stats_key, struct mesh_stats, mesh_stats, 16
 MESH_MAP("percpu_hash", struct mesh_verdict_key, u64, mesh_verdicts, 16384, BPF_F_NO_PREALLOC);
 MESH_MAP("percpu_array", u32, u64, mesh_counter, MESH_COUNT_MAX, 0);
 MESH_MAP("percpu_array", u32, struct mesh_budget, mesh_budget, 1, 0);
-MESH_MAP("percpu_array", u32, struct mesh_event, mesh_scratch, 1, 0);
 MESH_MAP("array", u32, struct mesh_stats, mesh_blank, 1, 0); /* never written: all zero */
 
 /* The waypoint's inbound listening sockets: mesh_sk_lookup hands connections to them. */
@@ -55,10 +54,12 @@ struct mesh_listener_table_t {
 __attribute__((section("maps/sockhash:" MESH_PIN "/mesh_listener")))
 struct mesh_listener_table_t mesh_listener = { .max_entries = 8192 };
 
+/* Records are struct mesh_event. */
 struct mesh_events_table_t {
 	int key;
-	u32 leaf;
-	int (*ringbuf_output)(void *, u64, u64);
+	struct mesh_event leaf;
+	void *(*ringbuf_reserve)(u64);
+	void (*ringbuf_submit)(void *, u64);
 	u32 max_entries;
 };
 __attribute__((section("maps/ringbuf:" MESH_PIN "/mesh_events")))

@@ -49,28 +49,18 @@ static __always_inline void mesh_payload(struct bpf_sock_ops *ctx, struct mesh_s
 
 static __always_inline void mesh_report_socket(struct bpf_sock_ops *ctx, struct mesh_sock *sock, u8 kind, u8 reason, u32 old)
 {
-	struct mesh_event *event = mesh_event_new(kind);
+	struct mesh_event *event = mesh_event_about(kind, sock);
 	struct mesh_ends ends;
 
 	if (!event)
 		return;
 	mesh_ends_of(ctx, &ends);
 	event->socket_cookie = bpf_get_socket_cookie(ctx);
-	event->duration_ns = event->time_ns - sock->start_ns;
 	mesh_payload(ctx, sock, old, &event->sent_bytes, &event->received_bytes);
 	event->local_address = ends.local;
 	event->local_port = ends.local_port;
 	event->remote_address = ends.remote;
 	event->remote_port = ends.remote_port;
-	event->dialled_address = sock->destination;
-	event->dialled_port = sock->destination_port;
-	event->source = sock->source;
-	event->target = sock->target;
-	event->service = sock->service;
-	event->rule = sock->rule;
-	event->verdict = sock->verdict;
-	event->direction = sock->direction;
-	event->redirected = sock->redirected;
 	event->reason = reason;
 	event->rtt_us = ctx->srtt_us >> 3; /* kept as eighths: include/linux/tcp.h */
 	event->retransmits = ctx->total_retrans;
@@ -136,9 +126,9 @@ static __always_inline void mesh_on_established(struct bpf_sock_ops *ctx)
 	took = sock->established_ns - sock->start_ns;
 	stats = mesh_stats_of(sock);
 	if (stats) {
-		stats->opened += 1;
-		stats->connect_ns += took;
-		stats->connect_bucket[mesh_bucket(took) & (MESH_BUCKETS - 1)] += 1;
+		mesh_add(stats->opened, 1);
+		mesh_add(stats->connect_ns, took);
+		mesh_add(stats->connect_bucket[mesh_bucket(took) & (MESH_BUCKETS - 1)], 1);
 	}
 	if (sock->traced)
 		mesh_report_socket(ctx, sock, MESH_EVENT_ESTABLISHED, 0, 0);
@@ -192,7 +182,7 @@ static __always_inline void mesh_on_accepted(struct bpf_sock_ops *ctx)
 	sock.verdict = decision.verdict;
 	stats = mesh_stats_of(&sock);
 	if (stats)
-		stats->opened += 1;
+		mesh_add(stats->opened, 1);
 	if (!mesh_sock.sk_storage_get(sk, &sock, BPF_SK_STORAGE_GET_F_CREATE)) {
 		mesh_count(MESH_COUNT_STORAGE_FAILED);
 		return;
@@ -240,14 +230,14 @@ static __always_inline void mesh_on_close(struct bpf_sock_ops *ctx)
 	rtt_ns = (u64)(ctx->srtt_us >> 3) * 1000;
 	stats = mesh_stats_of(sock);
 	if (stats) {
-		stats->closed[reason] += 1;
-		stats->retransmits += ctx->total_retrans;
+		mesh_add(stats->closed[reason], 1);
+		mesh_add(stats->retransmits, ctx->total_retrans);
 		if (reason != MESH_CLOSE_FAILED) {
 			mesh_payload(ctx, sock, old, &sent, &received);
-			stats->sent_bytes += sent;
-			stats->received_bytes += received;
-			stats->rtt_ns += rtt_ns;
-			stats->rtt_bucket[mesh_bucket(rtt_ns) & (MESH_BUCKETS - 1)] += 1;
+			mesh_add(stats->sent_bytes, sent);
+			mesh_add(stats->received_bytes, received);
+			mesh_add(stats->rtt_ns, rtt_ns);
+			mesh_add(stats->rtt_bucket[mesh_bucket(rtt_ns) & (MESH_BUCKETS - 1)], 1);
 		}
 	}
 	if (sock->traced)

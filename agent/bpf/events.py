@@ -55,9 +55,9 @@ class Event:
 class Events:
     """Reads the ring buffer on the event loop."""
 
-    def __init__(self, ring: Map, layout: Map, ids: Ids, on_event: Callable[[Event], None]) -> None:
-        """`layout` is mesh_scratch, whose value is a struct mesh_event."""
-        self._codec = layout.layout.value
+    def __init__(self, ring: Map, ids: Ids, on_event: Callable[[Event], None]) -> None:
+        """`ring` is mesh_events."""
+        self._codec = ring.layout.value
         self._ids = ids
         self._on_event = on_event
         self._ring = libbpf.RingBuffer(ring.fd, self._record)

@@ -77,7 +77,7 @@ def load(maps_dir: Path, programs_dir: Path, manifest: Path, flags: tuple[str, .
 
 
 def _map(module: Any, name: str) -> dict[str, Any]:
-    if name in {"mesh_listener", "mesh_events", "mesh_sock"}:  # sockets, a byte stream, socket storage: no records that user space reads
+    if name in {"mesh_listener", "mesh_sock"}:  # sockets and socket storage: no records that user space reads
         return {"key": [], "value": [], "key_size": 0, "value_size": 0}
     table = module[name.encode()]
     value = getattr(table, "sLeaf", table.Leaf)  # of one CPU

@@ -11,6 +11,7 @@ from agent.bpf import libbpf
 from agent.bpf.manifest import MapLayout
 from agent.errors import KernelRefused, LayoutMismatch
 
+_RINGBUF = 27  # include/uapi/linux/bpf.h: has neither keys nor values
 _PERCPU = {5, 6, 10}  # include/uapi/linux/bpf.h: BPF_MAP_TYPE_PERCPU_HASH, PERCPU_ARRAY, LRU_PERCPU_HASH
 
 
@@ -23,7 +24,7 @@ class Map:
         self.layout = layout
         self.fd = libbpf.open_pin(path)
         kind, key_size, value_size, self.capacity = libbpf.map_info(self.fd)
-        if layout.value.size and (key_size, value_size) != (layout.key.size, layout.value.size):
+        if layout.value.size and kind != _RINGBUF and (key_size, value_size) != (layout.key.size, layout.value.size):
             raise LayoutMismatch(
                 f"map {self.name} has keys of {key_size} and values of {value_size} bytes, the programs say {layout.key.size} and"
                 f" {layout.value.size}: remove {path.parent} with 'meshagent uninstall' or start the agent that made it"

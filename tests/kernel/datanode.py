@@ -156,7 +156,7 @@ class DataNode:
     def events(self) -> Iterator[list[Event]]:
         """Events that arrive within the block, complete when it ends."""
         found: list[Event] = []
-        ring = Events(self.datapath.maps["mesh_events"], self.datapath.maps["mesh_scratch"], self.ids, found.append)
+        ring = Events(self.datapath.maps["mesh_events"], self.ids, found.append)
         ring._ring.consume()
         found.clear()
         yield found

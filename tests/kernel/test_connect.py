@@ -164,6 +164,18 @@ def test_a_connection_that_nobody_accepts_is_counted_as_failed(node: DataNode) -
     assert datanode.until(lambda: node.stats("default/caller", "default/server-a", Direction.OUTBOUND)["failed"] == before + 1)
 
 
+def test_a_socket_that_is_connected_again_is_decided_again(node: DataNode) -> None:
+    node.enforce(shop())
+    before = node.stats("default/caller", "default/server-b", Direction.OUTBOUND)["opened"]
+    code = (
+        "import socket\ns=socket.socket()\n"
+        f"try: s.connect(('{address_of('server-a')}',9999))\nexcept ConnectionRefusedError: pass\n"
+        f"s.connect(('{address_of('server-b')}',8080)); print(s.getpeername()[0])\n"
+    )
+    assert node.lab.exec("caller", ["python3", "-c", code]).stdout.strip() == address_of("server-b")
+    assert node.stats("default/caller", "default/server-b", Direction.OUTBOUND)["opened"] == before + 1
+
+
 def test_nothing_is_left_of_a_connection_that_ended(node: DataNode) -> None:
     """Who takes its addresses and port later must not be taken for the caller."""
     node.enforce(shop())
