@@ -4,7 +4,7 @@ PY := .venv/bin/python
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=MESH_REQUIRE_KERNEL,KEEP)
 PROTOS := $(wildcard meshapi/*.proto)
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-unit test-kernel check generate lock bench bench-l4 bench-l7 clean
+.PHONY: help setup setup-dev demo test test-unit test-kernel check generate lock bench bench-l4 bench-l7 bench-agent clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,13 +41,16 @@ lock: setup-dev ## pin the newest releases that requirements*.in allow
 	for f in requirements requirements-dev; do .venv/bin/uv pip compile --quiet --upgrade --python /usr/bin/python3 --generate-hashes \
 	  --no-emit-index-url --custom-compile-command "make lock" $$f.in -o $$f.lock; done
 
-bench: bench-l4 bench-l7 ## all benchmarks
+bench: bench-l4 bench-l7 bench-agent ## all benchmarks
 
 bench-l4: setup-dev ## same-node L4 against no mesh at all (one JSON object a result)
 	@$(ROOT) $(PY) -m bench.l4
 
 bench-l7: setup-dev ## one waypoint hop against a bare Envoy hop and against two sidecars with mTLS
 	@$(ROOT) $(PY) -m bench.l7
+
+bench-agent: setup-dev ## agent start to ready, and its memory
+	@$(ROOT) $(PY) -m bench.agent
 
 clean: ## remove .venv, caches and build/
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
