@@ -63,9 +63,9 @@ class Api(agent_pb2_grpc.AgentServicer):
         self._config.api_socket.unlink(missing_ok=True)
         server = grpc.aio.server()
         agent_pb2_grpc.add_AgentServicer_to_server(self, server)
-        server.add_insecure_port(f"unix:{self._config.api_socket}")
-        before = os.umask(0o177)
+        before = os.umask(0o177)  # the socket is made when the port is added
         try:
+            server.add_insecure_port(f"unix:{self._config.api_socket}")
             await server.start()
         finally:
             os.umask(before)
@@ -122,7 +122,7 @@ async def _connections(watch: Watch, request: pb.TraceRequest) -> AsyncIterator[
     seen = 0
     while not limit or seen < limit:
         remaining = end - loop.time()
-        if remaining <= 0 and watch.found.empty():
+        if remaining <= 0 and (watch.found.empty() or remaining <= -SETTLE_S):
             return
         try:
             connection = await asyncio.wait_for(watch.found.get(), max(remaining, SETTLE_S))

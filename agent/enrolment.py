@@ -36,7 +36,7 @@ class Enrolment:
         """Take over the tables as the kernel holds them."""
         self._config = config
         self._datapath = datapath
-        self.tables = Tables(datapath.maps, ids, config.trust_domain)
+        self.tables = Tables(datapath.maps, ids, config.trust_domain, config.node)
         self._known: dict[str, tuple[int, int]] = {}
 
     def enforce(self, snapshot: Snapshot, enforce_inbound: frozenset[str]) -> Enrolled:

@@ -7,6 +7,7 @@ event loop; one `Watch` per running trace.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from agent.bpf.events import Event
 from agent.bpf.manifest import Close, Direction, EventKind, Reason, Verdict
 from agent.l7.access_log import RequestRecord
 from agent.report import Connection, Hop
+
+_log = logging.getLogger(__name__)
 
 _REMEMBERED = 4096  # connections of one trace; older ones lose their first hops
 _RBAC = re.compile(r"rbac_access_denied_matched_policy\[(.*)\]$")
@@ -48,11 +51,12 @@ class Pair:
 
 @dataclass(slots=True)
 class Watch:
-    """One running trace: finished connections arrive in `found`."""
+    """One running trace: finished connections arrive in `found`; those that come faster than they are taken out are only counted."""
 
     pair: Pair
     node: str
-    found: asyncio.Queue[Connection] = field(default_factory=asyncio.Queue)
+    found: asyncio.Queue[Connection] = field(default_factory=lambda: asyncio.Queue(_REMEMBERED))
+    missed: int = 0
     _open: OrderedDict[int, list[Event]] = field(default_factory=OrderedDict)
     _inbound: OrderedDict[str, Event] = field(default_factory=OrderedDict)
     _by_port: OrderedDict[int, int] = field(default_factory=OrderedDict)
@@ -62,7 +66,7 @@ class Watch:
         if not self.pair.covers(event):
             return
         if event.kind is EventKind.DENIED:
-            self.found.put_nowait(self._denied(event))
+            self._report(self._denied(event))
         elif event.direction is Direction.INBOUND:
             if event.kind is EventKind.ESTABLISHED:
                 _remember(self._inbound, event.remote, event)
@@ -80,7 +84,7 @@ class Watch:
             # itself; the connection is only if it failed.
             if not event.redirected or event.reason == Close.FAILED:
                 del self._open[event.socket_cookie]
-                self.found.put_nowait(self._closed(steps))
+                self._report(self._closed(steps))
 
     def on_record(self, record: RequestRecord) -> None:
         """Take one request that the waypoint handled."""
@@ -89,7 +93,13 @@ class Watch:
         steps = self._open.get(self._by_port.get(int(record.downstream_remote_address.rpartition(":")[2] or 0), 0), [])
         if not steps:
             return  # of another destination: the kernel reported nothing of it for this pair
-        self.found.put_nowait(self._request(record, steps))
+        self._report(self._request(record, steps))
+
+    def _report(self, connection: Connection) -> None:
+        if self.found.full():
+            self.missed += 1
+        else:
+            self.found.put_nowait(connection)
 
     def _request(self, record: RequestRecord, steps: list[Event]) -> Connection:
         rule = match[1] if (match := _RBAC.search(record.response_code_details)) else None
@@ -216,6 +226,8 @@ class Tracer:
         """Stop watching."""
         self._watches.remove(watch)
         self._changed(self.pairs)
+        if watch.missed:
+            _log.warning("a trace was too slow for its connections", extra={"source": watch.pair.source, "missed": watch.missed})
 
     def on_event(self, event: Event) -> None:
         """Hand a kernel event to every watch."""

@@ -80,7 +80,7 @@ _OWN = ("agent.lock", "agent.sock", "xds.sock", "envoy*", "ids.*", "manifest-*",
 
 
 def _remove_files(directory: Path) -> None:
-    for pattern in _OWN:
+    for pattern in (*_OWN, *(f".{own}" for own in _OWN)):  # with a dot: what a killed agent was writing (agent.files)
         for path in directory.glob(pattern):
             if path.is_dir():
                 shutil.rmtree(path)

@@ -134,7 +134,8 @@ def _port(name: str, namespace: str, peer: str, alias: str) -> list[str]:
 
 
 def _node(node: Node, nodes: Iterable[Node]) -> list[str]:
-    lines = [*_bridge(), "link set wire0 up"]
+    # Without an address of its own a bridge takes the lowest of its ports', so a new pod could change the MAC that the others know the gateway by.
+    lines = [*_bridge(), f"link set br0 address {mac_address(node.gateways[0])}", "link set wire0 up"]
     for i, (gateway, wire) in enumerate(zip(node.gateways, node.wire, strict=True)):
         length = (24, 64)[i]
         lines += [f"address add {gateway}/{length} dev br0 nodad", f"address add {wire}/{length} dev wire0 nodad"]

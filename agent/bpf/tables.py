@@ -50,10 +50,11 @@ class Tables:
 
     ORDER = ("mesh_backend", "mesh_policy", "mesh_address", "mesh_workload", "mesh_service")
 
-    def __init__(self, maps: Mapping[str, Map], ids: Ids, trust_domain: str) -> None:
-        """Take over what the kernel holds."""
+    def __init__(self, maps: Mapping[str, Map], ids: Ids, trust_domain: str, node: str) -> None:
+        """Take over what the kernel holds. `node` is this one."""
         self._ids = ids
         self._trust_domain = trust_domain
+        self._node = node
         self._codec = {name: maps[name].layout for name in self.ORDER}
         self.mirrors = {name: Mirror(maps[name]) for name in self.ORDER}
 
@@ -83,7 +84,8 @@ class Tables:
         for workload in snapshot.workloads.values():
             namespace = here.get(workload.name)
             cookie = namespace.local.netns_cookie if namespace else 0
-            caller = Caller.of(workload, self._trust_domain)
+            # Of a workload of this node that is in no namespace nobody can vouch: whoever uses its address now came after it.
+            caller = Caller.of(workload, self._trust_domain) if namespace or workload.node != self._node else None
             members = {
                 "netns_cookie": cookie,
                 "id": self._ids.number("workload", workload.name),

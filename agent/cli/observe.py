@@ -11,6 +11,7 @@ from typing import Any
 import click
 import grpc
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from agent.errors import NotFound
@@ -80,13 +81,16 @@ def _show_status(s: dict[str, Any]) -> None:
     )
     lag = "" if controller["lagSeconds"] is None else f"  last change in force after {controller['lagSeconds']:.3f} s"
     console.print(f"  controller  {_yes(controller['connected'])}  version {controller['version'] or '-'}{lag}")
-    console.print(f"  programs    {', '.join(h['name'] + ('' if h['effective'] else ' [red](not running)[/red]') for h in s['hooks'])}")
+    console.print(
+        f"  programs    {', '.join(h['name'] + ('' if h['effective'] else ' [red](not running)[/red]') for h in s['hooks'])}",
+        soft_wrap=True,
+    )
     table = Table("workload", "redirected", "identity", box=None, pad_edge=False)
     for w in s["workloads"]:
         table.add_row(f"{w['namespace']}/{w['name']}", _yes(w["redirected"]), w["identity"])
     console.print(table)
     for problem in s["problems"]:
-        console.print(f"  [yellow]![/yellow] {problem}", markup=True)
+        console.print(f"  [yellow]![/yellow] {escape(problem)}", soft_wrap=True)
 
 
 def _yes(value: bool) -> str:

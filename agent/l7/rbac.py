@@ -72,12 +72,13 @@ class Callers:
     `not_*` lists matches it, as Istio does for a request without identity, which is what makes DENY + notPrincipals shut strangers out.
     """
 
-    def __init__(self, snapshot: Snapshot, trust_domain: str) -> None:
+    def __init__(self, workloads: Iterable[Workload], trust_domain: str) -> None:
+        """`workloads` are those whose addresses can be believed (see `agent.l7.snapshot`)."""
         self._trust_domain = trust_domain
         self._owners: dict[str, list[Workload]] = defaultdict(list)
-        for name in sorted(snapshot.workloads):
-            for address in snapshot.workloads[name].addresses:
-                self._owners[address].append(snapshot.workloads[name])
+        for workload in workloads:
+            for address in workload.addresses:
+                self._owners[address].append(workload)
 
     def principal(self, source: Source, action: Action) -> rbac_pb2.Principal | None:
         """Expand a Source to the addresses of the workloads that match it."""

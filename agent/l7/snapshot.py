@@ -36,7 +36,7 @@ def build(snapshot: Snapshot, local: Sequence[LocalWorkload], *, trust_domain: s
         return result
     _services(view, result)
     _workload_addresses(view, result)
-    callers = rbac.Callers(snapshot, trust_domain)
+    callers = rbac.Callers(_believable(snapshot, local), trust_domain)
     for one in sorted(local, key=lambda entry: entry.workload.name):
         _listener(result, listeners.outbound(one, trust_domain))
         if one.workload.name in inbound:
@@ -48,6 +48,16 @@ def build(snapshot: Snapshot, local: Sequence[LocalWorkload], *, trust_domain: s
     if any(one.workload.name in inbound for one in local):
         result[names.CLUSTER][names.ORIGINAL_DESTINATION_CLUSTER] = pack(clusters.original_destination_cluster())
     return result
+
+
+def _believable(snapshot: Snapshot, local: Sequence[LocalWorkload]) -> list[Workload]:
+    """Workloads that an address may stand for: those of other nodes, and those of this node that are bound to a namespace.
+
+    Whoever uses the address of another workload of this node came after it (the kernel's table says the same: agent.bpf.tables).
+    """
+    bound = {one.workload.name for one in local}
+    here = {one.workload.node for one in local}
+    return [w for _, w in sorted(snapshot.workloads.items()) if w.node not in here or w.name in bound]
 
 
 def needs_inbound(snapshot: Snapshot) -> frozenset[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from lab import cgroup, topology
 from lab.cli import SHOP
-from lab.errors import LabError
+from lab.errors import LabError, StartFailed
 from lab.lab import Lab
 
 
@@ -37,6 +37,15 @@ def machine() -> None:
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
     """The shop with its mesh and its resources applied. One a module, because there is one lab a machine and other modules make theirs."""
-    with Lab(topology.load(SHOP / "lab.yaml")) as running:
+    running = Lab(topology.load(SHOP / "lab.yaml"))
+    try:
+        running.up()
+    except StartFailed as error:
+        pytest.fail(f"{error}\n{error.log}")
+    try:
         running.apply(SHOP / "mesh")
+        running.settle()
         yield running
+    finally:
+        left = running.down()
+    assert left == []

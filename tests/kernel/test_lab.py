@@ -52,6 +52,19 @@ def test_a_pod_is_reached_from_everywhere_over_both_families(bare: Lab, client: 
     assert (run.stdout, run.stderr) == ("200", "")
 
 
+def test_a_pod_that_comes_does_not_change_the_gateway_that_the_others_know(bare: Lab) -> None:
+    command = ["ip", "-brief", "link", "show", "dev", "br0"]
+    before = bare.exec("beta", command).stdout.split()[2]
+    pods = [Pod(f"late-{n}", "beta", (f"10.77.2.{100 + n}",)) for n in range(7)]
+    for pod in pods:
+        bare.add_pod(pod)
+    try:
+        assert bare.exec("beta", command).stdout.split()[2] == before
+    finally:
+        for pod in pods:
+            bare.remove_pod(pod.name)
+
+
 @pytest.mark.parametrize("address", ["10.96.0.10", "[fd96::10]"])
 def test_a_virtual_address_fails_at_once_without_a_mesh(bare: Lab, address: str) -> None:
     run = bare.exec("far", ["curl", "-sS", "--max-time", "5", "-w", "%{time_total}", f"http://{address}/"])

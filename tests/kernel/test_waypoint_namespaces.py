@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import ctypes
 import json
 import os
@@ -184,7 +185,8 @@ def test_inbound_authorizes_by_address_and_reaches_the_application_from_inside(l
         (PolicyRule((Source(service_accounts=("default/a1",)),), (Operation(ports=(8080,), methods=("GET",), paths=("/ok*",)),)),),
     )
     protected = b_workloads(b2=(policy.name,))
-    snapshot = harness.snapshot([*callers(), *protected], [harness.service("web", VIP, 80)], policies=[policy])
+    elsewhere = [dataclasses.replace(caller, node="node-2") for caller in callers()]  # known by address
+    snapshot = harness.snapshot([*elsewhere, *protected], [harness.service("web", VIP, 80)], policies=[policy])
     resources = steerable(build(snapshot, [harness.local(protected[1], lab.netns("b2"))], trust_domain=harness.TRUST_DOMAIN), "default/b2")
     steer = f"ip daddr {PODS['b2']} tcp dport {{ 8080, 15006 }} iifname eth0 tproxy to :15006 meta mark set 1 accept"
     ns = f"{lab.prefix}-b2"

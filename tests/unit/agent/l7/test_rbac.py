@@ -83,7 +83,7 @@ def test_port_conditions_are_decided_at_the_caller_for_the_target_port(operation
 def receiver(policy: Policy, *others: Any) -> Any:
     target = harness.workload("b", "10.0.0.9", policies=(policy.name,))
     snapshot = harness.snapshot([target, *others], policies=[policy])
-    return filters(rbac.at_receiver(target, snapshot, rbac.Callers(snapshot, harness.TRUST_DOMAIN)))
+    return filters(rbac.at_receiver(target, snapshot, rbac.Callers(snapshot.workloads.values(), harness.TRUST_DOMAIN)))
 
 
 def addresses(principal: Any) -> set[str]:

@@ -107,11 +107,19 @@ def changed(before: Resources, after: Resources) -> set[str]:
 def test_a_new_endpoint_changes_endpoints_only() -> None:
     snapshot = rich()
     more = harness.workload("b3", "10.0.0.9", backing={"default/grpc": {9000: 9000}}, policies=snapshot.workloads["default/b1"].policies)
+    more = dataclasses.replace(more, node="node-2")
     after = dataclasses.replace(snapshot, workloads={**snapshot.workloads, more.name: more})
     differences = changed(built(snapshot), built(after))
     # and the receiver's list of who has which address, of which it is a part
     own = {"workload/default/b3/9000", "10.0.0.9:9000"}
     assert differences - own == {"service/default/grpc/9000", "inbound/default/b1"}
+
+
+def test_an_address_of_this_node_stands_for_nobody_who_is_not_bound_to_a_namespace() -> None:
+    snapshot = rich()
+    unbound = harness.workload("b3", "10.0.0.9", policies=snapshot.workloads["default/b1"].policies)
+    with_unbound = dataclasses.replace(snapshot, workloads={**snapshot.workloads, unbound.name: unbound})
+    assert "inbound/default/b1" not in changed(built(snapshot), built(with_unbound))
 
 
 def test_a_trace_changes_the_runtime_layer_only() -> None:

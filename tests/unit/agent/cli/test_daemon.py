@@ -1,0 +1,132 @@
+"""The arguments of `meshagent run` and `meshagent uninstall`, up to where the agent begins."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from agent import features, logs, supervisor
+from agent.cli import daemon
+from agent.cli.main import main
+from agent.config import Config, TlsFiles
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """The configurations that agents would have been started with; none is."""
+    found: list[Config] = []
+
+    class Stub:
+        def __init__(self, config: Config) -> None:
+            found.append(config)
+
+        async def run(self) -> None:
+            """End at once."""
+
+    monkeypatch.setattr(supervisor, "Supervisor", Stub)
+    monkeypatch.setattr(logs, "configure", lambda _: None)
+    return found
+
+
+def run(*arguments: str, env: dict[str, str] | None = None) -> Result:
+    return CliRunner().invoke(main, ["run", *arguments], env=env or {})
+
+
+def pems(tmp_path: Path) -> list[str]:
+    options = []
+    for name in ("ca", "cert", "key"):
+        (tmp_path / name).touch()
+        options += [f"--tls-{name}", str(tmp_path / name)]
+    return options
+
+
+def test_the_defaults_are_a_node_with_a_controller_beside_it(started: list[Config]) -> None:
+    assert run("--node", "n1").exit_code == 0
+    (config,) = started
+    assert (config.node, config.controller, config.tls) == ("n1", "unix:///run/meshagent/controller.sock", None)
+    assert (config.run_dir, config.metrics_port, config.trust_domain) == (Path("/run/meshagent"), 15020, "mesh.local")
+
+
+def test_every_option_reaches_the_configuration(started: list[Config], tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "controller": "10.0.0.1:1", "trust-domain": "t", "cgroup": "/c", "pin-dir": "/p", "run-dir": "/r", "state-dir": "/s",
+        "metrics-address": "127.0.0.1", "metrics-port": 23, "envoy": "/e", "envoy-concurrency": 7,
+    }  # fmt: skip
+    result = run("--node", "n1", *pems(tmp_path), *(str(part) for name, value in values.items() for part in (f"--{name}", value)))
+    assert result.exit_code == 0, result.output
+    assert started == [
+        Config(
+            node="n1", controller="10.0.0.1:1", tls=TlsFiles(tmp_path / "ca", tmp_path / "cert", tmp_path / "key"), trust_domain="t",
+            cgroup=Path("/c"), pin_dir=Path("/p"), run_dir=Path("/r"), state_dir=Path("/s"), metrics_address="127.0.0.1", metrics_port=23,
+            envoy="/e", envoy_concurrency=7,
+        )
+    ]  # fmt: skip
+
+
+def test_every_option_is_an_environment_variable(started: list[Config]) -> None:
+    assert run(env={"MESHAGENT_RUN_NODE": "n2", "MESHAGENT_RUN_METRICS_PORT": "307"}).exit_code == 0
+    assert [(config.node, config.metrics_port) for config in started] == [("n2", 307)]
+
+
+def test_a_value_that_does_not_parse_is_shown_with_its_name(started: list[Config]) -> None:
+    result = run("--node", "n", env={"MESHAGENT_RUN_METRICS_PORT": "http"})
+    assert result.exit_code == 2
+    assert "metrics-port" in result.stderr
+    assert "'http'" in result.stderr
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        pytest.param([], "Missing option '--node'", id="no-node"),
+        pytest.param(
+            ["--node", "n", "--controller", "10.0.0.1:15010"], "reached over TCP: --tls-ca, --tls-cert and --tls-key", id="no-tls"
+        ),
+        pytest.param(["--node", "n", "--tls-ca", "/etc/hosts"], "--tls-ca, --tls-cert and --tls-key belong together", id="half-tls"),
+        pytest.param(["--node", "n", "--tls-ca", "/nonexistent"], "does not exist", id="no-file"),
+        pytest.param(["--node", "n", "--metrics-port", "0"], "metrics-port", id="port-zero"),
+        pytest.param(["--node", "n", "--metrics-port", "65536"], "metrics-port", id="port-too-high"),
+        pytest.param(["--node", "n", "--envoy-concurrency", "0"], "envoy-concurrency", id="no-threads"),
+        pytest.param(["--node", "n", "--log-level", "loud"], "log-level", id="log-level"),
+        pytest.param(["--node", "n", "--run-dir", "/etc/hosts"], "is a file", id="directory-is-a-file"),
+    ],
+)
+def test_misuse_is_exit_code_2_and_starts_nothing(started: list[Config], arguments: list[str], said: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert started == []
+
+
+def test_the_cgroup_is_where_cgroup2_is_mounted_unless_given(started: list[Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "cgroup2_mount", lambda: Path("/sys/fs/cgroup/unified"))
+    run("--node", "n")
+    monkeypatch.setattr(features, "cgroup2_mount", lambda: None)
+    run("--node", "n")
+    assert [config.cgroup for config in started] == [Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup")]
+
+
+def test_uninstall_needs_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    result = CliRunner().invoke(main, ["uninstall"])
+    assert (result.exit_code, result.stderr) == (1, "Error: this needs root: run it with sudo, or give the container privileged: true\n")
+
+
+@pytest.mark.parametrize(("done", "said"), [([], "nothing was left\n"), (["stopped Envoy", "removed /r"], "stopped Envoy\nremoved /r\n")])
+def test_uninstall_says_what_it_removed(monkeypatch: pytest.MonkeyPatch, done: list[str], said: str) -> None:
+    asked: list[Config] = []
+
+    def remove(config: Config) -> list[str]:
+        asked.append(config)
+        return done
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(daemon, "remove_everything", remove)
+    result = CliRunner().invoke(main, ["uninstall", "--run-dir", "/r", "--pin-dir", "/p", "--state-dir", "/s", "--cgroup", "/c"])
+    assert (result.exit_code, result.stdout) == (0, said)
+    assert [(c.run_dir, c.pin_dir, c.state_dir, c.cgroup) for c in asked] == [(Path("/r"), Path("/p"), Path("/s"), Path("/c"))]

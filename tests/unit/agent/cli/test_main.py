@@ -1,0 +1,63 @@
+"""The command's group: plugins, exit codes, one line for a failure."""
+
+from __future__ import annotations
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from agent.cli.main import Group, main
+from agent.errors import EnvironmentUnfit, NotFound
+
+
+@pytest.fixture
+def group() -> Group:
+    @click.group(cls=Group)
+    def made() -> None:
+        """A group."""
+
+    @made.command()
+    @click.argument("what")
+    def fail(what: str) -> None:
+        """Fail."""
+        raise {"unfit": EnvironmentUnfit("no root: use sudo"), "absent": NotFound("no such name"), "bug": ValueError("a bug")}[what]
+
+    assert isinstance(made, Group)
+    return made
+
+
+@pytest.mark.parametrize(("what", "said"), [("unfit", "Error: no root: use sudo\n"), ("absent", "Error: no such name\n")])
+def test_a_failure_that_people_can_act_on_is_one_line_and_exit_code_1(group: Group, what: str, said: str) -> None:
+    result = CliRunner().invoke(group, ["fail", what])
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", said)
+
+
+def test_a_bug_is_not_hidden(group: Group) -> None:
+    assert isinstance(CliRunner().invoke(group, ["fail", "bug"]).exception, ValueError)
+
+
+def test_the_lab_is_there_without_being_imported_by_the_agent() -> None:
+    result = CliRunner().invoke(main, ["--help"])
+    assert result.exit_code == 0
+    for command in ("apply", "completion", "delete", "get", "lab", "run", "status", "trace", "uninstall"):
+        assert f"\n  {command} " in result.stdout
+    assert "exec" in CliRunner().invoke(main, ["lab", "--help"]).stdout
+
+
+def test_the_version_is_printed() -> None:
+    result = CliRunner().invoke(main, ["--version"])
+    assert (result.exit_code, result.stdout.split()[-1].count(".")) == (0, 2)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script(shell: str) -> None:
+    result = CliRunner().invoke(main, ["completion", shell])
+    assert result.exit_code == 0
+    assert "_MESHAGENT_COMPLETE" in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["no-such"], ["completion"], ["completion", "tcsh"], ["--no-such"], ["lab", "no-such"]])
+def test_misuse_is_exit_code_2(arguments: list[str]) -> None:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Usage: ")

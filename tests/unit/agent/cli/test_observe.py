@@ -1,0 +1,187 @@
+"""`meshagent status` and `meshagent trace` against a stand-in for an agent: what is printed, and the exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from concurrent import futures
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from click.testing import CliRunner, Result
+
+from agent.cli.main import main
+from meshapi import agent_pb2 as pb
+from meshapi import agent_pb2_grpc
+
+PLAN = {
+    "kind": "plan", "source": "default/a", "destination": "default/b:80", "verdict": "ALLOW", "rule": None, "level": "L4", "reason": "why",
+    "backends": [{"workload": "default/b-1", "address": "10.0.0.1:80", "node": "node-1", "share": 1.0}], "encryption": "none",
+    "failMode": "closed", "problems": ["b-2 is not ready"],
+}  # fmt: skip
+PROBLEM = "Envoy refused [a listener] [/run/x]: " + "word " * 23 + "end"
+HOPS = [
+    {"at": "connect", "node": "node-1", "durationNs": 999, "verdict": "allow", "flags": ["x", "y"]},
+    {"at": "handshake", "node": "node-1", "durationNs": 1_500},
+    {"at": "backend", "node": "node-1", "durationNs": 2_500_000},
+    {"at": "close", "node": "node-1", "durationNs": 3_500_000_000},
+]
+
+
+class Agent(agent_pb2_grpc.AgentServicer):
+    """Answers what it is told to."""
+
+    def __init__(self, node: str, *, ready: bool = True, answers: tuple[dict[str, Any], ...] = (), error: str = "") -> None:
+        self.node, self.ready, self.answers, self.error = node, ready, answers, error
+        self.asked: list[pb.TraceRequest] = []
+
+    def Status(self, request: pb.StatusRequest, context: object) -> pb.Json:  # noqa: N802, ARG002 - gRPC's names
+        document = {
+            "ready": self.ready, "node": self.node, "hooks": [{"name": "mesh_connect4", "attached": True, "effective": self.ready}],
+            "waypoint": {"ready": True, "version": "1", "pid": 23, "nacks": 0},
+            "controller": {"connected": True, "version": "v1", "lagSeconds": 0.25},
+            "workloads": [{"namespace": "default", "name": f"of-{self.node}", "enrolled": True, "redirected": True, "identity": "spiffe://m"}],
+            "problems": [] if self.ready else [PROBLEM],
+        }  # fmt: skip
+        return pb.Json(document=json.dumps(document).encode())
+
+    def Trace(self, request: pb.TraceRequest, context: grpc.ServicerContext) -> Iterator[pb.Json]:  # noqa: N802
+        self.asked.append(request)
+        for answer in self.answers:
+            yield pb.Json(document=json.dumps(answer).encode())
+        if self.error:
+            context.abort(grpc.StatusCode.NOT_FOUND, self.error)
+
+
+@contextlib.contextmanager
+def serving(directory: Path, agent: Agent) -> Iterator[Path]:
+    directory.mkdir(parents=True, exist_ok=True)
+    server = grpc.server(futures.ThreadPoolExecutor(2))
+    agent_pb2_grpc.add_AgentServicer_to_server(agent, server)  # type: ignore[no-untyped-call,unused-ignore]
+    server.add_insecure_port(f"unix:{directory}/agent.sock")
+    server.start()
+    try:
+        yield directory
+    finally:
+        server.stop(0).wait()
+
+
+def run(command: str, run_dir: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(main, [command, "--run-dir", str(run_dir), *arguments])
+
+
+def connection(outcome: str) -> dict[str, Any]:
+    return {
+        "kind": "connection", "source": "default/a", "destination": "default/b:80", "hops": HOPS, "outcome": outcome, "rule": None,
+        "nextStep": "do something" if outcome == "denied" else None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("ready", "code"), [(True, 0), (False, 1)])
+def test_the_status_of_a_node_decides_the_exit_code(tmp_path: Path, ready: bool, code: int) -> None:
+    with serving(tmp_path, Agent("node-1", ready=ready)):
+        text, document = run("status", tmp_path), run("status", tmp_path, "-o", "json")
+    assert (text.exit_code, document.exit_code) == (code, code)
+    assert ("not ready" in text.stdout) is not ready
+    assert "of-node-1" in text.stdout
+    assert json.loads(document.stdout)["ready"] is ready
+
+
+def test_a_problem_is_printed_whole_and_on_one_line(tmp_path: Path) -> None:
+    with serving(tmp_path, Agent("node-1", ready=False)):
+        assert f"  ! {PROBLEM}\n" in run("status", tmp_path).stdout
+
+
+def test_several_agents_are_shown_one_a_line_and_one_that_is_not_ready_counts(tmp_path: Path) -> None:
+    with serving(tmp_path / "n1", Agent("node-1")), serving(tmp_path / "n2", Agent("node-2", ready=False)):
+        result = run("status", tmp_path, "-o", "json")
+    assert [json.loads(line)["node"] for line in result.stdout.splitlines()] == ["node-1", "node-2"]
+    assert result.exit_code == 1
+
+
+def test_no_agent_is_a_negative_answer(tmp_path: Path) -> None:
+    result = run("status", tmp_path)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"Error: no agent has its socket in {tmp_path}: is 'meshagent run' running, and are you root?\n"
+
+
+def test_an_agent_that_was_killed_is_a_negative_answer_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "agent.sock").touch()
+    result = run("status", tmp_path)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert f"the agent at {tmp_path}/agent.sock does not answer" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [("closed", 0), ("200", 0), ("404", 0), ("503", 0), ("reset", 0), ("denied", 1), ("refused", 1), ("failed", 1), ("403", 1), ("401", 1)],
+)
+def test_the_outcome_of_a_connection_decides_the_exit_code(tmp_path: Path, outcome: str, code: int) -> None:
+    with serving(tmp_path, Agent("node-1", answers=(PLAN, connection(outcome)))):
+        result = run("trace", tmp_path, "a", "b", "-o", "json")
+    assert result.exit_code == code
+    assert [json.loads(line) for line in result.stdout.splitlines()] == [PLAN, connection(outcome)]
+
+
+def test_a_plan_that_denies_decides_the_exit_code(tmp_path: Path) -> None:
+    with serving(tmp_path, Agent("node-1", answers=({**PLAN, "verdict": "DENY", "rule": "default/p[0]"},))):
+        result = run("trace", tmp_path, "a", "b")
+    assert result.exit_code == 1
+    assert "verdict     DENY  rule default/p[0]" in result.stdout
+
+
+def test_the_text_has_every_fact_with_readable_durations(tmp_path: Path) -> None:
+    with serving(tmp_path, Agent("node-1", answers=(PLAN, connection("denied")))):
+        lines = run("trace", tmp_path, "a", "b").stdout.splitlines()
+    assert lines == [
+        "default/a  ->  default/b:80",
+        "  verdict     ALLOW",
+        "  level       L4: why",
+        "  backends     100.0%  default/b-1  10.0.0.1:80  on node-1",
+        "  encryption  none",
+        "  fail mode   closed",
+        "  problem     b-2 is not ready",
+        "",
+        "default/a  ->  default/b:80   denied",
+        "  connect    node-1      999 ns  verdict allow  flags x, y",
+        "  handshake  node-1      1.5 µs  ",
+        "  backend    node-1      2.5 ms  ",
+        "  close      node-1       3.5 s  ",
+        "  next step   do something",
+    ]
+
+
+def test_the_options_reach_the_agent(tmp_path: Path) -> None:
+    agent = Agent("node-1", answers=(PLAN,))
+    with serving(tmp_path, agent):
+        run("trace", tmp_path, "a", "b:80", "--probe", "--duration", "1.5", "--count", "7")
+        run("trace", tmp_path, "a", "b")
+    assert agent.asked == [
+        pb.TraceRequest(source="a", destination="b:80", duration_s=1.5, count=7, probe=True),
+        pb.TraceRequest(source="a", destination="b", duration_s=10, count=0, probe=False),
+    ]
+
+
+def test_what_the_agent_refuses_is_said_in_one_line(tmp_path: Path) -> None:
+    with serving(tmp_path, Agent("node-1", error="no workload is called default/x")):
+        result = run("trace", tmp_path, "x", "b")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "Error: no workload is called default/x\n")
+
+
+def test_a_trace_asks_the_agent_of_the_sources_node(tmp_path: Path) -> None:
+    agents = [Agent("node-1", answers=(PLAN,)), Agent("node-2", answers=(PLAN,))]
+    with serving(tmp_path / "n1", agents[0]), serving(tmp_path / "n2", agents[1]):
+        for source in ("of-node-2", "default/of-node-2", "nobody"):
+            assert run("trace", tmp_path, source, "b").exit_code == 0
+    assert [[request.source for request in agent.asked] for agent in agents] == [["nobody"], ["of-node-2", "default/of-node-2"]]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("a",), ("a", "b", "--count", "-1"), ("a", "b", "--duration", "-1"), ("a", "b", "--duration", "soon"), ("a", "b", "-o", "yaml")],
+)
+def test_misuse_is_exit_code_2(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    assert run("trace", tmp_path, *arguments).exit_code == 2

@@ -1,0 +1,203 @@
+"""The agent's socket, with a stand-in for the supervisor: gRPC is real, kernel and Envoy are not there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import stat
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+import pytest
+
+from agent.api import Api
+from agent.config import Config
+from agent.enrolment import Enrolled
+from agent.model import Backing, LocalWorkload, Service, ServicePort, Snapshot, Workload
+from agent.report import Connection, ControllerStatus, Status, WaypointStatus
+from agent.trace import Pair, Tracer
+from meshapi import agent_pb2 as pb
+from meshapi import agent_pb2_grpc
+
+STATUS = Status(True, "node-1", (), WaypointStatus(True, "1", 23, 0), ControllerStatus(True, "v", None), (), ())
+SEEN = Connection(source="default/frontend", destination="default/redis:6379", hops=(), outcome="closed")
+
+
+def workload(name: str, node: str = "node-1", backing: tuple[Backing, ...] = ()) -> Workload:
+    return Workload(f"default/{name}", name, node, {}, ("10.0.0.1",), "", enrolled=True, ready=True, backing=backing)
+
+
+class Node:
+    """What the Api asks of a supervisor."""
+
+    def __init__(self) -> None:
+        redis = workload("redis", backing=(Backing("default/redis", {6379: 6379}),))
+        service = Service("default/redis", ("10.96.0.1",), (ServicePort(6379, "", "TCP", "", False, "no L7"),))
+        workloads = {w.name: w for w in (workload("frontend"), workload("elsewhere", "node-2"), redis)}
+        self.snapshot = Snapshot("1", workloads, {service.name: service})
+        self.enrolled = Enrolled((LocalWorkload(workloads["default/frontend"], 7, "/proc/self/ns/net"),))
+        self.asked: list[frozenset[Pair]] = []
+        self.tracer = Tracer("node-1", self.asked.append)
+
+    def status(self) -> Status:
+        return STATUS
+
+    async def tracing_armed(self) -> bool:
+        return True
+
+    def find(self, connection: Connection) -> None:
+        """Let every running trace see a connection."""
+        for watch in self.tracer._watches:
+            watch._report(connection)
+
+
+@contextlib.asynccontextmanager
+async def served(tmp_path: Path) -> AsyncIterator[tuple[Node, Any]]:
+    node = Node()
+    config = Config(node="node-1", controller="unix:x", run_dir=tmp_path)
+    task = asyncio.create_task(Api(config, cast("Any", node)).run())
+    try:
+        async with grpc.aio.insecure_channel(f"unix:{config.api_socket}") as channel:
+            await channel.channel_ready()
+            yield node, agent_pb2_grpc.AgentStub(channel)  # type: ignore[no-untyped-call,unused-ignore]
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+def run(tmp_path: Path, scenario: Callable[[Node, Any], Awaitable[None]]) -> None:
+    async def body() -> None:
+        async with served(tmp_path) as (node, stub):
+            await asyncio.wait_for(scenario(node, stub), 20)
+
+    asyncio.run(body())
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async def poll() -> None:
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)  # nothing announces it
+
+    await asyncio.wait_for(poll(), 5)
+
+
+def request(destination: str = "redis", source: str = "frontend", **fields: Any) -> pb.TraceRequest:
+    return pb.TraceRequest(source=source, destination=destination, **fields)
+
+
+def test_the_socket_is_for_root_only_and_answers_the_status(tmp_path: Path) -> None:
+    async def scenario(_: Node, stub: Any) -> None:
+        assert stat.S_IMODE((tmp_path / "agent.sock").stat().st_mode) == 0o600
+        document = json.loads((await stub.Status(pb.StatusRequest())).document)
+        assert (document["ready"], document["waypoint"]["pid"]) == (True, 23)
+
+    run(tmp_path, scenario)
+
+
+def test_a_socket_that_a_killed_agent_left_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "agent.sock").touch()
+
+    async def scenario(_: Node, stub: Any) -> None:
+        assert (await stub.Status(pb.StatusRequest())).document
+
+    run(tmp_path, scenario)
+
+
+def test_a_trace_without_duration_is_the_plan_alone_and_arms_nothing(tmp_path: Path) -> None:
+    async def scenario(node: Node, stub: Any) -> None:
+        documents = [json.loads(answer.document) async for answer in stub.Trace(request())]
+        assert [(d["kind"], d["verdict"], d["level"]) for d in documents] == [("plan", "ALLOW", "L4")]
+        assert node.asked == []
+
+    run(tmp_path, scenario)
+
+
+def test_a_trace_ends_after_its_count_and_takes_its_filter_away(tmp_path: Path) -> None:
+    async def scenario(node: Node, stub: Any) -> None:
+        call = stub.Trace(request(duration_s=20, count=3))
+        assert json.loads((await call.read()).document)["kind"] == "plan"
+        (pair,) = node.asked[-1]
+        assert pair == Pair("default/frontend", "default/redis:6379", frozenset({"default/redis"}), pair.allowing)
+        for _ in range(5):
+            node.find(SEEN)
+        assert [json.loads((await call.read()).document)["outcome"] for _ in range(3)] == ["closed"] * 3
+        assert await call.read() is grpc.aio.EOF
+        await until(lambda: node.asked[-1] == frozenset())
+
+    run(tmp_path, scenario)
+
+
+def test_a_trace_ends_after_its_duration(tmp_path: Path) -> None:
+    async def scenario(node: Node, stub: Any) -> None:
+        documents = [json.loads(answer.document) async for answer in stub.Trace(request(duration_s=0.05))]
+        assert [d["kind"] for d in documents] == ["plan"]
+        await until(lambda: len(node.asked) == 2)
+
+    run(tmp_path, scenario)
+
+
+def test_a_trace_ends_after_its_duration_however_much_there_is_to_report(tmp_path: Path) -> None:
+    async def scenario(node: Node, stub: Any) -> None:
+        call = stub.Trace(request(duration_s=0.1))
+        await call.read()
+
+        async def flood() -> None:
+            while True:
+                node.find(SEEN)
+                await asyncio.sleep(0)
+
+        flooding = asyncio.create_task(flood())
+        started = asyncio.get_running_loop().time()
+        while await call.read() is not grpc.aio.EOF:
+            assert asyncio.get_running_loop().time() - started < 5
+        flooding.cancel()
+
+    run(tmp_path, scenario)
+
+
+def test_a_caller_that_goes_away_takes_its_filter_away(tmp_path: Path) -> None:
+    async def scenario(node: Node, stub: Any) -> None:
+        call = stub.Trace(request(duration_s=20))
+        await call.read()
+        assert node.tracer.pairs
+        call.cancel()
+        await until(lambda: not node.tracer.pairs)
+        assert node.asked[-1] == frozenset()
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "message"),
+    [
+        pytest.param(request(source="frontent"), grpc.StatusCode.NOT_FOUND, "did you mean default/frontend?", id="source"),
+        pytest.param(request("rediss"), grpc.StatusCode.NOT_FOUND, "did you mean default/redis?", id="destination"),
+        pytest.param(
+            request(source="elsewhere", duration_s=1), grpc.StatusCode.FAILED_PRECONDITION, "node node-2, this is node-1", id="node"
+        ),
+        pytest.param(request(source="redis", duration_s=1), grpc.StatusCode.FAILED_PRECONDITION, "it is not enrolled", id="not-bound"),
+    ],
+)
+def test_what_cannot_be_traced_is_said(tmp_path: Path, asked: pb.TraceRequest, code: grpc.StatusCode, message: str) -> None:
+    async def scenario(node: Node, stub: Any) -> None:
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            _ = [answer async for answer in stub.Trace(asked)]
+        assert failure.value.code() is code
+        assert message in str(failure.value.details())
+        assert node.asked == []
+
+    run(tmp_path, scenario)
+
+
+def test_status_is_answered_while_a_trace_runs(tmp_path: Path) -> None:
+    async def scenario(_: Node, stub: Any) -> None:
+        call = stub.Trace(request(duration_s=20))
+        await call.read()
+        assert (await stub.Status(pb.StatusRequest(), timeout=2)).document
+        call.cancel()
+
+    run(tmp_path, scenario)

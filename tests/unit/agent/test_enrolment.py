@@ -1,0 +1,166 @@
+"""The order in which a node is brought to a snapshot, with stand-ins for kernel and namespaces; the real ones are in tests/kernel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from agent import enrolment, netns
+from agent.bpf.tables import Namespace
+from agent.config import Config
+from agent.enrolment import Enrolment
+from agent.errors import KernelRefused
+from agent.model import Snapshot, Workload
+
+
+class World:
+    """Namespaces are files in `directory` that hold their cookie; everything that is done to the kernel is noted in `log`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.log: list[tuple[object, ...]] = []
+        self.refuse_link: set[int] = set()
+        self.refuse_rows = False
+        self.mounts: set[Path] = set()
+
+    def namespace(self, name: str, cookie: int) -> Path:
+        path = self.directory / name
+        path.unlink(missing_ok=True)
+        path.write_text(str(cookie))
+        return path
+
+    # The data path and the tables.
+    maps: dict[str, object] = {}  # noqa: RUF012 - nothing looks into it
+
+    def attach_namespace(self, cookie: int, path: Path) -> None:
+        self.log.append(("link", cookie, path.name))
+        if cookie in self.refuse_link:
+            raise KernelRefused("no link today")
+
+    def detach_namespaces(self, keep: set[int]) -> None:
+        self.log.append(("unlink all but", *sorted(keep)))
+
+    def sync(self, _: Snapshot, local: list[Namespace], inbound: frozenset[str]) -> int:
+        self.log.append(("rows", *(n.local.workload.name for n in local), *inbound))
+        if self.refuse_rows:
+            raise KernelRefused("full")
+        return len(local)
+
+    # agent.netns
+    def hold(self, source: Path, directory: Path) -> tuple[int, Path]:
+        cookie = int(source.read_text())
+        target = directory / str(cookie)
+        self.mounts.add(target)
+        return cookie, target
+
+    def release(self, target: Path) -> None:
+        self.mounts.remove(target)
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    made = World(tmp_path)
+    monkeypatch.setattr(enrolment, "Tables", lambda *_: made)
+    monkeypatch.setattr(netns, "hold", made.hold)
+    monkeypatch.setattr(netns, "release", made.release)
+    monkeypatch.setattr(netns, "held", lambda _: sorted(made.mounts))
+    monkeypatch.setattr(netns, "addresses", lambda _: ("10.0.0.1",))
+    return made
+
+
+@pytest.fixture
+def node(world: World, tmp_path: Path) -> Enrolment:
+    return Enrolment(Config(node="node-1", controller="unix:x", run_dir=tmp_path / "run"), cast("Any", world), cast("Any", None))
+
+
+def workload(name: str, namespace: object, *, node: str = "node-1", enrolled: bool = True) -> Workload:
+    return Workload(f"default/{name}", name, node, {}, ("10.0.0.1",), str(namespace), enrolled=enrolled, ready=True)
+
+
+def snapshot(*workloads: Workload) -> Snapshot:
+    return Snapshot("1", {w.name: w for w in workloads})
+
+
+def test_the_rows_are_there_before_a_namespace_is_linked(world: World, node: Enrolment) -> None:
+    model = snapshot(*(workload(name, world.namespace(name, cookie)) for name, cookie in (("a", 7), ("b", 11))))
+    enrolled = node.enforce(model, frozenset({"default/b"}))
+    assert world.log == [("rows", "default/a", "default/b", "default/b"), ("link", 7, "7"), ("link", 11, "11"), ("unlink all but", 7, 11)]
+    assert [(local.workload.name, local.netns_cookie) for local in enrolled.local] == [("default/a", 7), ("default/b", 11)]
+    assert enrolled.missing == ()
+
+
+def test_a_workload_without_its_namespace_is_missing_and_the_others_are_enrolled(world: World, node: Enrolment) -> None:
+    enrolled = node.enforce(snapshot(workload("a", world.directory / "absent"), workload("b", world.namespace("b", 11))), frozenset())
+    assert [local.workload.name for local in enrolled.local] == ["default/b"]
+    ((name, reason),) = enrolled.missing
+    assert name == "default/a"
+    assert "absent" in reason
+
+
+def test_a_namespace_belongs_to_one_workload(world: World, node: Enrolment) -> None:
+    path = world.namespace("shared", 7)
+    enrolled = node.enforce(snapshot(workload("a", path), workload("b", path)), frozenset())
+    assert [local.workload.name for local in enrolled.local] == ["default/a"]
+    ((name, reason),) = enrolled.missing
+    assert (name, "already belongs to workload default/a" in reason) == ("default/b", True)
+
+
+def test_a_link_that_is_refused_makes_its_workload_missing_only(world: World, node: Enrolment) -> None:
+    world.refuse_link = {7}
+    enrolled = node.enforce(snapshot(workload("a", world.namespace("a", 7)), workload("b", world.namespace("b", 11))), frozenset())
+    assert enrolled.missing == (("default/a", "no link today"),)
+    assert ("link", 11, "11") in world.log
+
+
+def test_rows_that_are_refused_leave_links_and_mounts_alone(world: World, node: Enrolment) -> None:
+    node.enforce(snapshot(workload("a", world.namespace("a", 7))), frozenset())
+    world.log.clear()
+    world.refuse_rows = True
+    with pytest.raises(KernelRefused):
+        node.enforce(snapshot(workload("b", world.namespace("b", 11))), frozenset())
+    assert [entry[0] for entry in world.log] == ["rows"]
+    assert world.directory / "run/netns/7" in world.mounts
+
+
+def test_what_is_no_longer_needed_is_unlinked_and_unmounted(world: World, node: Enrolment) -> None:
+    a, b = (workload(name, world.namespace(name, cookie)) for name, cookie in (("a", 7), ("b", 11)))
+    node.enforce(snapshot(a, b), frozenset())
+    node.enforce(snapshot(b), frozenset())
+    assert world.log[-1] == ("unlink all but", 11)
+    assert {mount.name for mount in world.mounts} == {"11"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param({"node": "node-2"}, id="of-another-node"),
+        pytest.param({"enrolled": False}, id="not-enrolled"),
+        pytest.param({"namespace": ""}, id="without-a-namespace"),
+    ],
+)
+def test_workloads_that_are_not_this_nodes_business_are_left_alone(world: World, node: Enrolment, other: dict[str, Any]) -> None:
+    arguments = {"namespace": world.namespace("a", 7), **other}
+    enrolled = node.enforce(snapshot(workload("a", **arguments)), frozenset())
+    assert (enrolled.local, enrolled.missing, world.mounts) == ((), (), set())
+
+
+def test_a_namespace_that_comes_goes_or_is_replaced_is_noticed(world: World, node: Enrolment) -> None:
+    path = world.directory / "a"
+    model = snapshot(workload("a", path))
+
+    def changed() -> bool:
+        noticed = node.namespaces_changed(model)
+        node.enforce(model, frozenset())
+        return noticed
+
+    node.enforce(model, frozenset())
+    assert not changed()
+    world.namespace("a", 7)
+    assert [changed(), changed()] == [True, False]
+    path.rename(world.directory / "old")
+    world.namespace("a", 11)
+    assert [changed(), changed()] == [True, False]
+    path.unlink()
+    assert [changed(), changed()] == [True, False]

@@ -1,0 +1,96 @@
+"""The JSON of `status` and `trace`: the names and shapes that people's scripts rely on."""
+
+from __future__ import annotations
+
+import enum
+import json
+
+import pytest
+
+from agent.report import (
+    BackendPlan,
+    Connection,
+    ControllerStatus,
+    HookStatus,
+    Hop,
+    Plan,
+    Status,
+    WaypointStatus,
+    WorkloadStatus,
+    as_json,
+    encode,
+)
+
+
+class Colour(enum.Enum):
+    DARK_RED = 1
+
+
+def test_a_status_has_the_documented_names() -> None:
+    status = Status(
+        ready=False,
+        node="node-1",
+        hooks=(HookStatus("mesh_connect4", attached=True, effective=False),),
+        waypoint=WaypointStatus(ready=True, version="1.37.0", pid=None, nacks=0),
+        controller=ControllerStatus(connected=False, version="v", lag_seconds=None),
+        workloads=(WorkloadStatus("default", "cart", enrolled=True, redirected=False, identity="spiffe://m/ns/default/sa/cart"),),
+        problems=("one", "two"),
+    )
+    assert json.loads(encode(status)) == {
+        "ready": False,
+        "node": "node-1",
+        "hooks": [{"name": "mesh_connect4", "attached": True, "effective": False}],
+        "waypoint": {"ready": True, "version": "1.37.0", "pid": None, "nacks": 0},
+        "controller": {"connected": False, "version": "v", "lagSeconds": None},
+        "workloads": [
+            {"namespace": "default", "name": "cart", "enrolled": True, "redirected": False, "identity": "spiffe://m/ns/default/sa/cart"}
+        ],
+        "problems": ["one", "two"],
+    }
+
+
+def test_a_plan_has_the_documented_names_in_their_order() -> None:
+    plan = Plan(
+        source="default/a", destination="default/b:80", verdict="DENY", rule=None, level="L4", reason="why",
+        backends=(BackendPlan("default/b-1", "10.0.0.1:8080", "node-1", 0.5),), encryption="none", fail_mode="closed", problems=(),
+    )  # fmt: skip
+    document = json.loads(encode(plan))
+    assert list(document) == [
+        "kind", "source", "destination", "verdict", "rule", "level", "reason", "backends", "encryption", "failMode", "problems",
+    ]  # fmt: skip
+    assert (document["kind"], document["rule"]) == ("plan", None)
+    assert document["backends"] == [{"workload": "default/b-1", "address": "10.0.0.1:8080", "node": "node-1", "share": 0.5}]
+
+
+def test_a_hops_detail_stands_beside_its_own_names() -> None:
+    connection = Connection(
+        source="default/a", destination="default/b", hops=(Hop("connect", "node-1", 23, {"rttUs": 7}),), outcome="closed"
+    )
+    assert as_json(connection) == {
+        "kind": "connection",
+        "source": "default/a",
+        "destination": "default/b",
+        "hops": [{"at": "connect", "node": "node-1", "durationNs": 23, "rttUs": 7}],
+        "outcome": "closed",
+        "rule": None,
+        "nextStep": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (Colour.DARK_RED, "dark_red"),
+        ((1, [2, (3,)]), [1, [2, [3]]]),
+        ({"a": (Colour.DARK_RED,)}, {"a": ["dark_red"]}),
+        (None, None),
+        ("text", "text"),
+        (Hop, Hop),
+    ],
+)
+def test_values_become_json_values(value: object, expected: object) -> None:
+    assert as_json(value) == expected
+
+
+def test_an_encoded_document_is_one_line() -> None:
+    assert b"\n" not in encode({"text": "two\nlines"})
