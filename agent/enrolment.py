@@ -42,7 +42,11 @@ class Enrolment:
     def enforce(self, snapshot: Snapshot, enforce_inbound: frozenset[str]) -> Enrolled:
         """Make the node decide by `snapshot`. Raises KernelRefused, with the previous state in force, if a table is too small."""
         namespaces, missing = self._bind(snapshot)
-        changed = self.tables.sync(snapshot, namespaces, enforce_inbound)
+        try:
+            changed = self.tables.sync(snapshot, namespaces, enforce_inbound)
+        except MeshError:
+            self._known = {}  # nothing of what was found is in force: look again
+            raise
         # Rows first: a namespace that is linked before its address is known is closed to everybody.
         for namespace in namespaces:
             try:

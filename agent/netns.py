@@ -70,10 +70,14 @@ def addresses(path: Path) -> tuple[str, ...]:
     """Every global address configured in the namespace: those that a workload does not declare must be known too, or they were a way round policy."""
 
     def read() -> tuple[str, ...]:
-        from pyroute2 import IPRoute  # noqa: PLC0415  must be opened inside the namespace
+        from pyroute2 import IPRoute  # noqa: PLC0415  0.1 s that commands need not wait for
+        from pyroute2.netlink.exceptions import NetlinkError  # noqa: PLC0415
 
-        with IPRoute() as route:
-            return tuple(m.get_attr("IFA_LOCAL") or m.get_attr("IFA_ADDRESS") for m in route.get_addr() if m["scope"] == 0)
+        try:
+            with IPRoute() as route:  # opened here, inside the namespace
+                return tuple(m.get_attr("IFA_LOCAL") or m.get_attr("IFA_ADDRESS") for m in route.get_addr() if m["scope"] == 0)
+        except NetlinkError as error:
+            raise OSError(error.code, f"read the addresses in network namespace {path}: {error}") from error
 
     return run_in(path, read)
 

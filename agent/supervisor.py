@@ -23,7 +23,7 @@ from agent.bpf.manifest import PROGRAMS
 from agent.config import Config
 from agent.discovery import Discovery
 from agent.enrolment import Enrolled, Enrolment
-from agent.errors import EnvironmentUnfit
+from agent.errors import EnvironmentUnfit, MeshError
 from agent.ids import Ids
 from agent.l7 import envoy
 from agent.l7.snapshot import build, needs_inbound
@@ -39,6 +39,7 @@ NAMESPACE_POLL_S = 0.25
 HEARTBEAT_S = 1.0
 DEAD_AFTER_S = 10.0
 STATUS_TIMEOUT_S = 5.0
+RETRY_S = 5.0
 
 
 class Supervisor:
@@ -50,6 +51,7 @@ class Supervisor:
         self._snapshot: Snapshot | None = None
         self._enrolled = Enrolled()
         self._enforcing = asyncio.Lock()
+        self._configured = asyncio.Event()
         self._beat = time.monotonic()
         self._tracer = Tracer(config.node, self._trace_changed)
 
@@ -106,7 +108,7 @@ class Supervisor:
         try:
             await run_forever(
                 {
-                    "xds": self._xds.run(),
+                    "xds": self._serve_waypoint(),
                     "envoy": self._waypoint.run(),
                     "discovery": self._discovery.run(),
                     "events": events.run(),
@@ -127,18 +129,28 @@ class Supervisor:
         self._enrolled = await asyncio.to_thread(self._enrolment.enforce, snapshot, needs_inbound(snapshot))
         self._snapshot = snapshot
         self._configure_waypoint()
+        self._configured.set()
 
     def _configure_waypoint(self) -> None:
         traced = frozenset(pair.source for pair in self._tracer.pairs)
         snapshot = self._snapshot or Snapshot()
         self._xds.set(build(snapshot, self._enrolled.local, trust_domain=self._config.trust_domain, traced=traced))
 
+    async def _serve_waypoint(self) -> None:
+        """Serve Envoy once there is something to say: an adopted Envoy must not be told that nothing exists."""
+        await self._configured.wait()
+        await self._xds.run()
+
     async def _watch_namespaces(self) -> None:
         while True:
             await asyncio.sleep(NAMESPACE_POLL_S)
-            async with self._enforcing:
-                if self._snapshot is not None and self._enrolment.namespaces_changed(self._snapshot):
-                    await self._bring_into_force(self._snapshot)
+            try:
+                async with self._enforcing:
+                    if self._snapshot is not None and self._enrolment.namespaces_changed(self._snapshot):
+                        await self._bring_into_force(self._snapshot)
+            except MeshError as error:
+                _log.error("a changed namespace could not be brought into force; the previous state stays", extra={"reason": str(error)})
+                await asyncio.sleep(RETRY_S)
 
     async def _heartbeat(self) -> None:
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,14 @@ def run(  # noqa: PLR0913  one parameter for each option
 
 @click.command()
 @_places
-def uninstall(*, cgroup: Path | None, pin_dir: Path, run_dir: Path, state_dir: Path) -> None:
+@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def uninstall(*, cgroup: Path | None, pin_dir: Path, run_dir: Path, state_dir: Path, output: str) -> None:
     """Remove everything the agent ever made on this machine: also after a crash, also twice."""
     features.check_root()
     config = Config(node="", controller="", cgroup=_cgroup(cgroup), pin_dir=pin_dir, run_dir=run_dir, state_dir=state_dir)
-    for line in remove_everything(config) or ["nothing was left"]:
+    removed = remove_everything(config)
+    if output == "json":
+        click.echo(json.dumps({"removed": removed}))
+        return
+    for line in removed or ["nothing was left"]:
         click.echo(line)
