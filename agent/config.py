@@ -57,7 +57,9 @@ class Config:
     """cgroup of Envoy, made by the agent: how the kernel programs know the waypoint's own sockets."""
 
     def __post_init__(self) -> None:
-        """Derive the paths below `run_dir`."""
+        """Make directories absolute and free of links, as /proc/mounts shows them; derive the paths below `run_dir`."""
+        for name in ("cgroup", "pin_dir", "run_dir", "state_dir"):
+            object.__setattr__(self, name, getattr(self, name).resolve())
         for name, leaf in (
             ("api_socket", "agent.sock"),
             ("xds_socket", "xds.sock"),

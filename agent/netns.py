@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import os
 import socket
 import struct
@@ -88,6 +90,10 @@ def hold(source: Path, directory: Path) -> tuple[int, Path]:
     Returns cookie and path. Doing it again is harmless. Raises OSError if `source` is no namespace, EnvironmentUnfit if mounting is refused.
     """
     number = cookie(source)
+    if number in _own_cookies():
+        raise EnvironmentUnfit(
+            f"network namespace {source} is the node's own: workloads there are not supported, give the process a namespace of its own"
+        )
     target = directory / str(number)
     if target not in held(directory):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -99,6 +105,15 @@ def hold(source: Path, directory: Path) -> tuple[int, Path]:
             release(target)
             raise FileNotFoundError(f"network namespace {source} was replaced while it was being held")
     return number, target
+
+
+@functools.cache
+def _own_cookies() -> frozenset[int]:
+    """The agent's own namespace and that of the machine's first process, where it may be looked at."""
+    found = {cookie(Path("/proc/self/ns/net"))}
+    with contextlib.suppress(OSError):
+        found.add(cookie(Path("/proc/1/ns/net")))
+    return frozenset(found)
 
 
 def held(directory: Path) -> list[Path]:

@@ -23,7 +23,7 @@ from agent.bpf.manifest import PROGRAMS
 from agent.config import Config
 from agent.discovery import Discovery
 from agent.enrolment import Enrolled, Enrolment
-from agent.errors import EnvironmentUnfit, MeshError
+from agent.errors import EnvironmentUnfit, KernelRefused, MeshError
 from agent.ids import Ids
 from agent.l7 import envoy
 from agent.l7.snapshot import build, needs_inbound
@@ -52,6 +52,8 @@ class Supervisor:
         self._enrolled = Enrolled()
         self._enforcing = asyncio.Lock()
         self._configured = asyncio.Event()
+        self._relaxable = asyncio.Event()
+        self._enforced_inbound: frozenset[str] = frozenset()
         self._beat = time.monotonic()
         self._tracer = Tracer(config.node, self._trace_changed)
 
@@ -67,6 +69,7 @@ class Supervisor:
             await self._start()
             await self._serve()
         finally:
+            await asyncio.get_running_loop().shutdown_default_executor()  # what is still being enforced is under the lock
             os.close(held)
 
     async def _start(self) -> None:
@@ -113,6 +116,7 @@ class Supervisor:
                     "discovery": self._discovery.run(),
                     "events": events.run(),
                     "namespaces": self._watch_namespaces(),
+                    "relax": self._relax(),
                     "heartbeat": self._heartbeat(),
                     "api": api.run(),
                 }
@@ -126,10 +130,37 @@ class Supervisor:
             await self._bring_into_force(snapshot)
 
     async def _bring_into_force(self, snapshot: Snapshot) -> None:
-        self._enrolled = await asyncio.to_thread(self._enrolment.enforce, snapshot, needs_inbound(snapshot))
+        # What the receiver has enforced so far it goes on to enforce until Envoy has the rules that make that needless (`_relax`).
+        strict = needs_inbound(snapshot) | self._enforced_inbound
+        await self._enforce(snapshot, strict)
         self._snapshot = snapshot
         self._configure_waypoint()
         self._configured.set()
+        if strict != needs_inbound(snapshot):
+            self._relaxable.set()
+
+    async def _enforce(self, snapshot: Snapshot, enforce_inbound: frozenset[str]) -> None:
+        try:
+            self._enrolled = await asyncio.to_thread(self._enrolment.enforce, snapshot, enforce_inbound)
+        except (OSError, RuntimeError) as error:
+            raise KernelRefused(f"cannot bring version {snapshot.version} into force: {error}") from error
+        self._enforced_inbound = enforce_inbound
+
+    async def _relax(self) -> None:
+        """Let the waypoint's own authorization suffice once Envoy has taken it."""
+        while True:
+            await self._relaxable.wait()
+            self._relaxable.clear()
+            if not await self._xds.wait_acked(RETRY_S) or self._xds.state.rejected:
+                await asyncio.sleep(RETRY_S)
+                self._relaxable.set()
+                continue
+            async with self._enforcing:
+                if not self._relaxable.is_set():
+                    try:
+                        await self._enforce(self.snapshot, needs_inbound(self.snapshot))
+                    except MeshError as error:
+                        _log.error("the receiver goes on to enforce what the waypoint does already", extra={"reason": str(error)})
 
     def _configure_waypoint(self) -> None:
         traced = frozenset(pair.source for pair in self._tracer.pairs)
@@ -227,6 +258,8 @@ class Supervisor:
         problems += [
             f"{counters[c]} times {c} in the kernel programs: see mesh_datapath_events in /metrics" for c in _TROUBLE if counters[c]
         ]
+        if snapshot.workloads and all(w.node != config.node for w in snapshot.workloads.values()):
+            problems.append(f"no Workload names node {config.node}: is --node spelled as the resources spell it?")
         workloads = tuple(
             WorkloadStatus(
                 w.namespace,

@@ -219,7 +219,11 @@ class Tracer:
         """Start watching; end it with `end`."""
         watch = Watch(pair, self._node)
         self._watches.append(watch)
-        self._changed(self.pairs)
+        try:
+            self._changed(self.pairs)
+        except BaseException:
+            self._watches.remove(watch)
+            raise
         return watch
 
     def end(self, watch: Watch) -> None:

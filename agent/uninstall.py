@@ -21,13 +21,15 @@ def uninstall(config: Config) -> list[str]:
     done = []
     if pid := _stop_agent(config.run_dir / "agent.lock"):
         done.append(f"stopped the agent (pid {pid})")
-    if envoy.stop(config.run_dir):
-        done.append("stopped Envoy")
     # Links first: with them the programs stop deciding, and nothing is redirected to a waypoint that is gone.
     if config.pin_dir.is_dir():
-        links = len(list(config.pin_dir.glob("links/*")))
+        links = list(config.pin_dir.glob("links/*"))
+        for link in links:
+            link.unlink()
         shutil.rmtree(config.pin_dir)
-        done.append(f"removed programs, maps and {links} links below {config.pin_dir}")
+        done.append(f"removed programs, maps and {len(links)} links below {config.pin_dir}")
+    if envoy.stop(config.run_dir):
+        done.append("stopped Envoy")
     mounts = netns.held(config.netns_dir)
     for mount in mounts:
         netns.release(mount)

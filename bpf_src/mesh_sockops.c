@@ -67,6 +67,12 @@ static __always_inline void mesh_report_socket(struct bpf_sock_ops *ctx, struct 
 	mesh_event_send(event);
 }
 
+/* Asks for state changes of this socket, and keeps what other programs asked for. */
+static __always_inline void mesh_watch(struct bpf_sock_ops *ctx)
+{
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
 /* How the receiver will find who calls. The same bytes from both ends: `caller` says whether this is the end that called. */
 static __always_inline void mesh_flow_key_of(struct mesh_ends *ends, bool caller, struct mesh_flow_key *key)
 {
@@ -95,7 +101,7 @@ static __always_inline void mesh_on_connect(struct bpf_sock_ops *ctx)
 
 	if (!sock)
 		return;
-	bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+	mesh_watch(ctx);
 	mesh_ends_of(ctx, &ends);
 	if (sock->redirected) {
 		mesh_origdst_key_of(ctx, &ends, &origdst_key);
@@ -187,7 +193,7 @@ static __always_inline void mesh_on_accepted(struct bpf_sock_ops *ctx)
 		mesh_count(MESH_COUNT_STORAGE_FAILED);
 		return;
 	}
-	bpf_sock_ops_cb_flags_set(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+	mesh_watch(ctx);
 	if (sock.traced)
 		mesh_report_socket(ctx, &sock, MESH_EVENT_ESTABLISHED, 0, 0);
 }

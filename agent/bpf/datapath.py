@@ -105,28 +105,30 @@ class DataPath:
 
     def detach_namespaces(self, keep: set[int]) -> None:
         """Remove the links of namespaces that are not in `keep`, also those of an earlier run."""
+        kept = set(map(str, keep))
         for pin in self._links_dir.glob("netns-*"):
-            if int(pin.name.removeprefix("netns-")) not in keep:
+            if pin.name.removeprefix("netns-").removesuffix("-new") not in kept:
                 pin.unlink()
         self._namespaces = {c: p for c, p in self._namespaces.items() if c in keep}
 
     def _link(self, program: Program, pin: Path, target: Path) -> None:
-        with _fd(libbpf.open_pin(self._programs_dir / program.name)) as code:
-            if pin.exists():
-                with _fd(libbpf.open_pin(pin)) as link:
-                    if libbpf.link_program_id(link) == libbpf.program_id(code):
-                        return
-                    with contextlib.suppress(OSError):  # its cgroup or namespace is gone: make a new one
-                        libbpf.link_update(link, code)
-                        return
-                pin.unlink()
-            try:
-                with _fd(os.open(target, os.O_RDONLY | os.O_CLOEXEC)) as place:
-                    link = libbpf.link_create(code, place, program.attach_type)
-            except OSError as error:
-                raise KernelRefused(f"cannot attach {program.name} to {target}: {error}") from error
-            with _fd(link):
-                libbpf.pin(link, pin)
+        """Have `pin` be a link of the current program to `target`; whatever it was before stays until the new one is in force."""
+        try:
+            with _fd(libbpf.open_pin(self._programs_dir / program.name)) as code, _fd(os.open(target, os.O_RDONLY | os.O_CLOEXEC)) as place:
+                if pin.exists():
+                    with _fd(libbpf.open_pin(pin)) as link:
+                        if libbpf.link_target(link) == os.fstat(place).st_ino:
+                            if libbpf.link_program_id(link) != libbpf.program_id(code):
+                                libbpf.link_update(link, code)
+                            return
+                fresh = pin.with_name(f"{pin.name}-new")  # `pin` is free, or a link to something else that may be gone
+                fresh.unlink(missing_ok=True)
+                with _fd(libbpf.link_create(code, place, program.attach_type)) as link:
+                    libbpf.pin(link, fresh)
+                pin.unlink(missing_ok=True)
+                fresh.rename(pin)
+        except OSError as error:
+            raise KernelRefused(f"cannot attach {program.name} to {target}: {error}") from error
 
     def forget_other_versions(self) -> None:
         """Remove pins of programs and maps that nothing of ours uses any more; call it after `attach`."""

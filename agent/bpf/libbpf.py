@@ -19,6 +19,9 @@ from agent.errors import EnvironmentUnfit
 
 BPF_ANY = 0
 BPF_F_QUERY_EFFECTIVE = 1
+_BATCH_BYTES = 4 << 20
+
+_LINK_NETNS = 5  # include/uapi/linux/bpf.h, enum bpf_link_type
 
 ATTACH_TYPES = {  # include/uapi/linux/bpf.h, enum bpf_attach_type
     "cgroup_sock_ops": 3,
@@ -91,6 +94,13 @@ def link_program_id(fd: int) -> int:
     return int(struct.unpack_from("=III", object_info(fd))[2])
 
 
+def link_target(fd: int) -> int:
+    """What a link is attached to: the cgroup's id or the network namespace's inode, 0 if that is gone (struct bpf_link_info, cgroup and netns)."""
+    info = object_info(fd)
+    kind = struct.unpack_from("=I", info)[0]
+    return int(struct.unpack_from("=I" if kind == _LINK_NETNS else "=Q", info, 16)[0])
+
+
 def effective_programs(cgroup: int, attach_type: str) -> list[int]:
     """Ids of the programs that run for a cgroup, inherited ones included, in the order in which they run."""
     ids = (ct.c_uint32 * 64)()
@@ -144,6 +154,7 @@ def items(fd: int, key_size: int, value_size: int, chunk: int = 4096) -> Iterato
     `value_size` counts all CPUs of a per-CPU map. An element that changes meanwhile may be seen before or after the change; with many deletions
     in between one may be seen twice (kernel/bpf/hashtab.c, __htab_map_lookup_and_delete_batch).
     """
+    chunk = max(16, min(chunk, _BATCH_BYTES // value_size))  # values of per-CPU maps grow with the machine
     cursor = ct.create_string_buffer(max(key_size, 8))  # an opaque position: a bucket number for hash maps
     started = False
     while True:

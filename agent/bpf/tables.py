@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from agent import addresses
@@ -26,6 +26,8 @@ _VERDICTS = {
     Verdict.WAYPOINT: m.Verdict.WAYPOINT,
 }
 Rows = dict[bytes, bytes]
+_NUMBERED = frozenset({"id", "identity", "policy", "rule", "list", "workload"})
+"""Members of rows that hold a number given by `agent.ids`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,15 @@ class Tables:
         self._node = node
         self._codec = {name: maps[name].layout for name in self.ORDER}
         self.mirrors = {name: Mirror(maps[name]) for name in self.ORDER}
+        ids.start_above(max((n for name in self.ORDER for n in self._numbers(name)), default=0))
+
+    def _numbers(self, name: str) -> Iterator[int]:
+        """Every number that rows of an earlier run carry: none of them may come to mean something else while the kernel holds it."""
+        codec = self._codec[name]
+        for key, value in self.mirrors[name].rows.items():
+            for member, number in (*codec.key.unpack(key).items(), *codec.value.unpack(value).items()):
+                if member in _NUMBERED and number != m.IDENTITY_ANY:
+                    yield number
 
     def sync(self, snapshot: Snapshot, local: Sequence[Namespace], enforce_inbound: frozenset[str]) -> int:
         """Make the kernel decide by `snapshot`; returns the number of rows written or removed.
@@ -81,6 +92,7 @@ class Tables:
         )
         sets = self._policy_sets(snapshot, callers, desired.policy)
         here = {n.local.workload.name: n for n in local}
+        found: dict[bytes, set[bytes]] = {}
         for workload in snapshot.workloads.values():
             namespace = here.get(workload.name)
             cookie = namespace.local.netns_cookie if namespace else 0
@@ -93,11 +105,18 @@ class Tables:
                 "policy": sets[workload.policies],
                 "flags": m.WORKLOAD_ENFORCE_INBOUND if workload.name in enforce_inbound else 0,
             }
-            for address in {*(namespace.addresses if namespace else ()), *workload.addresses}:
-                desired.address[addresses.packed(address)] = self._codec["mesh_address"].value.pack(**members)
+            row = self._codec["mesh_address"].value.pack(**members)
+            for address in workload.addresses:
+                desired.address[addresses.packed(address)] = row
+            for address in namespace.addresses if namespace else ():
+                found.setdefault(addresses.packed(address), set()).add(row)
             if namespace:
                 key = self._codec["mesh_workload"].key.pack(**{"": cookie})
                 desired.workload[key] = self._codec["mesh_workload"].value.pack(**members)
+        for raw, rows in found.items():
+            # What a pod gave itself never takes the place of a declared address; one that two pods have (docker0, say) is nobody's: closed.
+            if len(rows) == 1:
+                desired.address.setdefault(raw, *rows)
         self._services(snapshot, desired)
         return desired
 

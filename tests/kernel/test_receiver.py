@@ -115,6 +115,37 @@ def test_the_waypoints_ports_are_closed_to_everybody(node: DataNode) -> None:
         server.communicate()
 
 
+def test_an_address_that_another_pod_gives_itself_stays_with_its_owner(node: DataNode) -> None:
+    """A pod that may change its own addresses must not take the policy, or the identity, of another."""
+    model = protected(ALLOW_MESH)
+    node.enforce(model)
+    take = ["ip", "address", "add", f"{address_of('server-a')}/32", "dev", "lo"]
+    node.lab.exec("server-b", take, check=True)
+    try:
+        node.enforce(model)
+        assert node.connect("client", address_of("server-a"), 8080) == "ECONNREFUSED"
+        assert node.connect("other", address_of("server-a"), 8080) == "EPERM"
+        assert node.connect("caller", address_of("server-a"), 8080).startswith("ok")
+    finally:
+        node.lab.exec("server-b", ["ip", "address", "del", f"{address_of('server-a')}/32", "dev", "lo"], check=True)
+
+
+def test_an_address_that_two_pods_gave_themselves_is_nobodys(node: DataNode) -> None:
+    pods = ("server-a", "server-b")
+    for pod in pods:
+        node.lab.exec(pod, ["ip", "address", "add", "172.17.0.1/32", "dev", "lo"], check=True)
+    node.lab.exec("stranger", ["ip", "route", "add", "172.17.0.1", "via", address_of("server-b")], check=True)
+    try:
+        node.enforce(protected())
+        with node.events() as events:
+            assert node.connect("stranger", "172.17.0.1", 8080) == "ECONNREFUSED"
+        assert {Reason(e.reason) for e in events} == {Reason.UNKNOWN_ADDRESS}
+    finally:
+        node.lab.exec("stranger", ["ip", "route", "del", "172.17.0.1"], check=True)
+        for pod in pods:
+            node.lab.exec(pod, ["ip", "address", "del", "172.17.0.1/32", "dev", "lo"], check=True)
+
+
 def test_many_denials_are_counted_but_not_all_reported(node: DataNode) -> None:
     node.enforce(protected(ALLOW_MESH))
     rule = ("default/other", "default/server-a", "default/p: no rule matches")

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from agent import netns
 from agent.bpf import libbpf, loader, source
 from agent.bpf.datapath import DataPath
-from agent.errors import KernelRefused, LayoutMismatch, MeshError
+from agent.errors import EnvironmentUnfit, KernelRefused, LayoutMismatch, MeshError
 from agent.model import Action, Policy, PolicyRule, Source
 from agent.uninstall import uninstall
 from lab import paths
@@ -179,3 +180,44 @@ def test_other_peoples_programs_stay_attached(node: DataNode) -> None:
         assert in_force(node)
     finally:
         foreign.unlink(missing_ok=True)
+
+
+def test_a_waypoint_cgroup_that_was_made_anew_gets_its_programs(node: DataNode) -> None:
+    """A link to a cgroup that is gone still names the right program: what counts is where it is attached."""
+    node.config.waypoint_cgroup.rmdir()
+    node.config.waypoint_cgroup.mkdir()
+    assert not all(h.effective for h in node.datapath.hooks())
+    node.open()
+    node.enforce(MODEL)
+    assert all(h.effective for h in node.datapath.hooks())
+
+
+def test_a_namespace_that_cannot_be_looked_at_keeps_its_protection(node: DataNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path) -> tuple[str, ...]:
+        raise OSError(24, f"too many open files: {path}")
+
+    monkeypatch.setattr("agent.netns.addresses", fails)
+    enrolled = node.enrolment.enforce(MODEL, frozenset())
+    assert {name for name, _ in enrolled.missing} == set(MODEL.workloads)
+    assert len(enrolled.local) == len(MODEL.workloads)
+    assert in_force(node)
+    assert node.connect("stranger", address_of("server-a"), 8080) == "ECONNREFUSED"
+    monkeypatch.setattr("agent.enrolment.RETRY_S", 0.0)
+    node.enrolment.enforce(MODEL, frozenset())
+    assert node.enrolment.namespaces_changed(MODEL)
+    monkeypatch.undo()
+    node.enforce(MODEL)
+    assert not node.enrolment.namespaces_changed(MODEL)
+
+
+def test_the_nodes_own_namespace_cannot_be_enrolled(node: DataNode) -> None:
+    with pytest.raises(EnvironmentUnfit, match="the node's own"):
+        netns.hold(Path("/proc/self/ns/net"), node.config.netns_dir)
+
+
+def test_lost_numbers_are_not_given_again_under_rows_that_stay(node: DataNode) -> None:
+    rows = node.datapath.maps["mesh_address"]
+    held = {rows.layout.value.unpack(value[0])["id"] for _, value in rows.items()}
+    (node.config.run_dir / "ids.json").unlink()
+    node.open()
+    assert node.ids.number("workload", "default/new") > max(held)

@@ -34,3 +34,11 @@ def test_a_forgotten_names_number_is_not_used_again(tmp_path: Path) -> None:
     ids.save()
     assert Ids(tmp_path / "ids.json").number("list", "x") > gone
     assert ids.name(gone) == ""
+
+
+def test_numbers_that_the_kernel_still_holds_are_not_given_again(tmp_path: Path) -> None:
+    ids = Ids(tmp_path / "ids.json")
+    ids.start_above(41)
+    assert ids.number("workload", "shop/a") == 42
+    ids.start_above(7)
+    assert ids.number("workload", "shop/b") == 43
