@@ -50,8 +50,13 @@ def _address(text: str) -> str:
         address = ipaddress.ip_address(text)
     except ValueError:
         return f'"{text[:80]}" is not an IPv4 or IPv6 address'
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return f"{text} is an IPv4 address in IPv6 spelling: write {address.ipv4_mapped}"
     if address.is_unspecified or address.is_multicast or "%" in text:
         return f"{text} is not the address of one host"
+    if address.is_loopback or address.is_link_local:
+        what = "loopback" if address.is_loopback else "link-local"
+        return f"{text} is a {what} address, which means another host wherever it is used"
     return ""
 
 

@@ -17,16 +17,23 @@ Claim = tuple[str, str, int]
 Claims = dict[Claim, Object]
 
 
+def _canonical(text: str) -> str:
+    """Return the one spelling of an address; an agent cannot tell an IPv4-mapped IPv6 address from the IPv4 address in it."""
+    address = ipaddress.ip_address(text)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return str(mapped or address)
+
+
 def virtual_addresses(service: Object) -> list[str]:
     """Return the canonical virtual addresses of a Service, none if it is headless."""
     spec = service.spec
     addresses = spec.get("clusterIPs") or [spec["clusterIP"]]
-    return [] if addresses == ["None"] else [str(ipaddress.ip_address(address)) for address in addresses]
+    return [] if addresses == ["None"] else [_canonical(address) for address in addresses]
 
 
 def workload_addresses(workload: Object) -> list[str]:
     """Return the canonical addresses of a Workload."""
-    return [str(ipaddress.ip_address(address)) for address in workload.spec["addresses"]]
+    return [_canonical(address) for address in workload.spec["addresses"]]
 
 
 def _claims(item: Object) -> Iterator[tuple[Claim, Path, str]]:

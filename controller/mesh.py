@@ -26,6 +26,7 @@ from controller.source import Source, State
 _log = logging.getLogger(__name__)
 
 RESCAN_MS: Final = 5000  # for what inotify does not tell: network file systems, targets of links
+SETTLE_S: Final = 0.25  # how soon a file that seems half written is read again
 DEBOUNCE_MS: Final = 50  # an editor's or kubectl's burst of writes is one change
 
 
@@ -45,6 +46,7 @@ class Mesh:
         self._lock = asyncio.Lock()
         self._reported: frozenset[Problem] = frozenset()
         self._unreadable = ""
+        self._unsettled = asyncio.Event()
 
     @property
     def state(self) -> State:
@@ -56,6 +58,8 @@ class Mesh:
         async with self._lock:
             await asyncio.to_thread(self.source.start)
             await self._publish(time.time_ns())
+        if self.source.unsettled:
+            self._unsettled.set()
 
     async def reload(self) -> None:
         """Bring into force what is on disk now. A directory that cannot be read leaves everything as it is."""
@@ -78,11 +82,32 @@ class Mesh:
                         self._unreadable = str(error)
                 else:
                     self._unreadable = ""
+                    if self.source.unsettled:
+                        self._unsettled.set()
                     if state.objects != before.objects or state.problems != before.problems:
                         await self._publish(seen)
 
     async def watch(self) -> None:
         """Follow the directory for ever. Raises ControllerError if it cannot be watched."""
+        tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._settle())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _settle(self) -> None:
+        """Read again what seemed half written: no event says that a file stays as it is."""
+        while True:
+            await self._unsettled.wait()
+            self._unsettled.clear()
+            await asyncio.sleep(SETTLE_S)
+            await self.reload()
+
+    async def _follow(self) -> None:
         await self.reload()  # what changed between start and the first event
         try:
             async for _ in awatch(

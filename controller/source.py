@@ -1,17 +1,20 @@
 """A directory of YAML files as the source of objects: what each file says, what is refused, and what stays in force regardless.
 
 Called by `controller.mesh`, in a thread: everything here blocks. It reads and, for `stage`, only pretends; the admin service writes files.
-Rules: an object that does not validate keeps its last good version; a file that cannot be read as YAML keeps all its former objects; the rest
-of the directory applies; what is gone from the disk is gone. The last good versions survive a restart in `DIR/.meshagent-last-good.yaml`:
-otherwise a policy broken on disk would vanish with the process, and access would widen.
+Rules: an object that does not validate keeps its last good version; a file that cannot be read as YAML keeps all its former objects, and so
+does every file in a folder that cannot be read; the rest of the directory applies; what is gone from the disk is gone, but objects that vanish
+from within a file only when nobody has written to it for a moment (an editor may have emptied it to fill it again). The last good versions
+survive a restart in `DIR/.meshagent-last-good.yaml`: otherwise a policy broken on disk would vanish with the process, and access would widen.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -25,8 +28,14 @@ from controller.schema import Checked, read_or_problems
 SUFFIXES: Final = frozenset({".yaml", ".yml"})
 LAST_GOOD: Final = ".meshagent-last-good.yaml"
 APPLIED: Final = "applied"
+SETTLED_NS: Final = 1_000_000_000  # a file that shrank is believed when it is this old
+NAMES_SHOWN: Final = 10
 
 Signature = tuple[int, int, int]
+# In place of a signature, where there is none: never equal to that of a file that can be read.
+_NO_STATUS: Final[Signature] = (-1, -1, -1)
+_NO_FOLDER: Final[Signature] = (-2, -2, -2)
+_UNSETTLED: Final[Signature] = (-3, -3, -3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,7 @@ class Source:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.state = State()
+        self.unsettled = False  # a file seems to be half written: load again soon
         self._files: dict[Path, ParsedFile] = {}
         self._index: dict[Key, list[Path]] = {}
         self._remembered = ""
@@ -69,8 +79,14 @@ class Source:
 
     def load(self) -> State:
         """Read what changed on disk and return the new state. Raises ControllerError if the directory is not readable."""
-        found = self._scan()
-        self._files = {path: self._read(path, signature) for path, signature in sorted(found.items())}
+        found, closed = self._scan()
+        self.unsettled = False
+        held = self._held()
+        files = {path: self._read(path, signature, held.get(path, 0)) for path, signature in found.items()}
+        for folder, problem in closed.items():
+            within = {path for path in {*self._files, *held} if folder in path.parents}
+            files.update(dict.fromkeys({folder, *within} - set(found), ParsedFile(_NO_FOLDER, (), problem)))
+        self._files = dict(sorted(files.items()))
         self._index = {}
         for path, parsed in self._files.items():
             for key in {checked.key for checked in parsed.documents if checked.key is not None}:
@@ -96,10 +112,22 @@ class Source:
         """Where the admin service keeps an object: `applied/NAMESPACE_KIND_NAME.yaml`."""
         return self.directory / APPLIED / f"{key.namespace}_{key.kind.lower()}_{key.name}.yaml"
 
-    def _scan(self) -> dict[Path, Signature]:
+    def _held(self) -> dict[Path, int]:
+        """Return how many objects that are in force came from each file."""
+        return {Path(file): count for file, count in Counter(item.file for item in self.state.objects.values()).items()}
+
+    def _scan(self) -> tuple[dict[Path, Signature], dict[Path, Problem]]:
+        """Return every resource file, and every folder that is there but cannot be read."""
+        closed: dict[Path, Problem] = {}
+
         def fail(error: OSError) -> None:
-            if error.filename == str(self.directory):
+            folder = Path(error.filename or self.directory)
+            if folder == self.directory:
                 raise ControllerError(f"cannot read the directory {self.directory}: {error.strerror}; check --directory") from error
+            if not isinstance(error, FileNotFoundError | NotADirectoryError):  # those: deleted since it was listed
+                closed[folder] = Problem(
+                    str(folder), 1, f"this folder cannot be read: {error.strerror}; what its files said stays in force"
+                )
 
         found: dict[Path, Signature] = {}
         for folder, folders, names in os.walk(self.directory, onerror=fail):
@@ -112,12 +140,12 @@ class Source:
                     except FileNotFoundError:
                         continue  # deleted since it was listed
                     except OSError:
-                        found[path] = (-1, -1, -1)
+                        found[path] = _NO_STATUS
                         continue
                     found[path] = (status.st_mtime_ns, status.st_size, status.st_ino)
-        return found
+        return found, closed
 
-    def _read(self, path: Path, signature: Signature) -> ParsedFile:
+    def _read(self, path: Path, signature: Signature, held: int) -> ParsedFile:
         known = self._files.get(path)
         if known is not None and known.signature == signature:
             return known
@@ -126,10 +154,15 @@ class Source:
                 return ParsedFile(signature, (), Problem(str(path), 1, "not a regular file"))
             with path.open("rb") as file:
                 text = file.read(MAX_FILE_BYTES + 1)
+                status = os.fstat(file.fileno())
         except OSError as error:
-            return ParsedFile((-1, -1, -1), (), Problem(str(path), 1, f"cannot be read: {error.strerror}"))
+            return ParsedFile(_NO_STATUS, (), Problem(str(path), 1, f"cannot be read: {error.strerror}"))
         documents, unreadable = read_or_problems(text, str(path))
-        return ParsedFile(signature, tuple(documents), unreadable)
+        parsed = ParsedFile(signature, tuple(documents), unreadable)
+        if _half_written(known, parsed, held, status):
+            self.unsettled = True
+            return known or ParsedFile(_UNSETTLED, (), Problem(str(path), 1, "is being written; what it said stays in force"))
+        return parsed
 
     def _evaluate(self, files: Mapping[Path, ParsedFile]) -> State:
         in_force = self.state.objects
@@ -143,13 +176,11 @@ class Source:
         for key, problem in conflicts.items():
             refused.setdefault(key, []).append(problem)
             problems.append(problem)
-        return State(objects, {key: tuple(items) for key, items in refused.items()}, tuple(sorted(problems)))
+        return State(objects, {key: tuple(items) for key, items in refused.items()}, tuple(sorted(set(problems))))
 
     def _remember(self) -> None:
         """Store the versions in force that the files no longer hold, so that a restart has them too."""
-        current = {
-            checked.object.key: checked.object.data for parsed in self._files.values() for checked in parsed.documents if checked.object
-        }
+        current = {key: checked.object.data for key, checked in _first_of_each(self._files)[0].items() if checked.object}
         kept = [item for key, item in sorted(self.state.objects.items()) if current.get(key) != item.data]
         text = "".join(f"---\n{json.dumps({'file': item.file, 'data': item.data}, ensure_ascii=False)}\n" for item in kept)
         if text == self._remembered:
@@ -160,8 +191,16 @@ class Source:
                 write_atomically(target, text)
             else:
                 target.unlink(missing_ok=True)
-        except OSError:
-            return  # a read-only directory: then last good versions end with the process
+        except OSError as error:  # for example a read-only directory: then last good versions end with the process
+            if kept:
+                names = ", ".join(str(item.key) for item in kept[:NAMES_SHOWN])
+                more = f" and {len(kept) - NAMES_SHOWN} more" if len(kept) > NAMES_SHOWN else ""
+                message = (
+                    f"cannot be written: {error.strerror or error}; a restart would lose the last good version of {names}{more}: "
+                    "make the directory writable or repair the files"
+                )
+                self.state = replace(self.state, problems=tuple(sorted({*self.state.problems, Problem(str(target), 1, message)})))
+            return
         self._remembered = text
 
     def _restore(self) -> None:
@@ -182,6 +221,17 @@ class Source:
             objects.update((item.object.key, item.object) for item in checked if item.object is not None)
         self._remembered = text
         self.state = State(objects)
+
+
+def _half_written(known: ParsedFile | None, parsed: ParsedFile, held: int, status: os.stat_result) -> bool:
+    """True if a file lost objects in place a moment ago: whoever emptied it may be about to fill it. A renamed file is complete."""
+    if parsed.unreadable or any(checked.key is None for checked in parsed.documents):
+        return False  # its former objects stay anyway
+    if known is not None and known.signature[2] >= 0 and known.signature[2] != status.st_ino:
+        return False
+    if len(parsed.documents) >= max(held, len(known.documents) if known else 0):
+        return False
+    return abs(time.time_ns() - status.st_mtime_ns) < SETTLED_NS  # a time in the future must not delay for ever
 
 
 def _first_of_each(files: Mapping[Path, ParsedFile]) -> tuple[dict[Key, Checked], list[Problem]]:

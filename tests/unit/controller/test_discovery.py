@@ -199,3 +199,24 @@ def test_on_tcp_the_certificate_must_name_the_node(tmp_path: Path, directory: Pa
                     await agent.hello("n1")
 
     asyncio.run(check())
+
+
+def test_a_file_that_is_emptied_and_filled_again_never_leaves_the_model(tmp_path: Path, directory: Path) -> None:
+    async def scenario() -> None:
+        file = directory / "a.yaml"
+        file.write_text(service("one", "10.0.0.1"))
+        async with serve(directory, tmp_path / "c.sock") as controller:
+            mesh = controller.mesh
+            await asyncio.sleep(0.3)  # the watch is there
+            with file.open("w") as writer:  # as `cat new > a.yaml` does
+                await until(lambda: mesh.source.unsettled)
+                assert [key.name for key in mesh.state.objects] == ["one"]
+                writer.write(service("one", "10.0.0.2"))
+            await until(lambda: [item.spec["clusterIP"] for item in mesh.state.objects.values()] == ["10.0.0.2"])
+            file.write_text("")
+            emptied = asyncio.get_running_loop().time()
+            await until(lambda: not mesh.state.objects)
+            # Sooner than the rescan that happens anyway.
+            assert 0.7 < asyncio.get_running_loop().time() - emptied < 3
+
+    asyncio.run(scenario())

@@ -154,6 +154,30 @@ def test_bad_input_is_refused_with_one_clean_line(text: str, expected: str) -> N
     assert messages(text) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("::ffff:10.77.1.40", "::ffff:10.77.1.40 is an IPv4 address in IPv6 spelling: write 10.77.1.40"),
+        ("::ffff:0a4d:0128", "::ffff:0a4d:0128 is an IPv4 address in IPv6 spelling: write 10.77.1.40"),
+        ("0.0.0.0", "0.0.0.0 is not the address of one host"),
+        ("::", ":: is not the address of one host"),
+        ("224.0.0.1", "224.0.0.1 is not the address of one host"),
+        ("ff02::1", "ff02::1 is not the address of one host"),
+        ("127.0.0.1", "127.0.0.1 is a loopback address, which means another host wherever it is used"),
+        ("::1", "::1 is a loopback address, which means another host wherever it is used"),
+        ("169.254.1.1", "169.254.1.1 is a link-local address, which means another host wherever it is used"),
+        ("fe80::1", "fe80::1 is a link-local address, which means another host wherever it is used"),
+    ],
+)
+def test_an_address_that_no_single_host_has_is_refused_in_every_field(address: str, reason: str) -> None:
+    listed = service(f"{{clusterIPs: [10.0.0.1, '{address}'], ports: [{{port: 80}}]}}")
+    single = service(f"{{clusterIP: '{address}', ports: [{{port: 80}}]}}")
+    workload = f"apiVersion: meshagent.io/v1alpha1\nkind: Workload\nmetadata: {{name: w}}\nspec: {{node: n, addresses: ['{address}']}}\n"
+    assert messages(listed) == [f"f.yaml:4 Service/cart spec.clusterIPs[1]: {reason}"]
+    assert messages(single) == [f"f.yaml:4 Service/cart spec.clusterIP: {reason}"]
+    assert messages(workload) == [f"f.yaml:4 Workload/w spec.addresses[0]: {reason}"]
+
+
 def test_what_kubectl_writes_beside_the_spec_is_accepted() -> None:
     text = (
         "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, creationTimestamp: null, labels: , annotations: {a/b: c}, uid: u,"
