@@ -87,7 +87,8 @@ class DataPath:
                 )
             log = self._config.run_dir / "loader.log"
             log.write_bytes(output)
-            raise KernelRefused(f"{lines[-1] if lines else 'the loader ended without a word'}; all of it is in {log}")
+            words = lines[-1] if lines else "the loader ended without a word"
+            raise KernelRefused(f"{words}; all of it is in {log}; does this kernel allow BPF (CONFIG_CGROUP_BPF, no lockdown)?")
 
     def attach(self, waypoint_cgroup: Path) -> None:
         """Link every cgroup program; `waypoint_cgroup` must exist."""

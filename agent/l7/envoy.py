@@ -41,6 +41,7 @@ LONGEST_BACKOFF_S = 15.0
 DRAIN_S = 30
 """How long connections of a changed or removed listener may go on."""
 _PID_FILE = "envoy.json"
+_OLD_LOG = "envoy.log.1"
 _LAUNCHER = 'ulimit -n "$(ulimit -Hn)"; echo $$ > "$0/cgroup.procs" && exec "$@"'
 
 
@@ -133,7 +134,9 @@ class Envoy:
             delay = 0.0 if failures == 0 else min(0.5 * 2**failures, LONGEST_BACKOFF_S) * (0.5 + self._jitter() / 2)
             failures += 1
             self._restarts += 1
-            log.error("envoy died; see envoy.log", extra={"log": str(self._config.run_dir / "envoy.log"), "restart_in_s": delay})
+            log.error(
+                "envoy died; its last words are in the log", extra={"log": str(self._config.run_dir / _OLD_LOG), "restart_in_s": delay}
+            )
             await asyncio.sleep(delay)
 
     async def stats(self, prefix: str = "") -> dict[str, int]:
@@ -224,6 +227,8 @@ class Envoy:
         files.write(config.run_dir / "envoy-bootstrap.json", self._bootstrap().encode())
         config.envoy_admin_socket.unlink(missing_ok=True)
         output = config.run_dir / "envoy.log"
+        if output.exists():  # the last words of the one before; two files bound what a tmpfs holds
+            output.replace(config.run_dir / _OLD_LOG)
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
         pid = os.posix_spawn(
             "/bin/sh",
