@@ -65,7 +65,7 @@ def start_agent(node: Node) -> Process:
     argv = [program("meshagent"), "run", "--node", node.name, "--controller", _CONTROLLER]
     argv += ["--tls-ca", str(paths.PKI / "ca.crt"), "--tls-cert", str(paths.PKI / f"{node.name}.crt")]
     argv += ["--tls-key", str(paths.PKI / f"{node.name}.key"), *agent_directories(node.name)]
-    argv += ["--metrics-address", node.gateways[0], "--metrics-port", str(METRICS_PORT), "--log-level", "debug"]
+    argv += ["--metrics-address", node.gateways[0], "--metrics-port", str(METRICS_PORT)]
     seat = Seat(paths.agent_cgroup(node.name), paths.node_netns(node))
     name = f"agent-{node.name}"
     return process.start(name, seat, argv, {}, Path("/"), paths.log(name))
