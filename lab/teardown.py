@@ -102,10 +102,11 @@ def _remove_files(state: State | None) -> None:
 
 
 def _remove_stale_socket(path: Path) -> None:
-    """Remove the controller's socket unless somebody (a controller that is not the lab's) still listens on it."""
+    """Remove the controller's socket and its lock unless somebody (a controller that is not the lab's) still listens there."""
     with socket.socket(socket.AF_UNIX) as client:
         if client.connect_ex(str(path)) != 0:
-            path.unlink(missing_ok=True)
+            for file in (path, path.with_name(path.name + ".lock")):
+                file.unlink(missing_ok=True)
 
 
 def _rmdir(path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lab import cgroup, topology
+from lab import cgroup, paths, topology
 from lab.cli import SHOP
 from lab.errors import LabError, StartFailed
 from lab.lab import Lab
@@ -37,6 +37,7 @@ def machine() -> None:
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
     """The shop with its mesh and its resources applied. One a module, because there is one lab a machine and other modules make theirs."""
+    others = paths.AGENT_RUN.exists()  # of an agent or controller that is not the lab's
     running = Lab(topology.load(SHOP / "lab.yaml"))
     try:
         running.up()
@@ -49,3 +50,4 @@ def lab() -> Iterator[Lab]:
     finally:
         left = running.down()
     assert left == []
+    assert others or not paths.AGENT_RUN.exists(), sorted(paths.AGENT_RUN.iterdir())
