@@ -191,8 +191,11 @@ def running() -> Iterator[DataNode]:
             yield node
         finally:
             node.close()
+            for parent in (paths.PINS, paths.AGENT_RUN):
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
             if mounted:
-                mounts.unmount_bpffs(paths.BPF)
+                assert mounts.unmount_bpffs(paths.BPF)
 
 
 def address_of(place: str, family: socket.AddressFamily = socket.AF_INET) -> str:
