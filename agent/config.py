@@ -7,7 +7,6 @@ from pathlib import Path
 
 OUTBOUND_PORT = 15001  # pod namespace, loopback: L7 connections that the connect hook redirected
 INBOUND_PORT = 15006  # pod namespace, wildcard: plain connections that sk_lookup steered
-HBONE_PORT = 15008  # pod namespace, pod address: reserved for mTLS tunnels
 METRICS_PORT = 15020  # node: /metrics, /healthz, /readyz
 
 

@@ -131,12 +131,13 @@ class Supervisor:
 
     async def _bring_into_force(self, snapshot: Snapshot) -> None:
         # What the receiver has enforced so far it goes on to enforce until Envoy has the rules that make that needless (`_relax`).
-        strict = needs_inbound(snapshot) | self._enforced_inbound
+        needed = needs_inbound(snapshot)
+        strict = needed | self._enforced_inbound
         await self._enforce(snapshot, strict)
         self._snapshot = snapshot
         self._configure_waypoint()
         self._configured.set()
-        if strict != needs_inbound(snapshot):
+        if strict != needed:
             self._relaxable.set()
 
     async def _enforce(self, snapshot: Snapshot, enforce_inbound: frozenset[str]) -> None:

@@ -51,7 +51,7 @@ class DataPath:
         self._programs_dir = config.pin_dir / f"programs-{code.programs}"
         self._links_dir = config.pin_dir / "links"
         self._manifest = config.run_dir / f"manifest-{code.programs}.json"
-        self._namespaces: dict[int, Path] = {}
+        self._namespaces: set[int] = set()
         self.maps: dict[str, Map] = {}
         self.loader_s = 0.0
         """How long the loader child took; 0 if the pins of an earlier run served."""
@@ -102,7 +102,7 @@ class DataPath:
         """Link the receiver's check to a network namespace. Doing it again is harmless."""
         program = next(p for p in PROGRAMS if p.name == _NAMESPACE_PROGRAM)
         self._link(program, self._links_dir / f"netns-{cookie}", path)
-        self._namespaces[cookie] = path
+        self._namespaces.add(cookie)
 
     def detach_namespaces(self, keep: set[int]) -> None:
         """Remove the links of namespaces that are not in `keep`, also those of an earlier run."""
@@ -110,7 +110,7 @@ class DataPath:
         for pin in self._links_dir.glob("netns-*"):
             if pin.name.removeprefix("netns-").removesuffix("-new") not in kept:
                 pin.unlink()
-        self._namespaces = {c: p for c, p in self._namespaces.items() if c in keep}
+        self._namespaces &= keep
 
     def _link(self, program: Program, pin: Path, target: Path) -> None:
         """Have `pin` be a link of the current program to `target`; whatever it was before stays until the new one is in force."""

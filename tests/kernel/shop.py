@@ -27,6 +27,15 @@ from meshapi import agent_pb2_grpc
 LOAD = Path(__file__).with_name("load.py")
 CONTROLLER = f"unix://{paths.CONTROLLER_SOCKET}"
 POLL_S = 0.01
+ALL_MAY_READ = """
+apiVersion: meshagent.io/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: all-may-read}
+spec:
+  selector: {matchLabels: {app: cart}}
+  action: ALLOW
+  rules: [{to: [{operation: {methods: [GET], paths: ["/items*"]}}]}]
+"""
 
 
 def codes(lab: Lab, place: str, url: str, *options: str) -> Counter[str]:

@@ -20,15 +20,6 @@ pytestmark = pytest.mark.kernel
 
 CYCLES = 23
 BOUND_WITHIN_S = 1.0
-ALL_MAY_READ = """
-apiVersion: meshagent.io/v1alpha1
-kind: AuthorizationPolicy
-metadata: {name: all-may-read}
-spec:
-  selector: {matchLabels: {app: cart}}
-  action: ALLOW
-  rules: [{to: [{operation: {methods: [GET], paths: ["/items*"]}}]}]
-"""
 
 
 def recreate(lab: Lab, name: str) -> Pod:
@@ -139,7 +130,7 @@ def test_a_pod_that_takes_over_an_address_does_not_take_over_the_identity(lab: L
 
 
 def test_a_pod_that_takes_over_an_address_gets_a_strangers_rights_from_the_waypoint(lab: Lab) -> None:
-    with shop.applied(lab, ALL_MAY_READ):
+    with shop.applied(lab, shop.ALL_MAY_READ):
         shop.takes(lambda: shop.codes(lab, "client", "http://10.77.1.21:8080/items") == {"200": 1})
         with impostor(lab):
             shop.takes(lambda: "frontend" not in redirected("node-1"), BOUND_WITHIN_S)

@@ -39,15 +39,6 @@ spec:
   rules: [{from: [{source: {serviceAccounts: [default/frontend]}}]}]
 """
 DENY_NOBODY = DENY_FRONTEND.replace("deny-frontend", "deny-nobody").replace("app: redis", "app: nobody")
-ALL_MAY_READ = """
-apiVersion: meshagent.io/v1alpha1
-kind: AuthorizationPolicy
-metadata: {name: all-may-read}
-spec:
-  selector: {matchLabels: {app: cart}}
-  action: ALLOW
-  rules: [{to: [{operation: {methods: [GET], paths: ["/items*"]}}]}]
-"""
 
 
 @contextmanager
@@ -183,7 +174,7 @@ def test_an_envoy_that_is_killed_refuses_l7_lets_nobody_by_and_is_back_soon(lab:
 
 
 def test_the_receivers_check_is_closed_without_envoy_and_works_with_the_next_one(lab: Lab) -> None:
-    with shop.applied(lab, ALL_MAY_READ):
+    with shop.applied(lab, shop.ALL_MAY_READ):
         shop.takes(lambda: shop.codes(lab, "client", "http://10.77.1.21:8080/items") == {"200": 1})
         before = pids(lab)[0]
         arrived = shop.answered(lab, "cart-v1-1")["GET /flaky 503"]
