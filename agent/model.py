@@ -7,10 +7,12 @@ are host order, addresses are text. The field meanings are those of meshapi/disc
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+import ipaddress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from agent.compact import Labels, Shared
 from meshapi import discovery_pb2 as pb
 
 
@@ -34,10 +36,15 @@ class MatchKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Backing:
-    """A service that a workload is an endpoint of; `ports` maps service port to target port."""
+    """A service that a workload is an endpoint of; `ports` (TCP) and `udp` map service port to target port."""
 
     service: str
     ports: Mapping[int, int]
+    udp: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+
+    def targets(self, protocol: str) -> Mapping[int, int]:
+        """Service port to target port of "TCP" or "UDP"."""
+        return self.udp if protocol == "UDP" else self.ports
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +61,10 @@ class Workload:
     ready: bool
     backing: tuple[Backing, ...] = ()
     policies: tuple[str, ...] = ()
+    zone: str = ""
+    weight: int = 1
+    acceleration: str = ""
+    """"", "enabled" or "force"."""
 
     @property
     def namespace(self) -> str:
@@ -77,6 +88,11 @@ class ServicePort:
     reason: str
 
 
+def port_name(port: int, protocol: str) -> str:
+    """`53` over TCP, `53/udp` over UDP: behind "NAMESPACE/SERVICE:" the name of a service port on the command line, in events and in metrics."""
+    return f"{port}/udp" if protocol == "UDP" else str(port)
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """A name with virtual addresses that stands for a set of workloads."""
@@ -84,6 +100,12 @@ class Service:
     name: str
     addresses: tuple[str, ...]
     ports: tuple[ServicePort, ...]
+    traffic_distribution: str = ""
+    """"", "PreferSameZone" or "PreferSameNode"."""
+    affinity_s: int = 0
+    """Seconds for which a caller stays with its endpoint after its last new connection; 0 = no affinity."""
+    load_balancing: str = ""
+    """"" (weighted random) or "least-connections"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +183,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Who calls: all non-empty lists must match, each by any of its values."""
+    """Who calls: all non-empty lists must match, each by any of its values; `labels` are (name, value) pairs, all of which the caller must have."""
 
     principals: tuple[str, ...] = ()
     not_principals: tuple[str, ...] = ()
@@ -169,6 +191,9 @@ class Source:
     not_namespaces: tuple[str, ...] = ()
     service_accounts: tuple[str, ...] = ()
     not_service_accounts: tuple[str, ...] = ()
+    ip_blocks: tuple[str, ...] = ()
+    not_ip_blocks: tuple[str, ...] = ()
+    labels: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +208,7 @@ class Operation:
     not_paths: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     not_hosts: tuple[str, ...] = ()
+    protocols: tuple[str, ...] = ()
 
     @property
     def l7(self) -> bool:
@@ -200,11 +226,22 @@ class PolicyRule:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """An AuthorizationPolicy. DENY is evaluated before ALLOW; an ALLOW policy without rules denies everything."""
+    """An AuthorizationPolicy. DENY is evaluated before ALLOW; an ALLOW policy without rules denies everything; AUDIT is a DENY that only counts."""
 
     name: str
     action: Action
     rules: tuple[PolicyRule, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """How a snapshot differs from the one of version `base`: names that were added, changed or removed."""
+
+    base: str
+    workloads: frozenset[str] = frozenset()
+    services: frozenset[str] = frozenset()
+    routes: frozenset[str] = frozenset()
+    policies: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,13 +253,16 @@ class Snapshot:
     services: Mapping[str, Service] = field(default_factory=lambda: MappingProxyType({}))
     routes: Mapping[str, Route] = field(default_factory=lambda: MappingProxyType({}))
     policies: Mapping[str, Policy] = field(default_factory=lambda: MappingProxyType({}))
+    delta: Delta | None = None
+    """None: not known, compare."""
 
-    def endpoints(self, service: str, port: int) -> list[tuple[Workload, int]]:
+    def endpoints(self, service: str, port: int, protocol: str = "TCP") -> list[tuple[Workload, int]]:
         """Ready workloads behind a service port with the port each listens on, sorted by name; not-ready ones are left out."""
         found = []
         for workload in self.workloads.values():
             if workload.ready:
-                found += [(workload, b.ports[port]) for b in workload.backing if b.service == service and port in b.ports]
+                targets = (b.targets(protocol) for b in workload.backing if b.service == service)
+                found += [(workload, ports[port]) for ports in targets if port in ports]
         return sorted(found, key=lambda pair: pair[0].name)
 
 
@@ -265,24 +305,76 @@ def decode(entity: bytes) -> Entity:
     raise ValueError("an Entity of a kind that this agent does not know: upgrade the agent before the controller sends it")
 
 
+# What repeats among workloads is one object: a name of a node, of a label, the ports of a service. Only addresses, names and the values
+# of labels are each workload's own (agent.compact says what that saves).
+_text: Shared[str, str] = Shared(str, 16384)
+_texts: Shared[tuple[str, ...], tuple[str, ...]] = Shared(tuple)
+
+
 def _workload(m: pb.Workload) -> Workload:
     return Workload(
         name=f"{m.namespace}/{m.name}",
-        service_account=m.service_account,
-        node=m.node,
-        labels=MappingProxyType(dict(m.labels)),
+        service_account=_text(m.service_account),
+        node=_text(m.node),
+        labels=_labels(m.labels),
         addresses=tuple(m.addresses),
         network_namespace=m.network_namespace,
         enrolled=m.enrolled,
         ready=m.ready,
-        backing=tuple(Backing(b.service, MappingProxyType({p.service_port: p.target_port for p in b.ports})) for b in m.backing),
-        policies=tuple(m.policies),
+        backing=_backings(tuple((b.service, tuple((p.service_port, p.target_port, p.protocol) for p in b.ports)) for b in m.backing)),
+        policies=_texts(tuple(m.policies)),
+        zone=_text(m.zone),
+        weight=m.weight or 1,
+        acceleration=_text(m.acceleration),
     )
+
+
+def _labels(m: Mapping[str, str]) -> Mapping[str, str]:
+    pairs = sorted(m.items())
+    values = Labels.SEPARATOR.join(value for _, value in pairs)
+    if values.count(Labels.SEPARATOR) > max(0, len(pairs) - 1):  # no Kubernetes label has one, but protobuf strings may
+        return MappingProxyType(dict(pairs))
+    return _same_labels((_texts(tuple(name for name, _ in pairs)), values))
+
+
+_same_labels: Shared[tuple[tuple[str, ...], str], Labels] = Shared(lambda key: Labels(*key))
+
+_Ports = tuple[tuple[int, int, str], ...]
+
+
+def _make_targets(ports: tuple[tuple[int, int], ...]) -> Mapping[int, int]:
+    return MappingProxyType(dict(ports))
+
+
+_targets: Shared[tuple[tuple[int, int], ...], Mapping[int, int]] = Shared(_make_targets)
+
+
+def _make_backing(key: tuple[str, _Ports]) -> Backing:
+    service, ports = key
+    tcp, udp = (tuple((port, to) for port, to, spoken in ports if (spoken or "TCP") == protocol) for protocol in ("TCP", "UDP"))
+    return Backing(service, _targets(tcp), _targets(udp))
+
+
+_backing: Shared[tuple[str, _Ports], Backing] = Shared(_make_backing)
+
+
+def _make_backings(keys: tuple[tuple[str, _Ports], ...]) -> tuple[Backing, ...]:
+    return tuple(_backing(key) for key in keys)
+
+
+_backings: Shared[tuple[tuple[str, _Ports], ...], tuple[Backing, ...]] = Shared(_make_backings)
 
 
 def _service(m: pb.Service) -> Service:
     ports = (ServicePort(p.port, p.name, p.protocol, p.app_protocol, p.waypoint, p.reason) for p in m.ports)
-    return Service(f"{m.namespace}/{m.name}", tuple(m.addresses), tuple(ports))
+    return Service(
+        name=f"{m.namespace}/{m.name}",
+        addresses=tuple(m.addresses),
+        ports=tuple(ports),
+        traffic_distribution=m.traffic_distribution,
+        affinity_s=m.affinity_s,
+        load_balancing=m.load_balancing,
+    )
 
 
 def _string(m: pb.StringMatch) -> StringMatch:
@@ -327,6 +419,13 @@ def _route(m: pb.Route) -> Route:
     )
 
 
+def _blocks(texts: Iterable[str]) -> tuple[str, ...]:
+    """CIDR blocks as they are; ValueError for what is none: a block that cannot be compared must not be taken for one that does not match."""
+    for text in texts:
+        ipaddress.ip_network(text, strict=False)
+    return tuple(texts)
+
+
 def _policy(m: pb.Policy) -> Policy:
     return Policy(
         name=f"{m.namespace}/{m.name}",
@@ -341,6 +440,9 @@ def _policy(m: pb.Policy) -> Policy:
                         tuple(s.not_namespaces),
                         tuple(s.service_accounts),
                         tuple(s.not_service_accounts),
+                        _blocks(s.ip_blocks),
+                        _blocks(s.not_ip_blocks),
+                        tuple(sorted(s.labels.items())),
                     )
                     for s in rule.sources
                 ),
@@ -354,6 +456,7 @@ def _policy(m: pb.Policy) -> Policy:
                         tuple(o.not_paths),
                         tuple(o.hosts),
                         tuple(o.not_hosts),
+                        tuple(o.protocols),
                     )
                     for o in rule.operations
                 ),

@@ -30,7 +30,21 @@ _NEXT_STEPS = {
     Reason.SPOOFED: "a process uses the address of a local workload from outside its namespace",
     Reason.NO_LISTENER: "the waypoint is not ready: see 'meshagent status'",
     Reason.WAYPOINT_PORT: "ports 15001 and 15006 belong to the waypoint: dial the service's own port",
+    Reason.NO_PORT: "the service has no such port: see its spec.ports",
+    Reason.AUDIT: "nothing was refused; with action DENY this AuthorizationPolicy would refuse it",
     Reason.UNKNOWN_ADDRESS: "declare this address in the Workload's spec.addresses",
+}
+_OUTCOMES = {
+    Close.NORMAL: "closed",
+    Close.RESET: "reset",
+    Close.FAILED: "given up",
+    Close.REFUSED: "failed",
+    Close.TIMED_OUT: "timed out",
+}
+_CLOSE_STEPS = {
+    Close.FAILED: "the application gave up before an answer came: is the backend slow to accept, or the application's time-out short?",
+    Close.REFUSED: "the backend did not accept: is it listening, and does the policy at its node allow the caller?",
+    Close.TIMED_OUT: "nothing answered: is the backend's node up, and does a firewall or route between the nodes drop its packets?",
 }
 
 
@@ -65,26 +79,32 @@ class Watch:
         """Take one kernel event."""
         if not self.pair.covers(event):
             return
-        if event.kind is EventKind.DENIED:
+        if event.kind in {EventKind.DENIED, EventKind.AUDITED}:
             self._report(self._denied(event))
+        elif event.protocol == "UDP":  # has no handshake and no end: the first datagram is all that there is to tell
+            if event.direction is Direction.OUTBOUND:
+                self._report(self._connection(self._destination(event), self._first_hops([event]), "sent", event.rule or None, None))
         elif event.direction is Direction.INBOUND:
             if event.kind is EventKind.ESTABLISHED:
                 _remember(self._inbound, event.remote, event)
         elif event.direction is Direction.OUTBOUND:
-            steps = self._open.get(event.socket_cookie)
-            if steps is None:
-                steps = []
-                _remember(self._open, event.socket_cookie, steps)
-            steps.append(event)
-            if event.kind is EventKind.ESTABLISHED and event.redirected:
-                _remember(self._by_port, event.local_port, event.socket_cookie)
-            if event.kind is not EventKind.CLOSED:
-                return
-            # A connection to the waypoint is remembered: Envoy's records of its requests come later than its end. Each of them is reported by
-            # itself; the connection is only if it failed.
-            if not event.redirected or event.reason == Close.FAILED:
-                del self._open[event.socket_cookie]
-                self._report(self._closed(steps))
+            self._outbound(event)
+
+    def _outbound(self, event: Event) -> None:
+        steps = self._open.get(event.socket_cookie)
+        if steps is None:
+            steps = []
+            _remember(self._open, event.socket_cookie, steps)
+        steps.append(event)
+        if event.kind is EventKind.ESTABLISHED and event.redirected:
+            _remember(self._by_port, event.local_port, event.socket_cookie)
+        if event.kind is not EventKind.CLOSED:
+            return
+        # A connection to the waypoint is remembered: Envoy's records of its requests come later than its end. Each of them is reported by
+        # itself; the connection is only if it failed.
+        if not event.redirected or event.reason in _CLOSE_STEPS:
+            del self._open[event.socket_cookie]
+            self._report(self._closed(steps))
 
     def on_record(self, record: RequestRecord) -> None:
         """Take one request that the waypoint handled."""
@@ -140,12 +160,10 @@ class Watch:
             "retransmits": last.retransmits,
         }
         hops.append(Hop("close", self.node, last.duration_ns, detail))
-        outcome = {Close.NORMAL: "closed", Close.RESET: "reset", Close.FAILED: "failed"}[reason]
-        next_step = None
-        if reason is Close.FAILED and last.redirected:
+        next_step = _CLOSE_STEPS.get(reason)
+        if next_step and last.redirected:
             next_step = "the waypoint does not listen: see 'meshagent status'"
-        elif reason is Close.FAILED:
-            next_step = "the backend did not accept: is it listening, and does the policy at its node allow the caller?"
+        outcome = _OUTCOMES[reason]
         return self._connection(self._destination(last), hops, outcome, last.rule or None, next_step)
 
     def _first_hops(self, steps: list[Event]) -> list[Hop]:
@@ -170,10 +188,19 @@ class Watch:
         reason = Reason(event.reason)
         at = "inbound" if event.direction is Direction.INBOUND else "connect"
         detail = _known(
-            verdict="deny", rule=event.rule, reason=reason.name.lower(), dialled=event.dialled, pid=event.pid, command=event.command
+            verdict=event.verdict.name.lower(),
+            rule=event.rule,
+            reason=reason.name.lower(),
+            dialled=event.dialled,
+            pid=event.pid,
+            command=event.command,
         )
         hop = Hop(at, self.node, event.duration_ns, detail)
-        outcome = "refused" if reason is Reason.NO_BACKEND else "denied"
+        outcome = "denied"
+        if reason in {Reason.NO_BACKEND, Reason.NO_PORT}:
+            outcome = "refused"
+        elif event.kind is EventKind.AUDITED:
+            outcome = "would be denied"
         return self._connection(self._destination(event), [hop], outcome, event.rule or None, _NEXT_STEPS.get(reason))
 
     def _connection(self, destination: str, hops: list[Hop], outcome: str, rule: str | None, next_step: str | None) -> Connection:

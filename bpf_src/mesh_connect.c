@@ -1,5 +1,5 @@
 /* cgroup/connect4 and connect6: where a connection goes. Runs in the caller's context, once per connection, before anything is sent.
- * Order: who calls, which service, which backend, which policy. Processes that are not enrolled leave after one lookup. */
+ * Order: who calls, which service, which endpoint, which policy. Processes that are not enrolled leave after one lookup. */
 
 /* What a hook does with the call. */
 enum mesh_outcome {
@@ -17,85 +17,142 @@ static __always_inline void mesh_event_send_from_caller(struct mesh_event *event
 	mesh_event_send(event);
 }
 
-static __always_inline void mesh_report_refusal(struct mesh_sock *sock, struct mesh_decision decision)
+static __always_inline void mesh_report_call(u8 kind, const struct mesh_sock *sock, const struct mesh_decision *decision, u64 socket_cookie)
 {
-	struct mesh_event *event;
+	struct mesh_event *event = mesh_event_about(kind, sock);
 
-	if (!sock->traced && !mesh_may_report())
-		return;
-	event = mesh_event_about(MESH_EVENT_DENIED, sock);
 	if (!event)
 		return;
-	event->rule = decision.rule;
-	event->verdict = decision.verdict;
-	event->reason = decision.reason;
+	event->socket_cookie = socket_cookie;
+	event->rule = decision->rule;
+	event->verdict = decision->verdict;
+	event->reason = decision->reason;
+	event->remote_address = sock->remote;
+	event->remote_port = sock->remote_port;
 	mesh_event_send_from_caller(event);
 }
 
-static __always_inline void mesh_report_connect(struct mesh_sock *sock, struct mesh_addr *remote, u16 port, u64 cookie)
+/* Counts a decision at the caller, and reports one that denies or would deny. */
+static __always_inline void mesh_account(struct mesh_sock *sock, const struct mesh_decision *decision)
 {
-	struct mesh_event *event = mesh_event_about(MESH_EVENT_CONNECT, sock);
+	struct mesh_decision audited = *decision;
+	struct mesh_parties who;
 
-	if (!event)
-		return;
-	event->socket_cookie = cookie;
-	event->remote_address = *remote;
-	event->remote_port = port;
-	mesh_event_send_from_caller(event);
+	mesh_parties_of(sock, &who);
+	mesh_count_verdict(&who, decision);
+	if (decision->verdict == MESH_VERDICT_DENY && (sock->traced || mesh_may_report()))
+		mesh_report_call(MESH_EVENT_DENIED, sock, decision, 0);
+	if (decision->audit && (sock->traced || mesh_may_report())) {
+		audited.rule = decision->audit;
+		audited.reason = MESH_REASON_AUDIT;
+		mesh_report_call(MESH_EVENT_AUDITED, sock, &audited, 0);
+	}
+}
+
+/* Is this the kernel itself, which uses the network of an enrolled namespace (a network file system, say)? Worker threads live in the root cgroup,
+ * where nobody inside a container can go. Denying them has frozen nodes. */
+static __always_inline bool mesh_is_kernel(void)
+{
+	char comm[16] = {};
+
+	if (bpf_get_current_cgroup_id() != 1) /* the root's (kernel/cgroup/cgroup.c, cgroup_id) */
+		return false;
+	bpf_get_current_comm(comm, sizeof(comm));
+	return comm[0] == 'k' && comm[1] == 'w' && comm[2] == 'o' && comm[3] == 'r' && comm[4] == 'k' && comm[5] == 'e' && comm[6] == 'r' && comm[7] == '/';
+}
+
+static __always_inline bool mesh_is_waypoint(struct mesh_config *config)
+{
+	return config && config->waypoint_cgroup && bpf_get_current_cgroup_id() == config->waypoint_cgroup;
+}
+
+/* Is this a query to a resolver whose place the mesh's name server in this namespace takes? */
+static __always_inline bool mesh_is_query(u64 netns_cookie, const struct mesh_addr *destination, u16 port)
+{
+	struct mesh_resolver_key key = { .netns_cookie = netns_cookie, .address = *destination };
+
+	return port == MESH_DNS_SERVICE_PORT && mesh_resolver.lookup(&key);
+}
+
+/* Is this an address of a service? Row 0 of its ports says so: what asks for another port gets an answer, not silence. */
+static __always_inline bool mesh_is_service(const struct mesh_addr *address)
+{
+	struct mesh_service_key key = { .address = *address };
+
+	return mesh_service.lookup(&key) != NULL;
 }
 
 /* Decides for the call described by `destination` and `port`, and may change both. */
-static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_addr *destination, u16 *port)
+static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_addr *destination, u16 *port, u8 protocol)
 {
-	u64 netns_cookie = bpf_get_netns_cookie(ctx);
-	struct mesh_workload *self = mesh_workload.lookup(&netns_cookie);
-	struct mesh_decision decision = {};
+	u64 netns_cookie = bpf_get_netns_cookie(ctx), now;
+	struct mesh_workload *self = mesh_workload.lookup(&netns_cookie), *target = NULL;
 	struct mesh_service_key service_key = {};
-	struct mesh_backend_key backend_key = {};
-	struct mesh_workload *target;
-	struct mesh_service *service;
+	struct mesh_decision decision = {};
+	struct mesh_service *service = NULL;
 	struct mesh_backend *backend;
 	struct mesh_config *config;
 	struct bpf_sock *sk = ctx->sk;
-	struct mesh_sock sock = {}, *record;
+	struct mesh_sock *sock;
 	bool waypoint = false;
-	u32 zero = 0;
+	u32 zero = 0, epoch;
 
-	if (!self || mesh_addr_is_loopback(destination))
+	if (!self)
 		return MESH_PASS;
-	sock.start_ns = bpf_ktime_get_ns();
-	sock.source = self->id;
-	sock.identity = self->identity;
-	sock.destination = *destination;
-	sock.destination_port = *port;
-	sock.direction = MESH_OUTBOUND;
+	if (!sk)
+		return MESH_REFUSE;
 	config = mesh_config.lookup(&zero);
+	epoch = mesh_current_epoch();
+	waypoint = mesh_is_waypoint(config);
+	if (mesh_addr_is_loopback(destination) && (waypoint || !mesh_is_query(netns_cookie, destination, *port))) {
+		mesh_sock.sk_storage_delete(sk); /* of an earlier connect() of this socket */
+		return MESH_PASS;
+	}
+	sock = mesh_sock.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!sock) {
+		/* Without its record the connection would reach the waypoint nameless, or the receiver as a stranger: refuse it here. */
+		mesh_count(MESH_COUNT_STORAGE_FAILED);
+		return MESH_REFUSE;
+	}
+	__builtin_memset(sock, 0, sizeof(*sock)); /* a socket may be connected again after it failed: what it dialled before must not stay */
+	now = bpf_ktime_get_ns();
+	sock->start_ns = now;
+	sock->source = self->id;
+	sock->protocol = protocol;
+	sock->dialled = *destination;
+	sock->dialled_port = *port;
+	sock->direction = MESH_OUTBOUND;
 
-	if (config && config->waypoint_cgroup && bpf_get_current_cgroup_id() == config->waypoint_cgroup) {
-		sock.direction = MESH_FROM_WAYPOINT; /* already decided: by the waypoint's RBAC here, by mesh_sk_lookup there */
+	if (waypoint) {
+		sock->direction = MESH_FROM_WAYPOINT; /* already decided: by the waypoint's RBAC here, by mesh_sk_lookup there */
+		waypoint = false;
+	} else if (mesh_is_query(netns_cookie, destination, *port)) {
+		mesh_addr_to_loopback(destination);
+		*port = MESH_DNS_PORT;
+		sock->remote = *destination;
+		sock->remote_port = *port;
+		return MESH_REWRITE;
 	} else {
 		service_key.address = *destination;
 		service_key.port = *port;
-		service_key.protocol = IPPROTO_TCP;
+		service_key.protocol = protocol;
 		service = mesh_service.lookup(&service_key);
 		if (service) {
-			sock.service = service->id;
-			sock.traced = mesh_traced(config, sock.source, 0, sock.service);
-			if (service->flags & MESH_SERVICE_WAYPOINT) {
-				waypoint = true;
-			} else {
-				backend_key.list = service->list;
-				backend_key.slot = service->count ? bpf_get_prandom_u32() % service->count : 0;
-				backend = service->count ? mesh_backend.lookup(&backend_key) : NULL;
+			sock->service = service->id;
+			sock->traced = mesh_traced(config, sock->source, 0, sock->service);
+			waypoint = service->flags & MESH_SERVICE_WAYPOINT;
+			if (!waypoint) {
+				backend = mesh_choose(service, netns_cookie, mesh_addr_is4(destination), now);
 				if (!backend) {
 					decision.reason = MESH_REASON_NO_BACKEND;
 					decision.verdict = MESH_VERDICT_DENY;
-					mesh_count_verdict(sock.source, 0, sock.service, decision, MESH_OUTBOUND);
-					mesh_report_refusal(&sock, decision);
+					mesh_account(sock, &decision);
 					return MESH_REFUSE;
 				}
 				*destination = backend->address;
 				*port = backend->port;
+				if (service->flags & MESH_SERVICE_LEAST)
+					sock->load_port = backend->port;
 			}
 		}
 	}
@@ -103,41 +160,44 @@ static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_a
 	if (!waypoint) {
 		target = mesh_address.lookup(destination);
 		if (target) {
-			sock.target = target->id;
-			if (!sock.service)
-				sock.traced = mesh_traced(config, sock.source, sock.target, 0);
-			if (sock.direction == MESH_OUTBOUND && target->netns_cookie != netns_cookie) { /* a pod may reach itself */
-				decision = mesh_decide(target->policy, sock.identity, *port);
-				sock.rule = decision.rule;
-				sock.verdict = decision.verdict;
-				if (decision.verdict != MESH_VERDICT_NONE)
-					mesh_count_verdict(sock.source, sock.target, sock.service, decision, MESH_OUTBOUND);
-				if (decision.verdict == MESH_VERDICT_DENY) {
-					mesh_report_refusal(&sock, decision);
-					return MESH_FORBID;
+			sock->target = target->id;
+			if (!service)
+				sock->traced = mesh_traced(config, sock->source, sock->target, 0);
+			if (sock->direction == MESH_OUTBOUND && target->netns_cookie != netns_cookie) { /* a pod may reach itself */
+				decision = mesh_decide(target->policy[epoch], self->identity[epoch], *port, protocol);
+				sock->rule = decision.rule;
+				sock->verdict = decision.verdict;
+				if (decision.verdict == MESH_VERDICT_DENY && mesh_is_kernel()) {
+					mesh_count(MESH_COUNT_KERNEL_SOCKET);
+					decision.verdict = MESH_VERDICT_NONE; /* the receiver still decides */
 				}
+				if (decision.verdict != MESH_VERDICT_NONE || decision.audit)
+					mesh_account(sock, &decision);
+				if (decision.verdict == MESH_VERDICT_DENY)
+					return MESH_FORBID;
 				waypoint = decision.verdict == MESH_VERDICT_WAYPOINT;
 			}
+		} else if (!service && mesh_is_service(destination)) {
+			decision.reason = MESH_REASON_NO_PORT;
+			decision.verdict = MESH_VERDICT_DENY;
+			mesh_account(sock, &decision);
+			return MESH_REFUSE;
 		}
 	}
 	if (waypoint) {
-		/* The waypoint learns the address that was dialled, or the backend if only the backend's policy asks for it. */
-		sock.destination = *destination;
-		sock.destination_port = *port;
-		sock.redirected = 1;
+		sock->origdst = *destination;
+		sock->origdst_port = *port;
+		sock->redirected = 1;
 		mesh_addr_to_loopback(destination);
 		*port = MESH_OUTBOUND_PORT;
 	}
-	record = sk ? mesh_sock.sk_storage_get(sk, &sock, BPF_SK_STORAGE_GET_F_CREATE) : NULL;
-	if (!record) {
-		/* Without its record the connection would reach the waypoint nameless, or the receiver as a stranger: refuse it here. */
-		mesh_count(MESH_COUNT_STORAGE_FAILED);
-		return MESH_REFUSE;
-	}
-	*record = sock; /* a socket may be connected again after it failed: what it dialled before must not stay */
-	if (sock.traced)
-		mesh_report_connect(&sock, destination, *port, bpf_get_socket_cookie(ctx));
-	return sock.redirected || sock.service ? MESH_REWRITE : MESH_PASS;
+	sock->remote = *destination;
+	sock->remote_port = *port;
+	if (protocol == IPPROTO_UDP)
+		mesh_datagrams_begin(ctx, sock, netns_cookie, target);
+	if (sock->traced)
+		mesh_report_call(MESH_EVENT_CONNECT, sock, &decision, bpf_get_socket_cookie(ctx));
+	return sock->redirected || service ? MESH_REWRITE : MESH_PASS;
 }
 
 /* 1 lets the call go on, 0 makes it fail: with EPERM unless another errno is set (kernel/bpf/cgroup.c, bpf_prog_run_array_cg). */
@@ -150,22 +210,36 @@ static __always_inline int mesh_refused(int outcome)
 	return 0;
 }
 
-/* TCP only: the receiver's checks and the counters rest on TCP's handshake. Other protocols are left as they are. */
-static __always_inline bool mesh_is_tcp(struct bpf_sock_addr *ctx)
+/* The protocols that the mesh carries; 0 for others, which are left as they are. */
+static __always_inline u8 mesh_protocol_of(struct bpf_sock_addr *ctx)
 {
-	return ctx->type == SOCK_STREAM && ctx->protocol == IPPROTO_TCP;
+	u32 protocol = ctx->protocol, type = ctx->type;
+
+	if (type == SOCK_STREAM && protocol == IPPROTO_TCP)
+		return IPPROTO_TCP;
+	return type == SOCK_DGRAM && protocol == IPPROTO_UDP ? IPPROTO_UDP : 0;
 }
+
+/* Writes an IPv6 address into a context. */
+#define mesh_addr_to6(_words, _address) \
+	do { \
+		(_words)[0] = (_address)->word[0]; \
+		(_words)[1] = (_address)->word[1]; \
+		(_words)[2] = (_address)->word[2]; \
+		(_words)[3] = (_address)->word[3]; \
+	} while (0)
 
 int mesh_connect4(struct bpf_sock_addr *ctx)
 {
 	struct mesh_addr destination;
 	u16 port = bpf_ntohs((__be16)ctx->user_port);
+	u8 protocol = mesh_protocol_of(ctx);
 	int outcome;
 
-	if (!mesh_is_tcp(ctx))
+	if (!protocol)
 		return 1;
 	mesh_addr_from4(&destination, ctx->user_ip4);
-	outcome = mesh_connect(ctx, &destination, &port);
+	outcome = mesh_connect(ctx, &destination, &port, protocol);
 	if (outcome >= MESH_FORBID)
 		return mesh_refused(outcome);
 	if (outcome == MESH_REWRITE) {
@@ -180,19 +254,56 @@ int mesh_connect6(struct bpf_sock_addr *ctx)
 {
 	struct mesh_addr destination;
 	u16 port = bpf_ntohs((__be16)ctx->user_port);
+	u8 protocol = mesh_protocol_of(ctx);
 	int outcome;
 
-	if (!mesh_is_tcp(ctx))
+	if (!protocol)
 		return 1;
 	mesh_addr_from6(&destination, ctx->user_ip6);
-	outcome = mesh_connect(ctx, &destination, &port);
+	outcome = mesh_connect(ctx, &destination, &port, protocol);
 	if (outcome >= MESH_FORBID)
 		return mesh_refused(outcome);
 	if (outcome == MESH_REWRITE) {
-		ctx->user_ip6[0] = destination.word[0];
-		ctx->user_ip6[1] = destination.word[1];
-		ctx->user_ip6[2] = destination.word[2];
-		ctx->user_ip6[3] = destination.word[3];
+		mesh_addr_to6(ctx->user_ip6, &destination);
+		ctx->user_port = bpf_htons(port);
+	}
+	return 1;
+}
+
+/* getpeername(): the application sees what it dialled, not where the mesh sent it. */
+static __always_inline bool mesh_seen_peer(struct bpf_sock_addr *ctx, struct mesh_addr *peer, u16 *port)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct mesh_sock *sock = sk ? mesh_sock.sk_storage_get(sk, 0, 0) : NULL;
+
+	if (!sock || sock->remote_port != *port || !mesh_addr_equal(&sock->remote, peer))
+		return false;
+	*peer = sock->dialled;
+	*port = sock->dialled_port;
+	return true;
+}
+
+int mesh_getpeername4(struct bpf_sock_addr *ctx)
+{
+	u16 port = bpf_ntohs((__be16)ctx->user_port);
+	struct mesh_addr peer;
+
+	mesh_addr_from4(&peer, ctx->user_ip4);
+	if (mesh_seen_peer(ctx, &peer, &port)) {
+		ctx->user_ip4 = peer.word[3];
+		ctx->user_port = bpf_htons(port);
+	}
+	return 1;
+}
+
+int mesh_getpeername6(struct bpf_sock_addr *ctx)
+{
+	u16 port = bpf_ntohs((__be16)ctx->user_port);
+	struct mesh_addr peer;
+
+	mesh_addr_from6(&peer, ctx->user_ip6);
+	if (mesh_seen_peer(ctx, &peer, &port)) {
+		mesh_addr_to6(ctx->user_ip6, &peer);
 		ctx->user_port = bpf_htons(port);
 	}
 	return 1;

@@ -52,6 +52,15 @@ static __always_inline bool mesh_addr_is_loopback(const struct mesh_addr *addres
 	return !address->word[0] && !address->word[1] && !address->word[2] && address->word[3] == bpf_htonl(1);
 }
 
+/* What stands for an enrolled namespace in the flows of datagrams: no IPv6 address begins with 32 zero bits and then this word. */
+static __always_inline void mesh_addr_from_cookie(struct mesh_addr *address, u64 netns_cookie)
+{
+	address->word[0] = 0;
+	address->word[1] = 0xffffffff;
+	address->word[2] = netns_cookie >> 32;
+	address->word[3] = netns_cookie;
+}
+
 /* Loopback address of the same family as `address`. */
 static __always_inline void mesh_addr_to_loopback(struct mesh_addr *address)
 {
@@ -65,17 +74,35 @@ static __always_inline void mesh_addr_to_loopback(struct mesh_addr *address)
 	}
 }
 
+/* The slot that is in force. Read it once per decision. */
+static __always_inline u32 mesh_current_epoch(void)
+{
+	u32 zero = 0, *epoch = mesh_epoch.lookup(&zero);
+
+	return epoch ? *epoch & 1 : 0;
+}
+
+/* The identity of somebody who is known by an address only. */
+static __always_inline u32 mesh_stranger(const struct mesh_addr *address, u32 epoch)
+{
+	struct mesh_block_key key = { .prefix_length = 128, .address = *address };
+	struct mesh_block *block = mesh_block.lookup(&key);
+
+	return block ? block->identity[epoch] : MESH_IDENTITY_UNKNOWN;
+}
+
 struct mesh_decision {
 	u32 rule;
+	u32 audit; /* rule that would deny if it were enforced; 0 = none */
 	u8 verdict; /* enum mesh_verdict */
 	u8 reason;  /* enum mesh_reason */
 };
 
 /* The verdict of policy set `policy` for a caller and a target port. A protected destination without a row is closed. */
-static __always_inline struct mesh_decision mesh_decide(u32 policy, u32 identity, u16 port)
+static __always_inline struct mesh_decision mesh_decide(u32 policy, u32 identity, u16 port, u8 protocol)
 {
 	struct mesh_decision decision = { .verdict = MESH_VERDICT_NONE };
-	struct mesh_policy_key key = { .policy = policy, .identity = identity, .port = port };
+	struct mesh_policy_key key = { .policy = policy, .identity = identity, .port = port, .protocol = protocol };
 	struct mesh_policy *row;
 
 	if (!policy)
@@ -101,15 +128,26 @@ static __always_inline struct mesh_decision mesh_decide(u32 policy, u32 identity
 	}
 	decision.verdict = row->verdict;
 	decision.rule = row->rule;
+	decision.audit = row->audit;
 	decision.reason = MESH_REASON_POLICY;
 	return decision;
 }
 
-static __always_inline void mesh_count_verdict(u32 source, u32 target, u32 service, struct mesh_decision decision, u8 direction)
+/* Whom a decision is about, for counters and events. */
+struct mesh_parties {
+	u32 source;
+	u32 target;
+	u32 service;
+	u16 port; /* host order, as dialled (outbound) or listened on (inbound) */
+	u8 direction;
+	u8 protocol;
+};
+
+static __always_inline void mesh_count_decision(const struct mesh_parties *who, u32 rule, u8 verdict, u8 reason)
 {
 	struct mesh_verdict_key key = {
-		.source = source, .target = target, .service = service, .rule = decision.rule,
-		.verdict = decision.verdict, .direction = direction, .reason = decision.reason,
+		.source = who->source, .target = who->target, .service = who->service, .rule = rule,
+		.verdict = verdict, .direction = who->direction, .reason = reason, .protocol = who->protocol,
 	};
 	u64 *counter = mesh_verdicts.lookup(&key), one = 1;
 
@@ -119,13 +157,21 @@ static __always_inline void mesh_count_verdict(u32 source, u32 target, u32 servi
 		mesh_count(MESH_COUNT_VERDICT_FOLDED);
 }
 
-/* The counters of a connection's pair. When the map is full, those of the all-zero key, which the agent makes first. */
-static __always_inline struct mesh_stats *mesh_stats_of(struct mesh_sock *sock)
+static __always_inline void mesh_count_verdict(const struct mesh_parties *who, const struct mesh_decision *decision)
+{
+	if (decision->verdict != MESH_VERDICT_NONE)
+		mesh_count_decision(who, decision->rule, decision->verdict, decision->reason);
+	if (decision->audit)
+		mesh_count_decision(who, decision->audit, decision->verdict, MESH_REASON_AUDIT);
+}
+
+/* The counters of a pair. When the map is full, those of the all-zero key, which the agent makes first. */
+static __always_inline struct mesh_stats *mesh_stats_for(const struct mesh_parties *who)
 {
 	u32 zero = 0;
 	struct mesh_stats_key key = {
-		.source = sock->source, .target = sock->target, .service = sock->service,
-		.port = sock->destination_port, .direction = sock->direction,
+		.source = who->source, .target = who->target, .service = who->service,
+		.port = who->port, .direction = who->direction, .protocol = who->protocol,
 	};
 	struct mesh_stats *stats = mesh_stats.lookup(&key);
 	struct mesh_stats *blank;
@@ -141,6 +187,24 @@ static __always_inline struct mesh_stats *mesh_stats_of(struct mesh_sock *sock)
 	mesh_count(MESH_COUNT_STATS_FOLDED);
 	__builtin_memset(&key, 0, sizeof(key));
 	return mesh_stats.lookup(&key);
+}
+
+static __always_inline void mesh_parties_of(const struct mesh_sock *sock, struct mesh_parties *who)
+{
+	who->source = sock->source;
+	who->target = sock->target;
+	who->service = sock->service;
+	who->port = sock->dialled_port;
+	who->direction = sock->direction;
+	who->protocol = sock->protocol;
+}
+
+static __always_inline struct mesh_stats *mesh_stats_of(const struct mesh_sock *sock)
+{
+	struct mesh_parties who;
+
+	mesh_parties_of(sock, &who);
+	return mesh_stats_for(&who);
 }
 
 /* Slot of a duration: the number of doublings above 2^MESH_BUCKET_SHIFT ns. */
@@ -198,8 +262,9 @@ static __always_inline struct mesh_event *mesh_event_about(u8 kind, const struct
 	event->verdict = sock->verdict;
 	event->direction = sock->direction;
 	event->redirected = sock->redirected;
-	event->dialled_address = sock->destination;
-	event->dialled_port = sock->destination_port;
+	event->dialled_address = sock->dialled;
+	event->dialled_port = sock->dialled_port;
+	event->protocol = sock->protocol;
 	event->duration_ns = event->time_ns - sock->start_ns;
 	return event;
 }

@@ -23,16 +23,23 @@ BPF_ANNOTATE_KV_PAIR(_name, _key, _leaf)
 
 /* Configuration, written by the agent, read here. */
 MESH_MAP("array", u32, struct mesh_config, mesh_config, 1, 0);
+MESH_MAP("array", u32, u32, mesh_epoch, 1, 0); /* 0 or 1 */
 MESH_MAP("hash", u64, struct mesh_workload, mesh_workload, 4096, BPF_F_NO_PREALLOC);
 MESH_MAP("hash", struct mesh_addr, struct mesh_workload, mesh_address, 262144, BPF_F_NO_PREALLOC);
 MESH_MAP("hash", struct mesh_service_key, struct mesh_service, mesh_service, 65536, BPF_F_NO_PREALLOC);
 MESH_MAP("hash", struct mesh_backend_key, struct mesh_backend, mesh_backend, 524288, BPF_F_NO_PREALLOC);
+MESH_MAP("hash", struct mesh_member_key, u32, mesh_member, 131072, BPF_F_NO_PREALLOC);
+MESH_MAP("lpm_trie", struct mesh_block_key, struct mesh_block, mesh_block, 65536, BPF_F_NO_PREALLOC);
+MESH_MAP("hash", struct mesh_resolver_key, u32, mesh_resolver, 16384, BPF_F_NO_PREALLOC);
 MESH_MAP("hash", struct mesh_policy_key, struct mesh_policy, mesh_policy, 524288, BPF_F_NO_PREALLOC);
 MESH_MAP("hash", struct mesh_trace_key, u32, mesh_trace, 1024, BPF_F_NO_PREALLOC);
 
 /* State of connections, written here. LRU: an entry matters only during a handshake; one that is evicted too early fails closed. */
 MESH_MAP("lru_hash", struct mesh_flow_key, struct mesh_flow, mesh_flow, 65536, 0);
 MESH_MAP("lru_hash", struct mesh_origdst_key, struct mesh_origdst, mesh_origdst, 65536, 0);
+MESH_MAP("lru_hash", struct mesh_peer_key, struct mesh_peer, mesh_peer, 65536, 0);
+MESH_MAP("lru_hash", struct mesh_affinity_key, struct mesh_affinity, mesh_affinity, 65536, 0);
+MESH_MAP("hash", struct mesh_load_key, u64, mesh_load, 65536, BPF_F_NO_PREALLOC);
 MESH_MAP("sk_storage", int, struct mesh_sock, mesh_sock, 0, BPF_F_NO_PREALLOC);
 
 /* Results, written here, read by the agent. */

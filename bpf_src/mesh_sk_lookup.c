@@ -1,24 +1,20 @@
 /* sk_lookup, linked to each enrolled namespace: what may reach a pod. Runs for the first packet of a connection, before a listening socket
  * is chosen; holds for callers outside the mesh and for pod addresses dialled directly. A dropped SYN is answered with a reset. */
 
-static __always_inline void mesh_report_inbound(struct mesh_flow_key *ends, u32 source, u32 target, u32 service,
-						struct mesh_decision decision, bool traced)
+static __always_inline void mesh_report_inbound(struct mesh_flow_key *ends, struct mesh_parties *who, u8 kind, const struct mesh_decision *decision)
 {
-	struct mesh_event *event;
+	struct mesh_event *event = mesh_event_new(kind);
 
-	mesh_count_verdict(source, target, service, decision, MESH_INBOUND);
-	if (decision.verdict != MESH_VERDICT_DENY || (!traced && !mesh_may_report()))
-		return;
-	event = mesh_event_new(MESH_EVENT_DENIED);
 	if (!event)
 		return;
-	event->source = source;
-	event->target = target;
-	event->service = service;
-	event->rule = decision.rule;
-	event->verdict = decision.verdict;
-	event->reason = decision.reason;
+	event->source = who->source;
+	event->target = who->target;
+	event->service = who->service;
+	event->protocol = who->protocol;
 	event->direction = MESH_INBOUND;
+	event->rule = kind == MESH_EVENT_AUDITED ? decision->audit : decision->rule;
+	event->reason = kind == MESH_EVENT_AUDITED ? MESH_REASON_AUDIT : decision->reason;
+	event->verdict = decision->verdict;
 	event->local_address = ends->destination;
 	event->local_port = ends->destination_port;
 	event->dialled_address = ends->destination;
@@ -26,6 +22,24 @@ static __always_inline void mesh_report_inbound(struct mesh_flow_key *ends, u32 
 	event->remote_address = ends->source;
 	event->remote_port = ends->source_port;
 	mesh_event_send(event);
+}
+
+/* Counts a decision at the receiver, and reports one that denies or would deny. */
+static __always_inline void mesh_account_inbound(struct mesh_flow_key *ends, struct mesh_parties *who, const struct mesh_decision *decision, bool traced)
+{
+	mesh_count_verdict(who, decision);
+	if (decision->verdict == MESH_VERDICT_DENY && (traced || mesh_may_report()))
+		mesh_report_inbound(ends, who, MESH_EVENT_DENIED, decision);
+	if (decision->audit && (traced || mesh_may_report()))
+		mesh_report_inbound(ends, who, MESH_EVENT_AUDITED, decision);
+}
+
+static __always_inline int mesh_refuse_inbound(struct mesh_flow_key *ends, struct mesh_parties *who, u8 reason)
+{
+	struct mesh_decision decision = { .verdict = MESH_VERDICT_DENY, .reason = reason };
+
+	mesh_account_inbound(ends, who, &decision, false);
+	return SK_DROP;
 }
 
 /* Hands the connection to the waypoint's inbound listener of this namespace. */
@@ -42,16 +56,54 @@ static __always_inline int mesh_steer(struct bpf_sk_lookup *ctx, u64 netns_cooki
 	return error;
 }
 
+/* Does a datagram answer one that this namespace sent? */
+static __always_inline bool mesh_was_asked(struct mesh_flow_key *ends, struct mesh_workload *self, struct mesh_workload *peer)
+{
+	struct mesh_flow_key key = {
+		.source_port = ends->destination_port, .destination_port = ends->source_port, .protocol = IPPROTO_UDP,
+	};
+
+	mesh_addr_from_cookie(&key.source, self->netns_cookie);
+	mesh_end_of(&ends->source, peer, &key.destination);
+	return mesh_flow.lookup(&key) != NULL;
+}
+
+/* The flow that a datagram belongs to. */
+static __always_inline struct mesh_flow *mesh_flow_of_datagram(struct mesh_flow_key *ends, struct mesh_workload *self, struct mesh_workload *peer)
+{
+	struct mesh_flow_key key = {
+		.source_port = ends->source_port, .destination_port = ends->destination_port, .protocol = IPPROTO_UDP,
+	};
+
+	mesh_end_of(&ends->source, peer, &key.source);
+	mesh_addr_from_cookie(&key.destination, self->netns_cookie);
+	return mesh_flow.lookup(&key);
+}
+
+/* Remembers a caller outside this node, so that it gets its answer. */
+static __always_inline void mesh_flow_from_outside(struct mesh_flow_key *ends, struct mesh_workload *self, u32 source)
+{
+	struct mesh_flow_key key = {
+		.source = ends->source, .source_port = ends->source_port, .destination_port = ends->destination_port, .protocol = IPPROTO_UDP,
+	};
+	struct mesh_flow flow = { .workload = source, .flags = MESH_FLOW_ARRIVED };
+
+	mesh_addr_from_cookie(&key.destination, self->netns_cookie);
+	if (mesh_flow.update(&key, &flow))
+		mesh_count(MESH_COUNT_FLOW_FAILED);
+}
+
 int mesh_sk_lookup(struct bpf_sk_lookup *ctx)
 {
 	struct mesh_decision decision = {};
 	struct mesh_flow_key ends = {};
-	struct mesh_workload *self, *peer;
+	struct mesh_parties who = { .direction = MESH_INBOUND };
+	struct mesh_workload *self, *peer, *caller;
 	struct mesh_flow *flow;
-	u32 source = 0, identity = MESH_IDENTITY_UNKNOWN, service = 0;
-	bool traced = false, from_waypoint = false;
+	u32 epoch, identity = MESH_IDENTITY_UNKNOWN;
+	bool traced = false, from_waypoint = false, begins = true;
 
-	if (ctx->protocol != IPPROTO_TCP)
+	if (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_UDP)
 		return SK_PASS;
 	if (ctx->family == AF_INET) {
 		mesh_addr_from4(&ends.source, ctx->remote_ip4);
@@ -63,55 +115,66 @@ int mesh_sk_lookup(struct bpf_sk_lookup *ctx)
 	}
 	ends.source_port = bpf_ntohs((__be16)ctx->remote_port);
 	ends.destination_port = ctx->local_port;
+	ends.protocol = ctx->protocol;
+	who.protocol = ends.protocol;
+	who.port = ends.destination_port;
 
-	if (ends.destination_port == MESH_INBOUND_PORT ||
-	    (ends.destination_port == MESH_OUTBOUND_PORT && !mesh_addr_is_loopback(&ends.source))) {
-		decision.verdict = MESH_VERDICT_DENY;
-		decision.reason = MESH_REASON_WAYPOINT_PORT;
-		mesh_report_inbound(&ends, 0, 0, 0, decision, false);
-		return SK_DROP;
-	}
+	if (ends.protocol == IPPROTO_TCP &&
+	    (ends.destination_port == MESH_INBOUND_PORT ||
+	     (ends.destination_port == MESH_OUTBOUND_PORT && !mesh_addr_is_loopback(&ends.source))))
+		return mesh_refuse_inbound(&ends, &who, MESH_REASON_WAYPOINT_PORT);
 	if (mesh_addr_is_loopback(&ends.source) || mesh_addr_equal(&ends.source, &ends.destination))
 		return SK_PASS; /* within the pod: the application's own, or the waypoint's last step */
 
 	self = mesh_address.lookup(&ends.destination); /* bpf_get_netns_cookie does not exist here */
-	if (!self || !self->netns_cookie) {
-		decision.verdict = MESH_VERDICT_DENY;
-		decision.reason = MESH_REASON_UNKNOWN_ADDRESS;
-		mesh_report_inbound(&ends, 0, 0, 0, decision, false);
-		return SK_DROP;
+	if (!self || !self->netns_cookie)
+		return mesh_refuse_inbound(&ends, &who, MESH_REASON_UNKNOWN_ADDRESS);
+	who.target = self->id;
+	epoch = mesh_current_epoch();
+	peer = mesh_address.lookup(&ends.source);
+	if (ends.protocol == IPPROTO_UDP) {
+		if (mesh_was_asked(&ends, self, peer))
+			return SK_PASS; /* an answer */
+		flow = mesh_flow_of_datagram(&ends, self, peer);
+	} else {
+		flow = mesh_flow.lookup(&ends);
 	}
-	flow = mesh_flow.lookup(&ends);
-	if (flow) {
-		source = flow->workload;
-		identity = flow->identity;
-		service = flow->service;
+	if (flow && flow->netns_cookie) {
+		who.source = flow->workload;
+		who.service = flow->service;
 		traced = flow->flags & MESH_FLOW_TRACED;
 		from_waypoint = flow->flags & MESH_FLOW_WAYPOINT;
+		caller = mesh_workload.lookup(&flow->netns_cookie);
+		if (caller)
+			identity = caller->identity[epoch];
+	} else if (peer && peer->netns_cookie) {
+		who.source = peer->id;
+		return self->policy[epoch] ? mesh_refuse_inbound(&ends, &who, MESH_REASON_SPOOFED) : SK_PASS;
+	} else if (peer) {
+		who.source = peer->id;
+		identity = peer->identity[epoch]; /* on another node: its address is all there is without mTLS */
 	} else {
-		peer = mesh_address.lookup(&ends.source);
-		if (peer) {
-			source = peer->id;
-			if (peer->netns_cookie) {
-				if (!self->policy)
-					return SK_PASS;
-				decision.verdict = MESH_VERDICT_DENY;
-				decision.reason = MESH_REASON_SPOOFED;
-				mesh_report_inbound(&ends, source, self->id, 0, decision, false);
-				return SK_DROP;
-			}
-			identity = peer->identity; /* on another node: its address is all there is without mTLS */
-		}
+		identity = mesh_stranger(&ends.source, epoch);
 	}
-	decision = mesh_decide(self->policy, identity, ends.destination_port);
-	if (decision.verdict == MESH_VERDICT_NONE)
-		return SK_PASS;
+	if (ends.protocol == IPPROTO_UDP && flow) {
+		begins = !(flow->flags & MESH_FLOW_ARRIVED);
+		flow->flags |= MESH_FLOW_ARRIVED;
+	}
+	decision = mesh_decide(self->policy[epoch], identity, ends.destination_port, ends.protocol);
 	if (decision.verdict == MESH_VERDICT_WAYPOINT && (!from_waypoint || self->flags & MESH_WORKLOAD_ENFORCE_INBOUND)) {
-		if (mesh_steer(ctx, self->netns_cookie, ctx->family == AF_INET)) {
+		if (ends.protocol == IPPROTO_UDP || mesh_steer(ctx, self->netns_cookie, ctx->family == AF_INET)) {
 			decision.verdict = MESH_VERDICT_DENY;
 			decision.reason = MESH_REASON_NO_LISTENER;
 		}
 	}
-	mesh_report_inbound(&ends, source, self->id, service, decision, traced);
-	return decision.verdict == MESH_VERDICT_DENY ? SK_DROP : SK_PASS;
+	if (decision.verdict == MESH_VERDICT_DENY || (begins && (decision.verdict != MESH_VERDICT_NONE || decision.audit)))
+		mesh_account_inbound(&ends, &who, &decision, traced);
+	if (decision.verdict == MESH_VERDICT_DENY)
+		return SK_DROP;
+	if (ends.protocol == IPPROTO_UDP && begins) {
+		if (!flow)
+			mesh_flow_from_outside(&ends, self, who.source);
+		mesh_flow_count(&who);
+	}
+	return SK_PASS;
 }

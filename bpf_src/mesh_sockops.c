@@ -73,6 +73,40 @@ static __always_inline void mesh_watch(struct bpf_sock_ops *ctx)
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
+/* Open connections to the endpoint of a service that asks for the less loaded one. */
+static __always_inline void mesh_load_begin(struct mesh_sock *sock)
+{
+	struct mesh_load_key key = { .workload = sock->target, .port = sock->load_port };
+	u64 *open, one = 1;
+
+	if (!sock->load_port)
+		return;
+	open = mesh_load.lookup(&key);
+	if (!open && mesh_load.insert(&key, &one)) {
+		open = mesh_load.lookup(&key); /* somebody else was quicker, or the map is full */
+		if (!open) {
+			mesh_count(MESH_COUNT_LOAD_FAILED);
+			return;
+		}
+	}
+	if (open)
+		mesh_add(*open, 1);
+	sock->loaded = 1;
+}
+
+static __always_inline void mesh_load_end(struct mesh_sock *sock)
+{
+	struct mesh_load_key key = { .workload = sock->target, .port = sock->load_port };
+	u64 *open;
+
+	if (!sock->loaded)
+		return;
+	sock->loaded = 0;
+	open = mesh_load.lookup(&key);
+	if (open && *open)
+		mesh_add(*open, -1);
+}
+
 /* How the receiver will find who calls. The same bytes from both ends: `caller` says whether this is the end that called. */
 static __always_inline void mesh_flow_key_of(struct mesh_ends *ends, bool caller, struct mesh_flow_key *key)
 {
@@ -80,6 +114,7 @@ static __always_inline void mesh_flow_key_of(struct mesh_ends *ends, bool caller
 	key->destination = caller ? ends->remote : ends->local;
 	key->source_port = caller ? ends->local_port : ends->remote_port;
 	key->destination_port = caller ? ends->remote_port : ends->local_port;
+	key->protocol = IPPROTO_TCP;
 }
 
 static __always_inline void mesh_origdst_key_of(struct bpf_sock_ops *ctx, struct mesh_ends *ends, struct mesh_origdst_key *key)
@@ -105,15 +140,16 @@ static __always_inline void mesh_on_connect(struct bpf_sock_ops *ctx)
 	mesh_ends_of(ctx, &ends);
 	if (sock->redirected) {
 		mesh_origdst_key_of(ctx, &ends, &origdst_key);
-		origdst.address = sock->destination;
-		origdst.port = sock->destination_port;
+		origdst.address = sock->origdst;
+		origdst.port = sock->origdst_port;
 		if (mesh_origdst.update(&origdst_key, &origdst))
 			mesh_count(MESH_COUNT_ORIGDST_FAILED);
 		return;
 	}
 	mesh_flow_key_of(&ends, true, &flow_key);
+	mesh_load_begin(sock);
+	flow.netns_cookie = bpf_get_netns_cookie(ctx);
 	flow.workload = sock->source;
-	flow.identity = sock->identity;
 	flow.service = sock->service;
 	flow.flags = (sock->direction == MESH_FROM_WAYPOINT ? MESH_FLOW_WAYPOINT : 0) | (sock->traced ? MESH_FLOW_TRACED : 0);
 	if (mesh_flow.update(&flow_key, &flow))
@@ -146,56 +182,52 @@ static __always_inline void mesh_on_accepted(struct bpf_sock_ops *ctx)
 	u64 netns_cookie = bpf_get_netns_cookie(ctx);
 	struct mesh_workload *self = mesh_workload.lookup(&netns_cookie);
 	struct mesh_flow_key flow_key = {};
-	struct mesh_decision decision;
 	struct mesh_workload *peer;
-	struct mesh_sock sock = {};
 	struct mesh_stats *stats;
+	struct mesh_sock *sock;
 	struct bpf_sock *sk = ctx->sk;
 	struct mesh_flow *flow;
 	struct mesh_ends ends;
+	u32 zero = 0;
 
 	if (!self || !sk)
 		return;
 	mesh_ends_of(ctx, &ends);
 	if (mesh_addr_is_loopback(&ends.remote) || mesh_addr_equal(&ends.remote, &ends.local))
 		return; /* within the pod: the application's own, or the waypoint's last step */
-	sock.start_ns = bpf_ktime_get_ns();
-	sock.established_ns = sock.start_ns;
-	sock.target = self->id;
-	sock.destination = ends.local;
-	sock.destination_port = ends.local_port;
-	sock.direction = MESH_INBOUND;
+	sock = mesh_sock.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!sock) {
+		mesh_count(MESH_COUNT_STORAGE_FAILED);
+		return;
+	}
+	__builtin_memset(sock, 0, sizeof(*sock));
+	sock->start_ns = bpf_ktime_get_ns();
+	sock->established_ns = sock->start_ns;
+	sock->target = self->id;
+	sock->dialled = ends.local;
+	sock->dialled_port = ends.local_port;
+	sock->direction = MESH_INBOUND;
+	sock->protocol = IPPROTO_TCP;
 	mesh_flow_key_of(&ends, false, &flow_key);
 	flow = mesh_flow.lookup(&flow_key);
 	if (flow) {
-		sock.source = flow->workload;
-		sock.identity = flow->identity;
-		sock.service = flow->service;
-		sock.traced = flow->flags & MESH_FLOW_TRACED ? 1 : 0;
+		sock->source = flow->workload;
+		sock->service = flow->service;
+		sock->traced = flow->flags & MESH_FLOW_TRACED ? 1 : 0;
 		mesh_flow.delete(&flow_key); /* used up: nobody may live on it who takes these addresses later */
 	} else {
 		peer = mesh_address.lookup(&ends.remote);
 		if (peer && !peer->netns_cookie) {
-			u32 zero = 0;
-
-			sock.source = peer->id;
-			sock.identity = peer->identity;
-			sock.traced = mesh_traced(mesh_config.lookup(&zero), sock.source, sock.target, 0);
+			sock->source = peer->id;
+			sock->traced = mesh_traced(mesh_config.lookup(&zero), sock->source, sock->target, 0);
 		}
 	}
-	decision = mesh_decide(self->policy, sock.identity, sock.destination_port);
-	sock.rule = decision.rule;
-	sock.verdict = decision.verdict;
-	stats = mesh_stats_of(&sock);
+	stats = mesh_stats_of(sock);
 	if (stats)
 		mesh_add(stats->opened, 1);
-	if (!mesh_sock.sk_storage_get(sk, &sock, BPF_SK_STORAGE_GET_F_CREATE)) {
-		mesh_count(MESH_COUNT_STORAGE_FAILED);
-		return;
-	}
 	mesh_watch(ctx);
-	if (sock.traced)
-		mesh_report_socket(ctx, &sock, MESH_EVENT_ESTABLISHED, 0, 0);
+	if (sock->traced)
+		mesh_report_socket(ctx, sock, MESH_EVENT_ESTABLISHED, 0, 0);
 }
 
 /* What was written for the other end goes with the socket, whether it was used or not. */
@@ -227,8 +259,10 @@ static __always_inline void mesh_on_close(struct bpf_sock_ops *ctx)
 
 	if (!sock)
 		return;
-	if (!sock->established_ns)
-		reason = MESH_CLOSE_FAILED;
+	if (!sock->established_ns && ctx->segs_in)
+		reason = MESH_CLOSE_REFUSED; /* the only segment that ends a SYN_SENT is a reset */
+	else if (!sock->established_ns)
+		reason = ctx->total_retrans ? MESH_CLOSE_TIMED_OUT : MESH_CLOSE_FAILED;
 	else if (old == BPF_TCP_ESTABLISHED || old == BPF_TCP_CLOSE_WAIT)
 		reason = MESH_CLOSE_RESET;
 	else
@@ -238,7 +272,7 @@ static __always_inline void mesh_on_close(struct bpf_sock_ops *ctx)
 	if (stats) {
 		mesh_add(stats->closed[reason], 1);
 		mesh_add(stats->retransmits, ctx->total_retrans);
-		if (reason != MESH_CLOSE_FAILED) {
+		if (sock->established_ns) {
 			mesh_payload(ctx, sock, old, &sent, &received);
 			mesh_add(stats->sent_bytes, sent);
 			mesh_add(stats->received_bytes, received);
@@ -249,6 +283,7 @@ static __always_inline void mesh_on_close(struct bpf_sock_ops *ctx)
 	if (sock->traced)
 		mesh_report_socket(ctx, sock, MESH_EVENT_CLOSED, reason, old);
 	mesh_forget(ctx, sock);
+	mesh_load_end(sock);
 }
 
 int mesh_sockops(struct bpf_sock_ops *ctx)

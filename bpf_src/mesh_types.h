@@ -4,6 +4,9 @@
 /* Ports of the waypoint inside a pod's namespace; host order. */
 #define MESH_OUTBOUND_PORT 15001
 #define MESH_INBOUND_PORT 15006
+/* Port of the mesh's name server inside a pod's namespace, on loopback; host order. */
+#define MESH_DNS_PORT 15053
+#define MESH_DNS_SERVICE_PORT 53
 
 /* IPv6 address, or an IPv4 address mapped to ::ffff:a.b.c.d (RFC 4291, 2.5.5.2). One key form serves both families. */
 struct mesh_addr {
@@ -27,6 +30,8 @@ enum mesh_reason {
 	MESH_REASON_NO_LISTENER = 5,  /* the waypoint's inbound listener is not there */
 	MESH_REASON_WAYPOINT_PORT = 6, /* direct connection to a port that only redirection may use */
 	MESH_REASON_UNKNOWN_ADDRESS = 7, /* an enrolled namespace was reached at an address that its workload does not declare */
+	MESH_REASON_NO_PORT = 8,         /* the service has no such port */
+	MESH_REASON_AUDIT = 9,           /* let through, but a rule that is only audited would deny */
 };
 
 enum mesh_direction {
@@ -40,13 +45,16 @@ enum mesh_event_kind {
 	MESH_EVENT_CONNECT = 1,     /* connect() was decided */
 	MESH_EVENT_ESTABLISHED = 2, /* handshake done; duration_ns since connect() */
 	MESH_EVENT_CLOSED = 3,      /* duration_ns since connect(), or since accept at the receiver */
+	MESH_EVENT_AUDITED = 4,     /* let through, but an audited rule would deny */
 };
 
 enum mesh_close {
 	MESH_CLOSE_NORMAL = 0,
 	MESH_CLOSE_RESET = 1,  /* ended without the FIN handshake: reset or timed out */
-	MESH_CLOSE_FAILED = 2, /* never established */
-	MESH_CLOSE_MAX = 3,
+	MESH_CLOSE_FAILED = 2, /* never established: given up before an answer came (ECANCELED) */
+	MESH_CLOSE_REFUSED = 3,   /* never established: answered with a reset (ECONNREFUSED) */
+	MESH_CLOSE_TIMED_OUT = 4, /* never established: no answer to more than one SYN (ETIMEDOUT) */
+	MESH_CLOSE_MAX = 5,
 };
 
 enum mesh_counter {
@@ -58,15 +66,21 @@ enum mesh_counter {
 	MESH_COUNT_ORIGDST_FAILED = 5,    /* mesh_origdst refused an entry */
 	MESH_COUNT_LISTENER_FAILED = 6,   /* mesh_listener refused a socket */
 	MESH_COUNT_VERDICT_FOLDED = 7,    /* mesh_verdicts full */
-	MESH_COUNT_MAX = 8,
+	MESH_COUNT_REVERSE_FAILED = 8,    /* mesh_reverse refused an entry: a datagram socket sees the endpoint instead of the service */
+	MESH_COUNT_LOAD_FAILED = 9,       /* mesh_load full: the endpoint is chosen as if it were idle */
+	MESH_COUNT_KERNEL_SOCKET = 10,    /* a kernel thread's connection inside an enrolled namespace, left alone */
+	MESH_COUNT_MAX = 11,
 };
 
 #define MESH_WORKLOAD_ENFORCE_INBOUND 1u /* L7 policy is enforced at the receiver even for connections from a local waypoint */
 
 #define MESH_SERVICE_WAYPOINT 1u /* L7 */
+#define MESH_SERVICE_LEAST 2u    /* the less loaded of two endpoints */
+#define MESH_SERVICE_STICKY 4u   /* session affinity: mesh_affinity, mesh_member */
 
 #define MESH_FLOW_WAYPOINT 1u /* opened by this node's waypoint */
 #define MESH_FLOW_TRACED 2u
+#define MESH_FLOW_ARRIVED 4u /* UDP: counted at the receiver */
 
 /* Times and sizes that the agent may change while programs run. One element. */
 struct mesh_config {
@@ -75,13 +89,26 @@ struct mesh_config {
 	__u32 pad;
 };
 
-/* A workload by netns cookie (enrolled on this node), or by address (on any node: an address is all that mesh_sk_lookup can see). */
+/* Who somebody is to the policies, and what protects it, has two slots: a change of policies fills the slot that is not in force and then turns
+ * mesh_epoch, so that the new policies hold everywhere at once and no moment mixes old and new.
+ *
+ * A workload by netns cookie (enrolled on this node), or by address (on any node: an address is all that mesh_sk_lookup can see). */
 struct mesh_workload {
 	__u64 netns_cookie; /* 0 = not enrolled on this node */
-	__u32 id;       /* of the workload, for metrics; never 0 */
-	__u32 identity; /* of its service account, for policy; never 0 */
-	__u32 policy;   /* policy set that protects it; 0 = none */
-	__u32 flags;    /* MESH_WORKLOAD_* */
+	__u32 id;    /* of the workload, for metrics; never 0 */
+	__u32 flags; /* MESH_WORKLOAD_* */
+	__u32 identity[2]; /* by epoch: class of callers that no policy tells apart; 0 = like a stranger */
+	__u32 policy[2];   /* by epoch: policy set; 0 = none */
+};
+
+/* A stranger by CIDR block: the longest prefix that holds its address. */
+struct mesh_block_key {
+	__u32 prefix_length; /* in bits, of the 16-byte form */
+	struct mesh_addr address;
+};
+
+struct mesh_block {
+	__u32 identity[2]; /* by epoch */
 };
 
 struct mesh_service_key {
@@ -96,6 +123,7 @@ struct mesh_service {
 	__u32 list;  /* of backends */
 	__u32 count; /* rows in that list */
 	__u32 flags; /* MESH_SERVICE_* */
+	__u64 affinity_ns; /* how long a caller stays with its endpoint after its last new connection; 0 = none */
 };
 
 struct mesh_backend_key {
@@ -108,6 +136,38 @@ struct mesh_backend {
 	__u32 workload;
 	__u16 port; /* host order */
 	__u16 pad;
+	/* Weighted choice in constant time (Walker's alias method): of a slot drawn evenly, itself if a random number is below `threshold`, else `alias`. */
+	__u32 threshold;
+	__u32 alias;
+};
+
+/* Is an endpoint still in a list? Only for lists that remember who went where. */
+struct mesh_member_key {
+	__u32 list;
+	__u16 port; /* host order */
+	__u16 pad;
+	struct mesh_addr address;
+};
+
+struct mesh_affinity_key {
+	__u64 netns_cookie; /* of the caller */
+	__u32 service;
+	__u32 ipv4;
+};
+
+struct mesh_affinity {
+	__u64 used_ns; /* bpf_ktime_get_ns() of the last new connection */
+	struct mesh_addr address;
+	__u32 workload;
+	__u16 port; /* host order */
+	__u16 pad;
+};
+
+/* Open connections of this node to an endpoint, for MESH_SERVICE_LEAST. */
+struct mesh_load_key {
+	__u32 workload;
+	__u16 port; /* host order */
+	__u16 pad;
 };
 
 /* Looked up as (policy, identity, port), (policy, identity, 0), (policy, ANY, port), (policy, ANY, 0). */
@@ -117,27 +177,55 @@ struct mesh_policy_key {
 	__u32 policy;
 	__u32 identity;
 	__u16 port; /* host order; 0 = every port without a row of its own */
-	__u16 pad;
+	__u8 protocol;
+	__u8 pad;
 };
 
 struct mesh_policy {
 	__u32 rule;    /* index of the rule that decided, for people */
+	__u32 audit;   /* index of an audited rule that would deny; 0 = none */
 	__u32 verdict; /* enum mesh_verdict */
 };
 
-/* Who opened a connection on this node: written before the SYN leaves, read where it arrives. */
+/* Who opened a connection on this node: written before the SYN leaves, read where it arrives. Over UDP the place of an address of an enrolled
+ * namespace is taken by its cookie (mesh_addr_from_cookie): a socket that is bound to no address does not know its own. */
 struct mesh_flow_key {
 	struct mesh_addr source;
 	struct mesh_addr destination;
 	__u16 source_port;      /* host order */
 	__u16 destination_port; /* host order */
+	__u32 protocol;
 };
 
 struct mesh_flow {
+	__u64 netns_cookie; /* of the caller: its identity is looked up where the flow arrives, in the epoch that is in force there */
 	__u32 workload;
-	__u32 identity;
 	__u32 flags; /* MESH_FLOW_* */
 	__u32 service;
+	__u32 pad;
+};
+
+/* A datagram socket's correspondents by what it dialled, so that a flow keeps its endpoint, and by where the datagrams went, so that answers
+ * seem to come from what was dialled. */
+struct mesh_peer_key {
+	__u64 socket_cookie;
+	struct mesh_addr address;
+	__u16 port; /* host order */
+	__u16 reverse; /* 1: address and port are those of the endpoint */
+	__u32 pad;
+};
+
+struct mesh_peer {
+	struct mesh_addr address;
+	__u32 workload;
+	__u16 port; /* host order */
+	__u16 pad;
+};
+
+/* A resolver that an enrolled namespace uses: its queries go to the mesh's name server in that namespace. */
+struct mesh_resolver_key {
+	__u64 netns_cookie;
+	struct mesh_addr address;
 };
 
 /* A redirected connection, by what the waypoint can see of it. */
@@ -164,18 +252,25 @@ struct mesh_listener_key {
 struct mesh_sock {
 	__u64 start_ns;       /* bpf_ktime_get_ns() at connect() or at accept */
 	__u64 established_ns; /* 0 = not yet */
-	struct mesh_addr destination; /* as the application dialled it */
+	struct mesh_addr dialled; /* what the application asked for, and what it sees as its peer */
+	struct mesh_addr remote;  /* where the call was sent */
+	struct mesh_addr origdst; /* what the waypoint is told: as dialled, or the endpoint if only its policy asks for the waypoint */
 	__u32 source;   /* workload id */
-	__u32 identity;
 	__u32 target;   /* workload id; 0 = not known here */
 	__u32 service;
 	__u32 rule;
-	__u16 destination_port; /* host order, as the application dialled it */
+	__u16 dialled_port; /* host order, as all ports here */
+	__u16 remote_port;
+	__u16 origdst_port;
+	__u16 load_port; /* of struct mesh_load_key; 0 = not counted there */
 	__u8 direction; /* enum mesh_direction */
 	__u8 verdict;   /* enum mesh_verdict */
 	__u8 redirected; /* 1: sent to the waypoint's outbound listener */
 	__u8 traced;
+	__u8 protocol;
+	__u8 loaded; /* 1: counted in mesh_load */
 	__u16 pad;
+	__u64 spare[4]; /* socket storage cannot move to a map of another layout: room for what comes */
 };
 
 struct mesh_stats_key {
@@ -184,15 +279,15 @@ struct mesh_stats_key {
 	__u32 service;
 	__u16 port; /* host order, as dialled (outbound) or listened on (inbound) */
 	__u8 direction;
-	__u8 pad;
+	__u8 protocol;
 };
 
 #define MESH_BUCKETS 16
 /* Upper bounds are 2^(slot + MESH_BUCKET_SHIFT) ns: 16.4 us, 32.8 us, ... 0.27 s, 0.54 s; the last slot has no bound. */
 #define MESH_BUCKET_SHIFT 14
 struct mesh_stats {
-	__u64 opened;
-	__u64 closed[MESH_CLOSE_MAX]; /* by enum mesh_close */
+	__u64 opened; /* connections; over UDP flows: a socket and whom it talks to */
+	__u64 closed[MESH_CLOSE_MAX]; /* by enum mesh_close; never over UDP, which has no end */
 	__u64 sent_bytes;             /* payload acknowledged by the peer */
 	__u64 received_bytes;
 	__u64 retransmits; /* segments */
@@ -210,7 +305,7 @@ struct mesh_verdict_key {
 	__u8 verdict;
 	__u8 direction;
 	__u8 reason;
-	__u8 pad;
+	__u8 protocol;
 };
 
 /* A pair that somebody traces: `target` and `service` are each 0 or set, never both. */
@@ -244,7 +339,7 @@ struct mesh_event {
 	__u8 direction; /* enum mesh_direction */
 	__u8 reason;    /* enum mesh_reason, or enum mesh_close in MESH_EVENT_CLOSED */
 	__u8 redirected;
-	__u8 pad;
+	__u8 protocol;
 	char comm[16];
 };
 

@@ -216,6 +216,9 @@ class Workload(_message.Message):
     READY_FIELD_NUMBER: _builtins.int
     BACKING_FIELD_NUMBER: _builtins.int
     POLICIES_FIELD_NUMBER: _builtins.int
+    ZONE_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    ACCELERATION_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     name: _builtins.str
     service_account: _builtins.str
@@ -226,6 +229,12 @@ class Workload(_message.Message):
     """in the mesh: redirected, policed and counted"""
     ready: _builtins.bool
     """may receive new connections"""
+    zone: _builtins.str
+    """topology.kubernetes.io/zone of its node; empty = not known"""
+    weight: _builtins.int
+    """share of new connections against other endpoints of a service; 0 stands for 1"""
+    acceleration: _builtins.str
+    """"", "enabled" (where the kernel passes the self-test) or "force" """
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -254,10 +263,13 @@ class Workload(_message.Message):
         ready: _builtins.bool = ...,
         backing: _abc.Iterable[Global___Backing] | None = ...,
         policies: _abc.Iterable[_builtins.str] | None = ...,
+        zone: _builtins.str = ...,
+        weight: _builtins.int = ...,
+        acceleration: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "backing", b"backing", "enrolled", b"enrolled", "labels", b"labels", "name", b"name", "namespace", b"namespace", "network_namespace", b"network_namespace", "node", b"node", "policies", b"policies", "ready", b"ready", "service_account", b"service_account"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceleration", b"acceleration", "addresses", b"addresses", "backing", b"backing", "enrolled", b"enrolled", "labels", b"labels", "name", b"name", "namespace", b"namespace", "network_namespace", b"network_namespace", "node", b"node", "policies", b"policies", "ready", b"ready", "service_account", b"service_account", "weight", b"weight", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -293,17 +305,21 @@ class PortMapping(_message.Message):
 
     SERVICE_PORT_FIELD_NUMBER: _builtins.int
     TARGET_PORT_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
     service_port: _builtins.int
     target_port: _builtins.int
+    protocol: _builtins.str
+    """"TCP" or "UDP"; empty stands for TCP"""
     def __init__(
         self,
         *,
         service_port: _builtins.int = ...,
         target_port: _builtins.int = ...,
+        protocol: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["service_port", b"service_port", "target_port", b"target_port"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol", b"protocol", "service_port", b"service_port", "target_port", b"target_port"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -319,8 +335,17 @@ class Service(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     ADDRESSES_FIELD_NUMBER: _builtins.int
     PORTS_FIELD_NUMBER: _builtins.int
+    TRAFFIC_DISTRIBUTION_FIELD_NUMBER: _builtins.int
+    AFFINITY_S_FIELD_NUMBER: _builtins.int
+    LOAD_BALANCING_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     name: _builtins.str
+    traffic_distribution: _builtins.str
+    """"", "PreferSameZone" or "PreferSameNode" (Kubernetes, Service.spec.trafficDistribution)"""
+    affinity_s: _builtins.int
+    """sessionAffinity ClientIP: seconds since the last connection; 0 = none"""
+    load_balancing: _builtins.str
+    """"" (weighted random) or "least-connections"; of L4 ports"""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """virtual addresses; empty = headless"""
@@ -334,10 +359,13 @@ class Service(_message.Message):
         name: _builtins.str = ...,
         addresses: _abc.Iterable[_builtins.str] | None = ...,
         ports: _abc.Iterable[Global___ServicePort] | None = ...,
+        traffic_distribution: _builtins.str = ...,
+        affinity_s: _builtins.int = ...,
+        load_balancing: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "name", b"name", "namespace", b"namespace", "ports", b"ports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "affinity_s", b"affinity_s", "load_balancing", b"load_balancing", "name", b"name", "namespace", b"namespace", "ports", b"ports", "traffic_distribution", b"traffic_distribution"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -754,13 +782,13 @@ class Policy(_message.Message):
         ALLOW: Policy._Action.ValueType  # 0
         DENY: Policy._Action.ValueType  # 1
         AUDIT: Policy._Action.ValueType  # 2
-        """counted, never enforced"""
+        """a DENY that is only counted and reported: "enforcing would deny" """
 
     class Action(_Action, metaclass=_ActionEnumTypeWrapper): ...
     ALLOW: Policy.Action.ValueType  # 0
     DENY: Policy.Action.ValueType  # 1
     AUDIT: Policy.Action.ValueType  # 2
-    """counted, never enforced"""
+    """a DENY that is only counted and reported: "enforcing would deny" """
 
     NAMESPACE_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
@@ -825,12 +853,35 @@ class Source(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PRINCIPALS_FIELD_NUMBER: _builtins.int
     NOT_PRINCIPALS_FIELD_NUMBER: _builtins.int
     NAMESPACES_FIELD_NUMBER: _builtins.int
     NOT_NAMESPACES_FIELD_NUMBER: _builtins.int
     SERVICE_ACCOUNTS_FIELD_NUMBER: _builtins.int
     NOT_SERVICE_ACCOUNTS_FIELD_NUMBER: _builtins.int
+    IP_BLOCKS_FIELD_NUMBER: _builtins.int
+    NOT_IP_BLOCKS_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def principals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"TRUST-DOMAIN/ns/NAMESPACE/sa/SERVICE-ACCOUNT", as Istio writes it"""
@@ -847,6 +898,16 @@ class Source(_message.Message):
 
     @_builtins.property
     def not_service_accounts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def ip_blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """CIDR; a caller matches if any of its addresses is in any of them"""
+
+    @_builtins.property
+    def not_ip_blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """the caller's workload has all of them"""
+
     def __init__(
         self,
         *,
@@ -856,10 +917,13 @@ class Source(_message.Message):
         not_namespaces: _abc.Iterable[_builtins.str] | None = ...,
         service_accounts: _abc.Iterable[_builtins.str] | None = ...,
         not_service_accounts: _abc.Iterable[_builtins.str] | None = ...,
+        ip_blocks: _abc.Iterable[_builtins.str] | None = ...,
+        not_ip_blocks: _abc.Iterable[_builtins.str] | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespaces", b"namespaces", "not_namespaces", b"not_namespaces", "not_principals", b"not_principals", "not_service_accounts", b"not_service_accounts", "principals", b"principals", "service_accounts", b"service_accounts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ip_blocks", b"ip_blocks", "labels", b"labels", "namespaces", b"namespaces", "not_ip_blocks", b"not_ip_blocks", "not_namespaces", b"not_namespaces", "not_principals", b"not_principals", "not_service_accounts", b"not_service_accounts", "principals", b"principals", "service_accounts", b"service_accounts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -879,6 +943,7 @@ class Operation(_message.Message):
     NOT_PATHS_FIELD_NUMBER: _builtins.int
     HOSTS_FIELD_NUMBER: _builtins.int
     NOT_HOSTS_FIELD_NUMBER: _builtins.int
+    PROTOCOLS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """target ports: those that the workload listens on"""
@@ -897,6 +962,10 @@ class Operation(_message.Message):
     def hosts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def not_hosts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def protocols(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"TCP", "UDP"; none = both"""
+
     def __init__(
         self,
         *,
@@ -908,10 +977,11 @@ class Operation(_message.Message):
         not_paths: _abc.Iterable[_builtins.str] | None = ...,
         hosts: _abc.Iterable[_builtins.str] | None = ...,
         not_hosts: _abc.Iterable[_builtins.str] | None = ...,
+        protocols: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hosts", b"hosts", "methods", b"methods", "not_hosts", b"not_hosts", "not_methods", b"not_methods", "not_paths", b"not_paths", "not_ports", b"not_ports", "paths", b"paths", "ports", b"ports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hosts", b"hosts", "methods", b"methods", "not_hosts", b"not_hosts", "not_methods", b"not_methods", "not_paths", b"not_paths", "not_ports", b"not_ports", "paths", b"paths", "ports", b"ports", "protocols", b"protocols"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -13,6 +13,7 @@ from agent.bpf.manifest import Direction, EventKind, Reason, Verdict
 from agent.bpf.maps import Map
 from agent.ids import Ids
 
+_UDP = 17  # IPPROTO_UDP
 _log = logging.getLogger(__name__)
 
 
@@ -45,6 +46,7 @@ class Event:
     direction: Direction
     reason: int
     redirected: bool
+    protocol: str = "TCP"
 
     @property
     def local_port(self) -> int:
@@ -98,10 +100,11 @@ class Events:
             direction=Direction(m["direction"]),
             reason=m["reason"],
             redirected=bool(m["redirected"]),
+            protocol="UDP" if m["protocol"] == _UDP else "TCP",
         )
-        if event.kind is EventKind.DENIED:
+        if event.kind in {EventKind.DENIED, EventKind.AUDITED}:
             _log.info(
-                "connection refused",
+                "connection refused" if event.kind is EventKind.DENIED else "enforcing would deny",
                 extra={
                     "source": event.source or event.remote or "unknown",
                     "destination": event.service or event.target or event.dialled,
@@ -109,6 +112,7 @@ class Events:
                     "reason": Reason(event.reason).name.lower(),
                     "rule": event.rule,
                     "direction": event.direction.name.lower(),
+                    "protocol": event.protocol,
                 },
             )
         self._on_event(event)

@@ -27,7 +27,13 @@ ATTACH_TYPES = {  # include/uapi/linux/bpf.h, enum bpf_attach_type
     "cgroup_sock_ops": 3,
     "cgroup_inet4_connect": 10,
     "cgroup_inet6_connect": 11,
+    "cgroup_udp4_sendmsg": 14,
+    "cgroup_udp6_sendmsg": 15,
+    "cgroup_udp4_recvmsg": 19,
+    "cgroup_udp6_recvmsg": 20,
     "cgroup_getsockopt": 21,
+    "cgroup_inet4_getpeername": 29,
+    "cgroup_inet6_getpeername": 30,
     "sk_lookup": 36,
 }
 

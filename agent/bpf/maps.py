@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
@@ -63,36 +63,44 @@ class Map:
 
 
 class Mirror:
-    """A hash map whose content the agent alone decides. Remembers what it wrote, so that a change costs as much as it changes."""
+    """A hash map whose content the agent alone decides. Keeps no copy: 100,000 rows would cost more memory than all else that the agent holds."""
 
     def __init__(self, table: Map) -> None:
         """Start from what the kernel holds: after an agent restart that is the last state."""
         self.map = table
-        self.rows: dict[bytes, bytes] = {key: value[0] for key, value in table.items()}
+        self.count = len(self.read())
 
-    def check(self, wanted: Mapping[bytes, bytes]) -> None:
-        """Raise KernelRefused if `wanted` cannot fit beside what must stay until the switch."""
-        needed = len(self.rows.keys() | wanted.keys())
+    def read(self) -> dict[bytes, bytes]:
+        """What the kernel holds now."""
+        rows = {key: value[0] for key, value in self.map.items()}
+        self.count = len(rows)
+        return rows
+
+    def check(self, needed: int) -> None:
+        """Raise KernelRefused if that many rows do not fit."""
         if needed > self.map.capacity:
             raise KernelRefused(
-                f"map {self.map.name} holds at most {self.map.capacity} rows, {needed} are needed: the previous state stays in force"
+                f"map {self.map.name} holds at most {self.map.capacity} rows, {needed} are needed: the previous state stays in force; raise it with"
+                f" --map-capacity {self.map.name}=N"
             )
 
-    def put(self, wanted: Mapping[bytes, bytes]) -> int:
-        """Write rows that are new or different; returns how many. Each single row changes atomically."""
-        changed = [(k, v) for k, v in wanted.items() if self.rows.get(k) != v]
+    def write(self, rows: Mapping[bytes, bytes]) -> int:
+        """Write rows, new ones and others; returns how many. Each single row changes atomically. Raises KernelRefused."""
+        if not rows:
+            return 0
         try:
-            libbpf.update_batch(self.map.fd, b"".join(k for k, _ in changed), b"".join(v for _, v in changed), len(changed))
+            if len(rows) == 1:
+                libbpf.update(self.map.fd, *next(iter(rows.items())))
+            else:
+                libbpf.update_batch(self.map.fd, b"".join(rows.keys()), b"".join(rows.values()), len(rows))
         except OSError as error:
-            self.rows = {key: value[0] for key, value in self.map.items()}  # some were written
             raise KernelRefused(f"map {self.map.name}: {error}") from error
-        self.rows.update(changed)
-        return len(changed)
+        return len(rows)
 
-    def prune(self, wanted: Mapping[bytes, bytes]) -> int:
-        """Remove rows that are not wanted; returns how many."""
-        stale = self.rows.keys() - wanted.keys()
-        for key in stale:
+    def remove(self, keys: Iterable[bytes]) -> int:
+        """Remove rows; returns how many were named. One that is not there is no error."""
+        number = 0
+        for key in keys:
             libbpf.delete(self.map.fd, key)
-            del self.rows[key]
-        return len(stale)
+            number += 1
+        return number

@@ -1,33 +1,38 @@
 """Compiles the model to kernel rows and brings the kernel's tables to that state, so that every moment in between is safe.
 
-Called by the supervisor with each new snapshot and each workload that comes or goes. Policy sets and backend lists are named by their content and
-never change in place: new ones are written first, then whoever points to them is switched, one atomic row each, then the old ones go.
+Called by the supervisor with each new snapshot and each workload that comes or goes. Two ways lead to the same rows: `_everything` compares all of them
+with what the kernel holds; `_difference` touches only what a snapshot's delta names, as long as policies and classes of callers stay as they are.
+
+Policy sets and backend lists are named by their content and never change in place: new ones are written first, then whoever points to them is switched,
+one atomic row each, then the old ones go. Who is who to the policies has two slots in each row, and all rows change over at once (bpf_src/mesh_types.h).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from agent import addresses
+from agent.balancing import preferred
 from agent.bpf import manifest as m
+from agent.bpf.epoch import Epoch
 from agent.bpf.maps import Map, Mirror
+from agent.bpf.rows import Known, Layouts, Rows
 from agent.ids import Ids
-from agent.model import LocalWorkload, Snapshot, Workload
-from agent.policy import Caller, Decision, Verdict, compile_rows, protecting
+from agent.model import Delta, LocalWorkload, Service, Snapshot, Workload
+from agent.policy import TCP, UDP, Caller, Classes, Verdict, block, compile_rows, protecting
 
-TCP = 6  # IPPROTO_TCP
+_PROTOCOLS = {TCP: 6, UDP: 17}  # IPPROTO_TCP, IPPROTO_UDP
 _VERDICTS = {
     Verdict.NONE: m.Verdict.NONE,
     Verdict.ALLOW: m.Verdict.ALLOW,
     Verdict.DENY: m.Verdict.DENY,
     Verdict.WAYPOINT: m.Verdict.WAYPOINT,
 }
-Rows = dict[bytes, bytes]
-_NUMBERED = frozenset({"id", "identity", "policy", "rule", "list", "workload"})
-"""Members of rows that hold a number given by `agent.ids`."""
+_ALWAYS = 0xFFFFFFFF
+Endpoint = tuple[Workload, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,35 +44,43 @@ class Namespace:
 
 
 @dataclass(slots=True)
-class _Desired:
-    backend: Rows
-    policy: Rows
-    address: Rows
-    workload: Rows
-    service: Rows
+class _Policies:
+    """The compiled policies of one snapshot."""
+
+    classes: Classes
+    sets: dict[tuple[str, ...], int]
+    identities: dict[frozenset[int], int]
+    """Of every class that callers have."""
 
 
 class Tables:
     """The maps that hold configuration. Not thread-safe: called from one task."""
 
-    ORDER = ("mesh_backend", "mesh_policy", "mesh_address", "mesh_workload", "mesh_service")
+    ORDER = ("mesh_backend", "mesh_member", "mesh_policy", "mesh_block", "mesh_address", "mesh_workload", "mesh_service")
 
     def __init__(self, maps: Mapping[str, Map], ids: Ids, trust_domain: str, node: str) -> None:
         """Take over what the kernel holds. `node` is this one."""
         self._ids = ids
         self._trust_domain = trust_domain
         self._node = node
-        self._codec = {name: maps[name].layout for name in self.ORDER}
         self.mirrors = {name: Mirror(maps[name]) for name in self.ORDER}
-        ids.start_above(max((n for name in self.ORDER for n in self._numbers(name)), default=0))
-
-    def _numbers(self, name: str) -> Iterator[int]:
-        """Every number that rows of an earlier run carry: none of them may come to mean something else while the kernel holds it."""
-        codec = self._codec[name]
-        for key, value in self.mirrors[name].rows.items():
-            for member, number in (*codec.key.unpack(key).items(), *codec.value.unpack(value).items()):
-                if member in _NUMBERED and number != m.IDENTITY_ANY:
-                    yield number
+        self._rows = Layouts(maps)
+        self._epoch = Epoch(maps["mesh_epoch"], self.mirrors, self._rows)
+        self._resolver = Mirror(maps["mesh_resolver"])
+        ids.start_above(max((n for name in self.ORDER for n in self._rows.numbers(name)), default=0))
+        self._set_names: set[str] = set()
+        # What is in force, for `_difference`.
+        self._snapshot: Snapshot | None = None
+        self._policies: _Policies
+        self._local: dict[str, Namespace] = {}
+        self._enforce_inbound: frozenset[str] = frozenset()
+        self._zone = ""
+        self._endpoints: dict[tuple[str, int, str], dict[str, Endpoint]] = {}
+        self._claims: dict[bytes, str | tuple[str, ...]] = {}
+        self._held: dict[str, dict[bytes, tuple[int, int]]] = {}
+        """Number and length of the list of each row of a service."""
+        self._list_users: Counter[int] = Counter()
+        self._members: dict[int, tuple[bytes, ...]] = {}
 
     def sync(self, snapshot: Snapshot, local: Sequence[Namespace], enforce_inbound: frozenset[str]) -> int:
         """Make the kernel decide by `snapshot`; returns the number of rows written or removed.
@@ -75,118 +88,371 @@ class Tables:
         `enforce_inbound` names workloads whose L7 policy holds at the receiver even for this node's waypoint. Raises KernelRefused, before any row is
         switched, if a map is too small.
         """
-        desired = self._compile(snapshot, local, enforce_inbound)
-        rows = dict(zip(self.ORDER, (desired.backend, desired.policy, desired.address, desired.workload, desired.service), strict=True))
-        for name, wanted in rows.items():
-            self.mirrors[name].check(wanted)
-        self._ids.save()
-        changed = sum(self.mirrors[name].put(wanted) for name, wanted in rows.items())
-        # Pointers first, then what they pointed to.
-        return changed + sum(self.mirrors[name].prune(rows[name]) for name in reversed(self.ORDER))
-
-    def _compile(self, snapshot: Snapshot, local: Sequence[Namespace], enforce_inbound: frozenset[str]) -> _Desired:
-        desired = _Desired({}, {}, {}, {}, {})
-        callers = sorted(
-            {c for w in snapshot.workloads.values() if (c := Caller.of(w, self._trust_domain))},
-            key=lambda c: c.principal,
-        )
-        sets = self._policy_sets(snapshot, callers, desired.policy)
         here = {n.local.workload.name: n for n in local}
-        found: dict[bytes, set[bytes]] = {}
+        before, self._snapshot = self._snapshot, None  # until it is done nothing is known about the kernel's state
+        changed = None
+        delta = Delta(snapshot.version) if snapshot is before else snapshot.delta
+        if before is not None and delta is not None and delta.base == before.version:
+            changed = self._difference(delta, before, snapshot, here, enforce_inbound)
+        if changed is None:
+            changed = self._everything(snapshot, here, enforce_inbound)
+        self._snapshot, self._local, self._enforce_inbound = snapshot, here, enforce_inbound
+        return changed
+
+    def set_resolvers(self, wanted: Iterable[tuple[int, str]]) -> None:
+        """Redirect queries from namespaces (by cookie) to resolvers (by address) to the mesh's name server there, and no others."""
+        rows = {self._rows.resolver_key(cookie, addresses.packed(address)): self._rows.resolver(1) for cookie, address in wanted}
+        held = self._resolver.read()
+        self._resolver.check(len(rows))
+        self._resolver.remove(held.keys() - rows.keys())
+        self._resolver.write({key: row for key, row in rows.items() if held.get(key) != row})
+
+    # Everything.
+
+    def _everything(self, snapshot: Snapshot, here: Mapping[str, Namespace], enforce_inbound: frozenset[str]) -> int:
+        self._index(snapshot, here)
+        policies, policy_rows, blocks = self._compile_policies(snapshot)
+        address: dict[bytes, Known] = {}
+        for raw in self._claims:
+            row = self._address(raw, snapshot, here, policies, enforce_inbound)
+            if row:
+                address[raw] = row
+        workload = {
+            self._rows.cookie(n.local.netns_cookie): self._known(n.local.workload, n, policies, enforce_inbound) for n in here.values()
+        }
+        backend: Rows = {}
+        member: Rows = {}
+        service: Rows = {}
+        self._held, self._list_users, self._members = {}, Counter(), {}
+        for item in snapshot.services.values():
+            self._service(item, service, backend, member)
+        mirrors = self.mirrors
+        plain = {"mesh_backend": backend, "mesh_member": member, "mesh_policy": policy_rows, "mesh_service": service}
+        needed = {name: len(rows) for name, rows in plain.items()}
+        needed |= {"mesh_block": len(blocks), "mesh_address": len(address), "mesh_workload": len(workload)}
+        for name, number in needed.items():
+            mirrors[name].check(number)
+        self._ids.save()
+        stale = {}
+        changed = 0
+        for name in ("mesh_backend", "mesh_member", "mesh_policy"):
+            stale[name], number = self._bring(mirrors[name], plain[name])
+            changed += number
+        standing, number = self._epoch.bring(blocks, address, workload)
+        changed += number
+        stale |= standing
+        stale["mesh_service"], number = self._bring(mirrors["mesh_service"], service)
+        changed += number
+        for name in reversed(self.ORDER):  # pointers first, then what they pointed to
+            changed += mirrors[name].remove(stale[name])
+        for name, number in needed.items():
+            mirrors[name].count = number
+        self._policies = policies
+        self._ids.keep("policy-set", self._set_names)
+        self._ids.keep("list", map(self._ids.name, self._list_users))
+        return changed
+
+    @staticmethod
+    def _bring(mirror: Mirror, wanted: Rows) -> tuple[set[bytes], int]:
+        """Write rows that are new or different; returns the keys that are not wanted any more, and how many were written."""
+        held = mirror.read()
+        stale = held.keys() - wanted.keys()
+        fresh = {key: row for key, row in wanted.items() if held.get(key) != row}
+        mirror.check(len(held) + sum(key not in held for key in fresh))
+        return stale, mirror.write(fresh)
+
+    # What is known of the model, kept for the next difference.
+
+    def _index(self, snapshot: Snapshot, here: Mapping[str, Namespace]) -> None:
+        self._endpoints, self._claims, self._zone = {}, {}, ""
         for workload in snapshot.workloads.values():
-            namespace = here.get(workload.name)
-            cookie = namespace.local.netns_cookie if namespace else 0
-            # Of a workload of this node that is in no namespace nobody can vouch: whoever uses its address now came after it.
-            caller = Caller.of(workload, self._trust_domain) if namespace or workload.node != self._node else None
-            members = {
-                "netns_cookie": cookie,
-                "id": self._ids.number("workload", workload.name),
-                "identity": self._ids.number("identity", caller.principal) if caller else m.IDENTITY_UNKNOWN,
-                "policy": sets[workload.policies],
-                "flags": m.WORKLOAD_ENFORCE_INBOUND if workload.name in enforce_inbound else 0,
-            }
-            row = self._codec["mesh_address"].value.pack(**members)
-            for address in workload.addresses:
-                desired.address[addresses.packed(address)] = row
-            for address in namespace.addresses if namespace else ():
-                found.setdefault(addresses.packed(address), set()).add(row)
-            if namespace:
-                key = self._codec["mesh_workload"].key.pack(**{"": cookie})
-                desired.workload[key] = self._codec["mesh_workload"].value.pack(**members)
-        for raw, rows in found.items():
-            # What a pod gave itself never takes the place of a declared address; one that two pods have (docker0, say) is nobody's: closed.
-            if len(rows) == 1:
-                desired.address.setdefault(raw, *rows)
-        self._services(snapshot, desired)
-        return desired
+            self._add(workload, here.get(workload.name))
 
-    def _policy_sets(self, snapshot: Snapshot, callers: Iterable[Caller], rows: Rows) -> dict[tuple[str, ...], int]:
-        """Write the rows of every distinct set of policies; returns the number of each set, 0 where nothing is enforced."""
-        callers = list(callers)
+    def _add(self, workload: Workload, namespace: Namespace | None) -> None:
+        if workload.zone and workload.node == self._node:
+            self._zone = workload.zone
+        for raw in _addresses(workload, namespace):
+            claimed = self._claims.get(raw)
+            if claimed is None:
+                self._claims[raw] = workload.name
+            elif claimed != workload.name:
+                self._claims[raw] = (*((claimed,) if isinstance(claimed, str) else claimed), workload.name)
+        if workload.ready:
+            for backing in workload.backing:
+                for protocol in (TCP, UDP):
+                    for port, target in backing.targets(protocol).items():
+                        self._endpoints.setdefault((backing.service, port, protocol), {})[workload.name] = (workload, target)
+
+    def _drop(self, workload: Workload, namespace: Namespace | None) -> None:
+        for raw in _addresses(workload, namespace):
+            claimed = self._claims.get(raw)
+            rest = tuple(n for n in ((claimed,) if isinstance(claimed, str) else claimed or ()) if n != workload.name)
+            if not rest:
+                self._claims.pop(raw, None)
+            else:
+                self._claims[raw] = rest[0] if len(rest) == 1 else rest
+        for backing in workload.backing:
+            for protocol in (TCP, UDP):
+                for port in backing.targets(protocol):
+                    found = self._endpoints.get((backing.service, port, protocol))
+                    if found is not None:
+                        found.pop(workload.name, None)
+                        if not found:
+                            del self._endpoints[backing.service, port, protocol]
+
+    # Rows.
+
+    def _identity(self, classes: Classes, members: frozenset[int]) -> int:
+        if members == classes.stranger:
+            return m.IDENTITY_UNKNOWN
+        return self._ids.number("class", _digest(repr(classes.sources[i]) for i in sorted(members)))
+
+    def _compile_policies(self, snapshot: Snapshot) -> tuple[_Policies, Rows, dict[bytes, int]]:
+        """The policies, the rows of every distinct set of them, and the identity of each block of addresses. A set without policies has number 0."""
+        classes = Classes(snapshot.policies.values())
+        blocks = classes.blocks()
+        present = {classes.stranger, *blocks.values()}
+        for workload in snapshot.workloads.values():
+            present.add(classes.of(Caller.of(workload, self._trust_domain)))
+            if workload.node == self._node:
+                present.add(classes.of(Caller(addresses=workload.addresses)))
+        identities = {members: self._identity(classes, members) for members in present}
         numbers: dict[tuple[str, ...], int] = {}
-        names = set()
-        for names_of_set, workload in {w.policies: w for w in snapshot.workloads.values()}.items():
-            compiled = compile_rows(protecting(workload, snapshot), callers)
+        rows: Rows = {}
+        self._set_names = set()
+        for names, workload in {w.policies: w for w in snapshot.workloads.values()}.items():
+            compiled = compile_rows(protecting(workload, snapshot), classes, present - {classes.stranger})
             if not compiled:
-                numbers[names_of_set] = 0
+                numbers[names] = 0
                 continue
-            name = _digest(f"{caller.principal if caller else '*'} {port} {decision}" for (caller, port), decision in compiled.items())
-            names.add(name)
-            numbers[names_of_set] = self._ids.number("policy-set", name)
-            for (caller, port), decision in compiled.items():
-                identity = self._ids.number("identity", caller.principal) if caller else m.IDENTITY_ANY
-                key = self._codec["mesh_policy"].key.pack(policy=numbers[names_of_set], identity=identity, port=port)
-                rows[key] = self._row(decision)
-        self._ids.keep("policy-set", names)
-        return numbers
+            name = _digest(
+                f"{m.IDENTITY_ANY if members is None else identities[members]} {protocol} {port} {decision}"
+                for (members, protocol, port), decision in compiled.items()
+            )
+            self._set_names.add(name)
+            number = numbers[names] = self._ids.number("policy-set", name)
+            for (members, protocol, port), decision in compiled.items():
+                identity = m.IDENTITY_ANY if members is None else identities[members]
+                rows[self._rows.policy_key(number, identity, port, _PROTOCOLS[protocol])] = self._rows.policy(
+                    self._ids.number("rule", decision.rule) if decision.rule else 0,
+                    self._ids.number("rule", decision.audit) if decision.audit else 0,
+                    _VERDICTS[decision.verdict],
+                )
+        blocks_rows = {
+            self._rows.block_key(_bits(text), addresses.packed(str(block(text).network_address))): identities[members]
+            for text, members in blocks.items()
+        }
+        return _Policies(classes, numbers, identities), rows, blocks_rows
 
-    def _row(self, decision: Decision) -> bytes:
-        rule = self._ids.number("rule", decision.rule)
-        return self._codec["mesh_policy"].value.pack(rule=rule, verdict=int(_VERDICTS[decision.verdict]))
+    def _known(self, workload: Workload, namespace: Namespace | None, policies: _Policies, enforce_inbound: frozenset[str]) -> Known:
+        """What everybody may know about a workload."""
+        # Of a workload of this node that is in no namespace nobody can vouch: whoever uses its address now came after it.
+        vouched = namespace is not None or workload.node != self._node
+        caller = Caller.of(workload, self._trust_domain) if vouched else Caller(addresses=workload.addresses)
+        return Known(
+            namespace.local.netns_cookie if namespace else 0,
+            self._ids.number("workload", workload.name),
+            m.WORKLOAD_ENFORCE_INBOUND if workload.name in enforce_inbound else 0,
+            policies.identities[policies.classes.of(caller)],
+            policies.sets[workload.policies],
+        )
 
-    def _services(self, snapshot: Snapshot, desired: _Desired) -> None:
-        endpoints = _endpoints(snapshot)
-        lists = set()
-        for service in snapshot.services.values():
+    def _address(
+        self, raw: bytes, snapshot: Snapshot, here: Mapping[str, Namespace], policies: _Policies, enforce_inbound: frozenset[str]
+    ) -> Known | None:
+        """What is known of an address. One that two workloads claim is that one's whose namespace really has it, otherwise nobody's: closed."""
+        claimed = self._claims.get(raw)
+        if claimed is None:
+            return None
+        names = (claimed,) if isinstance(claimed, str) else claimed
+        if len(names) > 1:
+            text = addresses.text(raw)
+            having = [n for n in names if n in here and text in here[n].addresses]
+            # What a pod gave itself never takes the place of another's declared address.
+            declared = [n for n in having if text in snapshot.workloads[n].addresses]
+            names = tuple(declared or (having if not any(text in snapshot.workloads[n].addresses for n in names) else ()))
+        if len(names) != 1:
+            return None
+        return self._known(snapshot.workloads[names[0]], here.get(names[0]), policies, enforce_inbound)
+
+    def _service(self, service: Service, rows: Rows, backend: Rows, member: Rows) -> None:
+        """Rows of a service; its lists are remembered."""
+        held = self._held[service.name] = {}
+        for address in service.addresses:
+            raw = addresses.packed(address)
+            rows[self._rows.service_key(raw, 0, 0)] = self._rows.service(0, 0, 0, 0, 0)  # "there is a service here"
+            held[self._rows.service_key(raw, 0, 0)] = (0, 0)
             for port in service.ports:
-                if port.protocol != "TCP":
-                    continue
+                key = self._rows.service_key(raw, port.port, _PROTOCOLS[port.protocol])
+                found = self._endpoints.get((service.name, port.port, port.protocol), {})
+                endpoints = [found[name] for name in sorted(found)]
+                chosen = preferred(endpoints, service.traffic_distribution, self._node, self._zone)
+                ways = self._ways(chosen, ipv4=addresses.is_ipv4(raw))
+                keeps = bool(service.affinity_s) or port.protocol == UDP
+                flags = (
+                    (m.SERVICE_WAYPOINT if port.waypoint else 0)
+                    | (m.SERVICE_LEAST if service.load_balancing == "least-connections" and port.protocol == TCP else 0)
+                    | (m.SERVICE_STICKY if service.affinity_s else 0)
+                )
+                listing, count = self._list(ways, backend, member if keeps else None)
+                held[key] = (listing, count)
+                self._list_users[listing] += 1
                 number = self._ids.number("service", f"{service.name}:{port.port}")
-                for address in service.addresses:
-                    raw = addresses.packed(address)
-                    backends = self._backends(endpoints.get((service.name, port.port), ()), ipv4=addresses.is_ipv4(raw))
-                    name = _digest(b.hex() for b in backends)
-                    lists.add(name)
-                    listing = self._ids.number("list", name)
-                    for slot, backend in enumerate(backends):
-                        desired.backend[self._codec["mesh_backend"].key.pack(list=listing, slot=slot)] = backend
-                    key = self._codec["mesh_service"].key.pack(address=raw, port=port.port, protocol=TCP)
-                    desired.service[key] = self._codec["mesh_service"].value.pack(
-                        id=number, list=listing, count=len(backends), flags=m.SERVICE_WAYPOINT if port.waypoint else 0
-                    )
-        self._ids.keep("list", lists)
+                rows[key] = self._rows.service(number, listing, count, flags, service.affinity_s * 1_000_000_000)
 
-    def _backends(self, endpoints: Iterable[tuple[Workload, int]], *, ipv4: bool) -> list[bytes]:
-        """One row for each endpoint that has an address of the family, in a stable order."""
+    def _ways(self, endpoints: Iterable[Endpoint], *, ipv4: bool) -> list[tuple[bytes, int, int, int]]:
+        """(address, workload, port, weight) of each endpoint that has an address of the family, in a stable order."""
         found = []
         for workload, port in endpoints:
             for raw in map(addresses.packed, workload.addresses):
                 if addresses.is_ipv4(raw) == ipv4:
-                    number = self._ids.number("workload", workload.name)
-                    found.append(self._codec["mesh_backend"].value.pack(address=raw, workload=number, port=port))
+                    found.append((raw, self._ids.number("workload", workload.name), port, workload.weight))
                     break
         return found
 
+    def _list(self, ways: list[tuple[bytes, int, int, int]], backend: Rows, member: Rows | None) -> tuple[int, int]:
+        """Number and length of the list of these endpoints; its rows are added."""
+        name = _digest([f"{'' if member is None else 'm'}", *map(repr, ways)])
+        listing = self._ids.number("list", name)
+        if self._list_users[listing] > 0:
+            return listing, len(ways)
+        for slot, ((raw, workload, port, _), (threshold, alias)) in enumerate(zip(ways, _aliases([w[3] for w in ways]), strict=True)):
+            backend[self._rows.backend_key(listing, slot)] = self._rows.backend(raw, workload, port, threshold, alias)
+            if member is not None:
+                member[self._rows.member_key(listing, port, raw)] = self._rows.member(slot)
+        if member is not None:
+            self._members[listing] = tuple(self._rows.member_key(listing, port, raw) for raw, _, port, _ in ways)
+        return listing, len(ways)
 
-def _endpoints(snapshot: Snapshot) -> dict[tuple[str, int], list[tuple[Workload, int]]]:
-    """Ready endpoints of every service port, in one pass."""
-    found: dict[tuple[str, int], list[tuple[Workload, int]]] = defaultdict(list)
-    for name in sorted(snapshot.workloads):
-        workload = snapshot.workloads[name]
-        if workload.ready:
-            for backing in workload.backing:
-                for port, target in backing.ports.items():
-                    found[backing.service, port].append((workload, target))
+    # The difference.
+
+    def _difference(
+        self, delta: Delta, before: Snapshot, snapshot: Snapshot, here: Mapping[str, Namespace], enforce_inbound: frozenset[str]
+    ) -> int | None:
+        """Touch only what differs. None, and nothing done in the kernel, if the policies or the classes of callers change."""
+        policies = self._policies
+        if delta.policies:
+            return None
+        moved = {name for name in self._local.keys() | here.keys() if self._local.get(name) != here.get(name)}
+        names = delta.workloads | moved | (self._enforce_inbound ^ enforce_inbound)
+        touched = [(before.workloads.get(name), snapshot.workloads.get(name)) for name in names]
+        for _, new in touched:
+            if new is not None and not self._classed(new, policies):
+                return None
+        zone = self._zone
+        raws, services = self._reindex(touched, here)
+        if zone != self._zone:
+            return None
+        address, closed = {}, []
+        for raw in raws:
+            if row := self._address(raw, snapshot, here, policies, enforce_inbound):
+                address[raw] = self._rows.known(row, row)
+            else:
+                closed.append(raw)
+        workload_rows = {
+            self._rows.cookie(n.local.netns_cookie): self._rows.known(*[self._known(n.local.workload, n, policies, enforce_inbound)] * 2)
+            for n in (here[name] for name in names if name in here)
+        }
+        cookies = {n.local.netns_cookie for n in here.values()}
+        left = [self._rows.cookie(n.local.netns_cookie) for n in self._local.values() if n.local.netns_cookie not in cookies]
+        return self._write_difference(snapshot, delta.services | services, address, closed, workload_rows, left)
+
+    def _reindex(
+        self, touched: Iterable[tuple[Workload | None, Workload | None]], here: Mapping[str, Namespace]
+    ) -> tuple[set[bytes], set[str]]:
+        """Replace workloads, each (old, new), in what is known of the model; returns the addresses and the services that this concerns."""
+        services: set[str] = set()
+        raws: set[bytes] = set()
+        for old, new in touched:
+            for workload, namespaces in ((old, self._local), (new, here)):
+                if workload is not None:
+                    services.update(b.service for b in workload.backing)
+                    raws.update(_addresses(workload, namespaces.get(workload.name)))
+            if old is not None:
+                self._drop(old, self._local.get(old.name))
+            if new is not None:
+                self._add(new, here.get(new.name))
+        return raws, services
+
+    def _classed(self, workload: Workload, policies: _Policies) -> bool:
+        """Do the policy rows in force know this workload, as a caller and as a target?"""
+        classes = policies.classes
+        callers = (Caller.of(workload, self._trust_domain), Caller(addresses=workload.addresses))
+        return workload.policies in policies.sets and all(classes.of(c) in policies.identities for c in callers)
+
+    def _write_difference(
+        self, snapshot: Snapshot, affected: Iterable[str], address: Rows, closed: list[bytes], workload: Rows, left: list[bytes]
+    ) -> int:
+        mirrors = self.mirrors
+        service: Rows = {}
+        backend: Rows = {}
+        member: Rows = {}
+        replaced = {name: self._held.pop(name, {}) for name in affected}
+        for listing, _ in (pair for held in replaced.values() for pair in held.values()):
+            self._list_users[listing] -= 1
+        for name in replaced:
+            if name in snapshot.services:
+                self._service(snapshot.services[name], service, backend, member)
+        gone = [key for held in replaced.values() for key in held if key not in service]
+        unused = {listing: count for held in replaced.values() for listing, count in held.values() if self._list_users[listing] <= 0}
+        old_members = [key for listing in unused for key in self._members.pop(listing, ())]
+        old_backends = [self._rows.backend_key(listing, slot) for listing, count in unused.items() for slot in range(count)]
+        mirrors["mesh_backend"].check(mirrors["mesh_backend"].count + len(backend))
+        mirrors["mesh_member"].check(mirrors["mesh_member"].count + len(member))
+        mirrors["mesh_address"].check(len(self._claims))
+        mirrors["mesh_workload"].check(len(workload) + len(left))
+        mirrors["mesh_service"].check(sum(map(len, self._held.values())))
+        self._ids.save()
+        written = (
+            ("mesh_backend", backend),
+            ("mesh_member", member),
+            ("mesh_address", address),
+            ("mesh_workload", workload),
+            ("mesh_service", service),
+        )
+        changed = sum(mirrors[name].write(rows) for name, rows in written)
+        removed = (
+            ("mesh_service", gone),
+            ("mesh_workload", left),
+            ("mesh_address", closed),
+            ("mesh_member", old_members),
+            ("mesh_backend", old_backends),
+        )
+        changed += sum(mirrors[name].remove(keys) for name, keys in removed)
+        mirrors["mesh_backend"].count += len(backend) - len(old_backends)
+        mirrors["mesh_member"].count += len(member) - len(old_members)
+        for listing in unused:
+            self._ids.forget("list", [self._ids.name(listing)])
+            del self._list_users[listing]
+        return changed
+
+
+def _addresses(workload: Workload, namespace: Namespace | None) -> set[bytes]:
+    """Every address that is this workload's, declared or found in its namespace."""
+    return {addresses.packed(a) for a in (*workload.addresses, *(namespace.addresses if namespace else ()))}
+
+
+def _bits(text: str) -> int:
+    """Length of a block's prefix in the 16-byte form."""
+    parsed = block(text)
+    return parsed.prefixlen + (96 if parsed.version == 4 else 0)
+
+
+def _aliases(weights: Sequence[int]) -> list[tuple[int, int]]:
+    """(threshold, alias) of each slot: Vose's form of Walker's alias method. A slot is kept if a 32-bit random number is at most its threshold."""
+    total, number = sum(weights), len(weights)
+    if len(set(weights)) <= 1:
+        return [(_ALWAYS, 0)] * number
+    parts = [w * number for w in weights]  # in units of total: `total` is a full slot
+    small = [i for i, part in enumerate(parts) if part < total]
+    large = [i for i, part in enumerate(parts) if part >= total]
+    found = [(_ALWAYS, 0)] * number
+    while small and large:
+        low, high = small.pop(), large[-1]
+        found[low] = (max(0, (parts[low] << 32) // total - 1), high)
+        parts[high] -= total - parts[low]
+        if parts[high] < total:
+            small.append(large.pop())
     return found
 
 

@@ -30,7 +30,7 @@ _OUTPUT = click.option(
     "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="json: one object a line."
 )
 _CONNECT_TIMEOUT_S = 5
-NEGATIVE = {"denied", "refused", "failed", "401", "403"}
+NEGATIVE = {"denied", "refused", "failed", "timed out", "given up", "401", "403"}
 """Outcomes of a connection that make the command end with exit code 1."""
 
 
@@ -148,6 +148,8 @@ def _show_plan(p: dict[str, Any]) -> None:
     rule = f"  rule {p['rule']}" if p["rule"] else ""
     click.echo(f"{p['source']}  ->  {p['destination']}")
     click.echo(f"  verdict     {p['verdict']}{rule}")
+    if p.get("audit"):
+        click.echo(f"  audit       enforcing {p['audit']} would deny")
     click.echo(f"  level       {p['level']}: {p['reason']}")
     for n, b in enumerate(p["backends"]):
         click.echo(f"  {'backends' if not n else '':11} {b['share']:7.1%}  {b['workload']}  {b['address']}  on {b['node']}")

@@ -98,7 +98,7 @@ class DataNode:
         """Load or take over, as an agent does when it starts."""
         self.datapath = DataPath(self.config)
         asyncio.run(self.datapath.load())
-        self.ids = Ids(self.config.run_dir / "ids.json")
+        self.ids = Ids(self.config.run_dir / "ids")
         self.enrolment = Enrolment(self.config, self.datapath, self.ids)
 
     def enforce(self, model: Snapshot, enforce_inbound: frozenset[str] = frozenset()) -> None:
@@ -109,11 +109,20 @@ class DataNode:
         self.datapath.attach(self.config.waypoint_cgroup)
 
     def connect(self, place: str, address: str, port: int, *, size: int = 5, timeout: float = 2.0) -> str:
-        """Connect from inside a pod and exchange `size` bytes; "ok PEER" or the name of the errno, as the application sees it."""
+        """Connect from inside a pod and exchange `size` bytes; "ok" and the address that the connection really went to, or the name of the errno."""
         code = (
-            "import socket,errno,sys\n"
+            "import ipaddress,socket,errno,sys\n"
+            "def real(port):\n"  # getpeername() says what was dialled: proc(5), /proc/net/tcp, says where the segments go
+            "  for name in ('tcp','tcp6'):\n"
+            "    for line in open('/proc/net/'+name).readlines()[1:]:\n"
+            "      local,remote=line.split()[1:3]\n"
+            "      if int(local.rpartition(':')[2],16)==port and int(remote.rpartition(':')[2],16):\n"
+            "        raw=bytes.fromhex(remote.partition(':')[0]); raw=b''.join(raw[i:i+4][::-1] for i in range(0,len(raw),4))\n"
+            "        return ipaddress.ip_address(raw)\n"
             "try:\n"
-            f"  s=socket.create_connection(({address!r},{port}),timeout={timeout}); peer=s.getpeername()[0]\n"
+            f"  s=socket.create_connection(({address!r},{port}),timeout={timeout})\n"
+            f"  assert s.getpeername()[:2]==({address!r},{port}), s.getpeername()\n"
+            "  peer=real(s.getsockname()[1])\n"
             f"  s.sendall(b'x'*{size}); s.shutdown(socket.SHUT_WR)\n"
             "  got=b''\n"
             "  while data:=s.recv(65536): got+=data\n"
@@ -138,7 +147,7 @@ class DataNode:
                 for name in ("opened", "sent_bytes", "received_bytes"):
                     total[name] += value[name]
                 total["closed"] += value["closed"][Close.NORMAL]
-                total["failed"] += value["closed"][Close.FAILED]
+                total["failed"] += sum(value["closed"][c] for c in (Close.FAILED, Close.REFUSED, Close.TIMED_OUT))
                 total["reset"] += value["closed"][Close.RESET]
         return total
 

@@ -104,7 +104,7 @@ def test_a_program_that_the_verifier_refuses_leaves_the_previous_set_in_force(
     subprocess.run(["cp", "-r", str(source.BPF_SRC), str(broken)], check=True)
     text = (broken / "mesh_sk_lookup.c").read_text()
     (broken / "mesh_sk_lookup.c").write_text(
-        text.replace("	if (ctx->protocol != IPPROTO_TCP)", "	bpf_get_netns_cookie(ctx);\n	if (ctx->protocol != IPPROTO_TCP)")
+        text.replace("	if (ctx->protocol != IPPROTO_TCP &&", "	bpf_get_netns_cookie(ctx);\n	if (ctx->protocol != IPPROTO_TCP &&")
     )
     read = source.read
     monkeypatch.setattr(source, "read", lambda flags=(): read(broken, flags))
@@ -218,6 +218,6 @@ def test_the_nodes_own_namespace_cannot_be_enrolled(node: DataNode) -> None:
 def test_lost_numbers_are_not_given_again_under_rows_that_stay(node: DataNode) -> None:
     rows = node.datapath.maps["mesh_address"]
     held = {rows.layout.value.unpack(value[0])["id"] for _, value in rows.items()}
-    (node.config.run_dir / "ids.json").unlink()
+    (node.config.run_dir / "ids").unlink()
     node.open()
     assert node.ids.number("workload", "default/new") > max(held)

@@ -88,7 +88,13 @@ def test_an_l4_connection_is_reported_once_when_it_has_ended() -> None:
 
 @pytest.mark.parametrize(
     ("reason", "outcome", "step"),
-    [(Close.NORMAL, "closed", None), (Close.RESET, "reset", None), (Close.FAILED, "failed", "did not accept")],
+    [
+        (Close.NORMAL, "closed", None),
+        (Close.RESET, "reset", None),
+        (Close.REFUSED, "failed", "did not accept"),
+        (Close.TIMED_OUT, "timed out", "nothing answered"),
+        (Close.FAILED, "given up", "gave up"),
+    ],
 )
 def test_how_a_connection_ended_is_its_outcome(reason: Close, outcome: str, step: str | None) -> None:
     watch = Watch(L4, "node-1")
@@ -104,7 +110,10 @@ def test_a_denial_is_reported_at_once_with_the_next_step(reason: Reason) -> None
     watch = Watch(L4, "node-1")
     watch.on_event(event(EventKind.DENIED, verdict=Verdict.DENY, reason=reason, rule="default/p: no rule matches"))
     (seen,) = found(watch)
-    assert (seen.outcome, seen.rule) == ("refused" if reason is Reason.NO_BACKEND else "denied", "default/p: no rule matches")
+    assert (seen.outcome, seen.rule) == (
+        "refused" if reason in {Reason.NO_BACKEND, Reason.NO_PORT} else "denied",
+        "default/p: no rule matches",
+    )
     assert seen.next_step
     assert as_json(seen.hops)[0]["reason"] == reason.name.lower()
 
@@ -186,7 +195,7 @@ def test_a_port_that_is_used_again_belongs_to_the_newer_connection() -> None:
 def test_a_connection_that_never_reached_the_waypoint_is_reported_as_failed() -> None:
     watch = Watch(L7, "node-1")
     watch.on_event(l7(EventKind.CONNECT))
-    watch.on_event(l7(EventKind.CLOSED, reason=Close.FAILED))
+    watch.on_event(l7(EventKind.CLOSED, reason=Close.REFUSED))
     (seen,) = found(watch)
     assert seen.outcome == "failed"
     assert "the waypoint does not listen" in str(seen.next_step)
