@@ -237,8 +237,12 @@ class Classes:
         return lambda source: self.number(source) in members
 
     def blocks(self) -> dict[str, frozenset[int]]:
-        """The class of a stranger at an address, by CIDR block: the longest block that holds the address tells."""
-        blocks = sorted({str(block(b)) for s in self.sources for b in (*s.ip_blocks, *s.not_ip_blocks)})
+        """The class of a stranger at an address, by CIDR block: the longest block that holds the address tells.
+
+        All of IPv4 is among them, because the kernel's table holds it inside ::/0, as ::ffff:0:0/96 (RFC 4291, 2.5.5.2), which no policy means.
+        """
+        named = {str(block(b)) for s in self.sources for b in (*s.ip_blocks, *s.not_ip_blocks)}
+        blocks = sorted(named | {"0.0.0.0/0"} if named else named)
         found = {}
         for text in blocks:
             inside = [other for other in blocks if block(other).version == block(text).version and _covers(other, text)]

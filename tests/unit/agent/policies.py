@@ -1,0 +1,85 @@
+"""Policies and callers to draw at random, for every test that holds something against `agent.policy.decide`: rows, kernel tables, Envoy's filters.
+
+The pools are small and overlap, so that patterns, blocks and ports really meet: blocks lie within each other, some addresses are in none.
+"""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from agent.model import Action, Operation, Policy, PolicyRule, Source
+from agent.policy import PROTOCOLS, STRANGER, Caller
+
+TRUST_DOMAIN = "mesh.local"
+NAMESPACES = ("shop", "bank")
+ACCOUNTS = ("frontend", "redis", "default")
+PORTS = (80, 443, 6379)
+UNNAMED_PORT = 9
+"""A port that no policy names."""
+LABELS = (("app", "cart"), ("app", "web"), ("tier", "front"))
+BLOCKS = ("0.0.0.0/0", "10.0.0.0/8", "10.1.0.0/16", "10.1.2.3/32", "10.9.0.0/16", "::/0", "fd00::/8", "fd00:1::/32", "fd00:1::5/128")
+ADDRESSES = ("10.0.0.1", "10.1.0.1", "10.1.2.3", "10.9.0.9", "192.0.2.1", "fd00::1", "fd00:1::1", "fd00:1::5", "2001:db8::1")
+
+
+def some(pool: st.SearchStrategy[str] | tuple[str, ...], most: int = 2) -> st.SearchStrategy[tuple[str, ...]]:
+    """Often none, up to `most` values of a pool."""
+    values = st.sampled_from(pool) if isinstance(pool, tuple) else pool
+    return st.one_of(st.just(()), st.lists(values, min_size=1, max_size=most, unique=True).map(tuple))
+
+
+def _some_ports() -> st.SearchStrategy[tuple[int, ...]]:
+    return st.one_of(st.just(()), st.lists(st.sampled_from(PORTS), min_size=1, max_size=2, unique=True).map(tuple))
+
+
+principals = some((f"{TRUST_DOMAIN}/ns/shop/sa/frontend", f"{TRUST_DOMAIN}/*", "*/sa/redis", "*", "other.domain/*"))
+namespaces = some(("shop", "bank", "b*", "*op", "*"))
+accounts = some(("shop/frontend", "shop/redis", "bank/default", "bank/frontend"))
+blocks = some(BLOCKS)
+label_sets = st.one_of(
+    st.just(()),
+    st.lists(st.sampled_from(LABELS), min_size=1, max_size=2, unique_by=lambda pair: pair[0]).map(lambda pairs: tuple(sorted(pairs))),
+)
+addresses = st.sampled_from(ADDRESSES)
+
+sources = st.builds(Source, principals, principals, namespaces, namespaces, accounts, accounts, blocks, blocks, label_sets)
+simple_sources = st.one_of(
+    st.builds(Source, service_accounts=accounts),
+    st.builds(Source, ip_blocks=blocks),
+    st.builds(Source, not_ip_blocks=blocks),
+    st.builds(Source, labels=label_sets),
+    st.builds(Source, not_principals=principals),
+)
+"""With one condition: those with many rarely match anybody."""
+operations = st.builds(
+    Operation,
+    ports=_some_ports(),
+    not_ports=_some_ports(),
+    methods=st.sampled_from([(), (), ("GET",), ("P*",)]),
+    not_methods=st.sampled_from([(), (), (), ("GET",)]),
+    paths=st.sampled_from([(), (), (), ("/a*", "*z")]),
+    protocols=some(PROTOCOLS),
+)
+rules = st.builds(
+    PolicyRule, st.lists(st.one_of(simple_sources, sources), max_size=2).map(tuple), st.lists(operations, max_size=2).map(tuple)
+)
+
+
+@st.composite
+def policy_sets(draw: st.DrawFn, most: int = 5) -> list[Policy]:
+    """Policies of one mesh, each with a name of its own; all three actions."""
+    count = draw(st.integers(0, most))
+    return [Policy(f"shop/p{number}", draw(st.sampled_from(Action)), tuple(draw(st.lists(rules, max_size=3)))) for number in range(count)]
+
+
+enrolled = st.builds(
+    Caller,
+    st.sampled_from(NAMESPACES),
+    st.sampled_from(ACCOUNTS),
+    st.just(TRUST_DOMAIN),
+    label_sets,
+    st.lists(addresses, max_size=2, unique=True).map(tuple),
+)
+"""Callers that the mesh vouches for."""
+outsiders = st.lists(addresses, min_size=1, max_size=2, unique=True).map(lambda found: Caller(addresses=tuple(found)))
+"""Workloads that are not enrolled: known by address alone."""
+callers = st.one_of(enrolled, outsiders, st.just(STRANGER))
