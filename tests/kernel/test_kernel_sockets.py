@@ -70,8 +70,8 @@ def test_a_process_that_calls_itself_a_worker_is_denied(node: DataNode) -> None:
     code = (
         "import ctypes,socket,errno\n"
         "ctypes.CDLL(None).prctl(15,b'kworker/0:1')\n"
-        "try: socket.create_connection((%r,8080),timeout=2); print('ok')\n"
+        "try: socket.create_connection(({!r},8080),timeout=2); print('ok')\n"
         "except OSError as e: print(errno.errorcode[e.errno])\n"
-    ) % ADDRESSES["server-b"][0]
+    ).format(ADDRESSES["server-b"][0])
     assert node.lab.exec("caller", ["python3", "-c", code]).stdout == "EPERM\n"
     assert node.datapath.counters()["kernel_socket"] == before

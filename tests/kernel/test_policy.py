@@ -1,0 +1,101 @@
+"""What the tests of single rules do not show: rules that are only audited, callers by label and block, and changes that hold everywhere at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from agent.bpf.manifest import Direction, EventKind, Reason
+from agent.model import Action, Operation, Policy, PolicyRule, Snapshot, Source
+from tests.kernel.datanode import ADDRESSES, DataNode, running, snapshot, workload
+
+SERVER = ADDRESSES["server-a"][0]
+LOOP = """
+import errno, socket, sys, time
+seen, end = {}, time.monotonic() + float(sys.argv[2])
+while time.monotonic() < end:
+    try:
+        s = socket.create_connection((sys.argv[1], 8080), timeout=2); s.sendall(b"x"); outcome = "ok" if s.recv(1) else "closed"; s.close()
+    except OSError as e: outcome = errno.errorcode.get(e.errno, repr(e))
+    seen[outcome] = seen.get(outcome, 0) + 1
+print(seen)
+"""
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[DataNode]:
+    with running() as found:
+        yield found
+
+
+def model(*policies: Policy, labels: tuple[tuple[str, str], ...] = (("version", "one"),)) -> Snapshot:
+    """server-a, protected by these policies, and two callers of which one has the labels."""
+    names = tuple(p.name for p in policies)
+    caller = replace(workload("caller"), labels=dict(labels))
+    return snapshot(caller, workload("other"), workload("server-a", policies=names), policies=policies)
+
+
+def test_a_rule_that_is_only_audited_counts_and_reports_and_lets_through(node: DataNode) -> None:
+    audit = Policy("default/later", Action.AUDIT, (PolicyRule((Source(service_accounts=("default/other",)),)),))
+    node.enforce(model(audit))
+    with node.events() as events:
+        assert node.connect("other", SERVER, 8080).startswith("ok")
+        assert node.connect("caller", SERVER, 8080).startswith("ok")
+    audited = [(e.source, e.target, e.rule, Reason(e.reason), e.direction) for e in events if e.kind is EventKind.AUDITED]
+    seen = ("default/other", "default/server-a", "default/later[0]", Reason.AUDIT)
+    assert audited == [(*seen, Direction.OUTBOUND), (*seen, Direction.INBOUND)]
+    assert node.verdicts()["default/other", "default/server-a", "default/later[0]"] == 2
+
+
+def test_an_audited_rule_beside_an_enforced_one_changes_nothing(node: DataNode) -> None:
+    audit = Policy("default/later", Action.AUDIT, (PolicyRule(),))
+    allow = Policy("default/callers", Action.ALLOW, (PolicyRule((Source(service_accounts=("default/caller",)),)),))
+    node.enforce(model(audit, allow))
+    assert node.connect("caller", SERVER, 8080).startswith("ok")
+    assert node.connect("other", SERVER, 8080) == "EPERM"
+
+
+def test_a_caller_is_known_by_its_labels(node: DataNode) -> None:
+    allow = Policy("default/ones", Action.ALLOW, (PolicyRule((Source(labels=(("version", "one"),)),)),))
+    node.enforce(model(allow))
+    assert node.connect("caller", SERVER, 8080).startswith("ok")
+    assert node.connect("other", SERVER, 8080) == "EPERM"
+    node.enforce(model(allow, labels=(("version", "two"),)))
+    assert node.connect("caller", SERVER, 8080) == "EPERM"
+
+
+def test_a_stranger_is_known_by_its_block(node: DataNode) -> None:
+    stranger = ADDRESSES["stranger"]
+    for inside, outside in ((f"{stranger[0]}/32", "10.77.99.0/24"), (f"{stranger[1]}/64", "fd77:99::/64")):
+        address = SERVER if "." in inside else ADDRESSES["server-a"][1]
+        node.enforce(model(Policy("default/block", Action.ALLOW, (PolicyRule((Source(ip_blocks=(inside,)),)),))))
+        assert node.connect("stranger", address, 8080).startswith("ok")
+        node.enforce(model(Policy("default/block", Action.ALLOW, (PolicyRule((Source(ip_blocks=(outside,)),)),))))
+        assert node.connect("stranger", address, 8080) == "ECONNREFUSED"
+        node.enforce(model(Policy("default/block", Action.DENY, (PolicyRule((Source(not_ip_blocks=(outside,)),)),))))
+        assert node.connect("stranger", address, 8080) == "ECONNREFUSED"
+
+
+def test_policies_change_everywhere_at_once(node: DataNode) -> None:
+    """Who is who and what each may do both change, hundreds of times: a mix of old and new would refuse the one caller or let the other in."""
+    by_account = Policy("default/who", Action.ALLOW, (PolicyRule((Source(service_accounts=("default/caller",)),)),))
+    by_label = Policy("default/who", Action.ALLOW, (PolicyRule((Source(labels=(("version", "one"),)),), (Operation(ports=(8080,)),)),))
+    against = Policy(
+        "default/not", Action.DENY, (PolicyRule((Source(not_service_accounts=("default/caller",), namespaces=("default",)),)),)
+    )
+    by_block = Policy("default/who", Action.ALLOW, (PolicyRule((Source(ip_blocks=(f"{ADDRESSES['caller'][0]}/32",)),)),))
+    models = [model(by_account), model(by_label), model(against), model(by_block), model(by_label, against)]
+    node.enforce(models[0])
+    loops = {place: node.lab.popen(place, ["python3", "-c", LOOP, SERVER, "6"]) for place in ("caller", "other")}
+    changes = 0
+    while any(loop.poll() is None for loop in loops.values()):
+        changes += 1
+        node.enforce(models[changes % len(models)])
+    outcomes = {place: loop.communicate()[0].strip() for place, loop in loops.items()}
+    assert changes > 100
+    assert outcomes["caller"].startswith("{'ok': ")
+    assert outcomes["caller"].count(":") == 1, outcomes
+    assert outcomes["other"].startswith("{'EPERM': ")
+    assert outcomes["other"].count(":") == 1, outcomes
