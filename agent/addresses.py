@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 
 _MAPPED = bytes(10) + b"\xff\xff"
 
 
 def packed(address: str) -> bytes:
     """16 bytes of a textual IPv4 or IPv6 address; ValueError if it is neither."""
-    parsed = ipaddress.ip_address(address)
-    return _MAPPED + parsed.packed if parsed.version == 4 else parsed.packed
+    try:
+        return socket.inet_pton(socket.AF_INET6, address) if ":" in address else _MAPPED + socket.inet_pton(socket.AF_INET, address)
+    except OSError as error:
+        raise ValueError(f"{address!r} is no IPv4 or IPv6 address") from error
 
 
 def text(raw: bytes) -> str:

@@ -9,7 +9,7 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import grpc
 import grpc.aio
@@ -19,6 +19,7 @@ from agent.config import Config
 from agent.enrolment import Enrolled
 from agent.errors import NotFound
 from agent.model import Snapshot
+from agent.policy import UDP
 from agent.report import Plan, Status, encode
 from agent.trace import Pair, Tracer, Watch
 from meshapi import agent_pb2 as pb
@@ -103,16 +104,17 @@ class Api(agent_pb2_grpc.AgentServicer):
             await self._node.tracing_armed()
             yield pb.Json(document=encode(planned))
             if request.probe:
-                await asyncio.to_thread(_probe, Path(local.netns_path), self._dialled(planned), planned.level)
+                await asyncio.to_thread(_probe, Path(local.netns_path), self._dialled(planned))
             async for document in _connections(watch, request):
                 yield document
         finally:
             self._node.tracer.end(watch)
 
-    def _dialled(self, planned: Plan) -> tuple[str, int]:
-        """Address and port of the destination that a plan names."""
-        found, port = plan.find_destination(self._node.snapshot, planned.destination)
-        return (found.addresses[0], port) if found.addresses else ("", port)
+    def _dialled(self, planned: Plan) -> _Call:
+        """The call that a plan is about."""
+        found = plan.find_destination(self._node.snapshot, planned.destination)
+        address = found.entity.addresses[0] if found.entity.addresses else ""
+        return _Call(address, found.port, "HTTP" if planned.level == "L7" else found.protocol)
 
 
 async def _connections(watch: Watch, request: pb.TraceRequest) -> AsyncIterator[pb.Json]:
@@ -132,18 +134,31 @@ async def _connections(watch: Watch, request: pb.TraceRequest) -> AsyncIterator[
         yield pb.Json(document=encode(connection))
 
 
-def _probe(namespace: Path, destination: tuple[str, int], level: str) -> None:
-    """One connection from inside the source's namespace; for L7 one GET / over it. Its failure is what the trace then shows."""
-    address, port = destination
+class _Call(NamedTuple):
+    address: str
+    port: int
+    protocol: str
+    """TCP, UDP or HTTP."""
+
+
+def _probe(namespace: Path, to: _Call) -> None:
+    """One connection from inside the source's namespace; for HTTP one GET / over it. Its failure is what the trace then shows.
+
+    Over UDP it is one empty datagram, which no protocol mistakes for a request (RFC 768 allows it), and nobody waits for an answer.
+    """
 
     def call() -> None:
         with contextlib.suppress(OSError, http.client.HTTPException):
-            if level == "L7":
-                connection = http.client.HTTPConnection(address, port, timeout=PROBE_TIMEOUT_S)
+            if to.protocol == "HTTP":
+                connection = http.client.HTTPConnection(to.address, to.port, timeout=PROBE_TIMEOUT_S)
                 connection.request("GET", "/", headers={"User-Agent": "meshagent-probe", "Connection": "close"})
                 connection.getresponse().read()
                 connection.close()
+            elif to.protocol == UDP:
+                with socket.socket(socket.AF_INET6 if ":" in to.address else socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
+                    datagrams.connect((to.address, to.port))
+                    datagrams.send(b"")
             else:
-                socket.create_connection((address, port), timeout=PROBE_TIMEOUT_S).close()
+                socket.create_connection((to.address, to.port), timeout=PROBE_TIMEOUT_S).close()
 
     netns.run_in(namespace, call)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
+from agent.balancing import node_zone, preferred, shares
 from agent.errors import NotFound
-from agent.model import Action, Service, ServicePort, Snapshot, Workload
-from agent.policy import Caller, Decision, Verdict, decide, protecting
+from agent.model import Action, Service, ServicePort, Snapshot, Workload, port_name
+from agent.policy import PROTOCOLS, Caller, Decision, Verdict, decide, protecting
 from agent.report import BackendPlan, Plan
 
 FAIL_MODE = "closed"
@@ -31,24 +33,61 @@ def find_workload(snapshot: Snapshot, name: str) -> Workload:
     raise NotFound(_unknown("workload", full, {**snapshot.workloads, **snapshot.services}))
 
 
-def find_destination(snapshot: Snapshot, name: str) -> tuple[Service | Workload, int]:
-    """`SERVICE`, `SERVICE:PORT`, `WORKLOAD` or `WORKLOAD:PORT`: what it names and the port; if not said, the first TCP one, or 0 if there is none."""
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """What a call goes to: the port is a service's own, or one that the workload listens on (0 = not known)."""
+
+    entity: Service | Workload
+    port: int
+    protocol: str
+
+    def __str__(self) -> str:
+        return f"{self.entity.name}:{port_name(self.port, self.protocol)}" if self.port else self.entity.name
+
+    @property
+    def service_port(self) -> ServicePort | None:
+        """The port of a service; None for a workload."""
+        if isinstance(self.entity, Workload):
+            return None
+        return next(p for p in self.entity.ports if (p.port, p.protocol) == (self.port, self.protocol))
+
+
+def find_destination(snapshot: Snapshot, name: str) -> Destination:
+    """`SERVICE` or `WORKLOAD`, then perhaps `:PORT`, and behind it perhaps `/tcp` or `/udp`.
+
+    Without a protocol TCP is tried before UDP. Without a port it is the first one of TCP, or else of UDP; 0 for a workload that backs no service.
+    """
     stem, _, port = name.partition(":")
+    number, protocols = _port(name, port) if port else (0, PROTOCOLS)
     full = qualified(stem)
-    if port and not port.isdigit():
-        raise NotFound(f"{name}: {port} is no port number")
-    number = int(port or 0)
     if full in snapshot.services:
         service = snapshot.services[full]
-        for candidate in service.ports:
-            if candidate.port == number or (not number and candidate.protocol == "TCP"):
-                return service, candidate.port
-        raise NotFound(f"service {full} has no TCP port {port}; it has {', '.join(str(p.port) for p in service.ports)}")
+        for protocol in protocols:
+            for candidate in service.ports:
+                if candidate.protocol == protocol and number in {0, candidate.port}:
+                    return Destination(service, candidate.port, protocol)
+        ports = ", ".join(port_name(p.port, p.protocol) for p in service.ports)
+        raise NotFound(f"service {full} has no port {port}; it has {ports}")
     if full in snapshot.workloads:
         workload = snapshot.workloads[full]
-        known = [target for backing in workload.backing for target in backing.ports.values()]
-        return workload, number or (known[0] if known else 0)
+        for protocol in protocols:
+            for target in (t for backing in workload.backing for t in backing.targets(protocol).values()):
+                if number in {0, target}:
+                    return Destination(workload, target, protocol)
+        return Destination(workload, number, protocols[0])
     raise NotFound(_unknown("service or workload", full, {**snapshot.workloads, **snapshot.services}))
+
+
+def _port(name: str, text: str) -> tuple[int, tuple[str, ...]]:
+    """The number and the protocols to try. NotFound if it is neither a port nor a port with its protocol."""
+    port, _, protocol = text.partition("/")
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and 1 <= int(port) <= 65535):
+        raise NotFound(f"{name}: {port} is no port number")
+    if "/" not in text:
+        return int(port), PROTOCOLS
+    if protocol.upper() not in PROTOCOLS:
+        raise NotFound(f"{name}: {protocol} is no protocol of a service port: write {port}/tcp or {port}/udp")
+    return int(port), (protocol.upper(),)
 
 
 def _unknown(what: str, name: str, known: Mapping[str, object]) -> str:
@@ -65,55 +104,56 @@ def _leaf(name: str) -> str:
 
 def plan(snapshot: Snapshot, source: Workload, destination: str, trust_domain: str) -> Plan:
     """Explain a call from `source` to `destination` (see `find_destination`)."""
-    found, port = find_destination(snapshot, destination)
+    found = find_destination(snapshot, destination)
     problems = []
     if not source.enrolled:
         problems.append(f"{source.name} is not enrolled: its connections are not redirected and it has no identity")
     caller = Caller.of(source, trust_domain)
-    if isinstance(found, Service):
-        service_port = next(p for p in found.ports if p.port == port)
-        shares = _shares(snapshot, found, service_port)
-        name = f"{found.name}:{port}"
-        level, reason = ("L7", service_port.reason) if service_port.waypoint else ("L4", service_port.reason)
-        if not shares:
+    service_port = found.service_port
+    level = "L7" if service_port and service_port.waypoint else "L4"
+    if service_port:
+        backends = _shares(snapshot, found, source.node)
+        reason = service_port.reason
+        if not backends:
             problems.append(
-                NO_ROUTE.format(name) if service_port.waypoint else f"{name} has no ready endpoint: connections are refused at once"
+                NO_ROUTE.format(found) if service_port.waypoint else f"{found} has no ready endpoint: connections are refused at once"
             )
-    else:
-        shares = [(found, port, 1.0)]
-        name, level, reason = f"{found.name}:{port}", "L4", "a workload's own address is dialled"
-    decisions = {w.name: decide(protecting(w, snapshot), caller, target) for w, target, _ in shares}
-    if isinstance(found, Workload) and any(d.verdict is Verdict.WAYPOINT for d in decisions.values()):
+    elif isinstance(found.entity, Workload):
+        backends = [(found.entity, found.port, 1.0)]
+        reason = "a workload's own address is dialled"
+    decisions = {w.name: decide(protecting(w, snapshot), caller, target, found.protocol) for w, target, _ in backends}
+    if isinstance(found.entity, Workload) and any(d.verdict is Verdict.WAYPOINT for d in decisions.values()):
         level, reason = "L7", "its AuthorizationPolicy has HTTP rules"
     decision = _combined(decisions.values())
     if decision.verdict is not Verdict.DENY:
         problems += [f"{n} refuses {source.name}: {d.rule}" for n, d in sorted(decisions.items()) if d.verdict is Verdict.DENY]
     if decision.verdict is Verdict.WAYPOINT:
-        reason += f"; each request is decided by {', '.join(sorted({p.name for w, _, _ in shares for p in protecting(w, snapshot)}))}"
+        reason += f"; each request is decided by {', '.join(sorted({p.name for w, _, _ in backends for p in protecting(w, snapshot)}))}"
     return Plan(
         source=source.name,
-        destination=name,
+        destination=str(found),
         verdict="DENY" if decision.verdict is Verdict.DENY else "ALLOW",
         rule=(decision.rule or None) if decision.verdict is not Verdict.WAYPOINT else None,
+        audit=", ".join(sorted({d.audit for d in decisions.values() if d.audit})) or None,
         level=level,
         reason=reason,
         backends=tuple(
-            BackendPlan(w.name, f"{w.addresses[0]}:{target}" if w.addresses else "", w.node, round(share, 4)) for w, target, share in shares
+            BackendPlan(w.name, f"{w.addresses[0]}:{target}" if w.addresses else "", w.node, round(share, 4))
+            for w, target, share in backends
         ),
-        encryption=_encryption(source, [w for w, _, _ in shares]),
+        encryption=_encryption(source, [w for w, _, _ in backends]),
         fail_mode=FAIL_MODE,
         problems=tuple(problems),
     )
 
 
 def targets(snapshot: Snapshot, destination: str) -> tuple[str, frozenset[str]]:
-    """What a trace of `destination` watches: "SERVICE:PORT" or "", and every workload that may answer."""
-    found, port = find_destination(snapshot, destination)
-    if isinstance(found, Workload):
-        return "", frozenset({found.name})
-    service_port = next(p for p in found.ports if p.port == port)
-    behind = {w.name for w, _, _ in _shares(snapshot, found, service_port)} | {w.name for w, _ in snapshot.endpoints(found.name, port)}
-    return f"{found.name}:{port}", frozenset(behind)
+    """What a trace of `destination` watches: "SERVICE:PORT" or "", and every workload that may answer, from whichever node."""
+    found = find_destination(snapshot, destination)
+    if isinstance(found.entity, Workload):
+        return "", frozenset({found.entity.name})
+    behind = {w.name for service, port in _behind(snapshot, found) for w, _ in snapshot.endpoints(service, port, found.protocol)}
+    return str(found), frozenset(behind | {w.name for w, _ in snapshot.endpoints(found.entity.name, found.port, found.protocol)})
 
 
 def allowing(snapshot: Snapshot, workloads: Iterable[str]) -> str:
@@ -122,26 +162,34 @@ def allowing(snapshot: Snapshot, workloads: Iterable[str]) -> str:
     return ", ".join(sorted(found))
 
 
-def _shares(snapshot: Snapshot, service: Service, port: ServicePort) -> list[tuple[Workload, int, float]]:
-    """(workload, target port, share) of everything that may answer; several rules of a route share alike."""
-    routes = [r for r in snapshot.routes.values() if any(s == service.name and p in (0, port.port) for s, p in r.parents)]
+def _shares(snapshot: Snapshot, found: Destination, node: str) -> list[tuple[Workload, int, float]]:
+    """(workload, target port, share) of everything that may answer a caller on `node`; several rules of a route share alike."""
+    zone = node_zone(snapshot.workloads.values(), node)
+    answers: dict[tuple[str, int], tuple[Workload, int, float]] = {}
+    for (service, port), part in _behind(snapshot, found).items():
+        distribution = snapshot.services[service].traffic_distribution if service in snapshot.services else ""
+        near = preferred(snapshot.endpoints(service, port, found.protocol), distribution, node, zone)
+        for workload, target, share in shares(near):
+            before = answers.get((workload.name, target), (workload, target, 0.0))[2]
+            answers[workload.name, target] = (workload, target, before + share * part)
+    return sorted(answers.values(), key=lambda item: (item[0].name, item[1]))
+
+
+def _behind(snapshot: Snapshot, found: Destination) -> dict[tuple[str, int], float]:
+    """The service ports that stand behind a service port, each with its share: those of its HTTPRoutes, or itself."""
+    own = (found.entity.name, found.port)
+    port = found.service_port
+    routes = [r for r in snapshot.routes.values() if any(s == own[0] and p in (0, own[1]) for s, p in r.parents)]
     rules = [rule for route in routes for rule in route.rules]
-    if not rules or not port.waypoint:
-        return _spread(snapshot, service.name, port.port, 1.0)
-    found: dict[tuple[str, int], tuple[Workload, int, float]] = {}
+    if not rules or not port or not port.waypoint:
+        return {own: 1.0}
+    behind: dict[tuple[str, int], float] = {}
     for rule in rules:
         total = sum(b.weight for b in rule.backends)
-        for backend in rule.backends:
-            if total and backend.weight and not backend.invalid:
-                for workload, target, share in _spread(snapshot, backend.service, backend.port, backend.weight / total / len(rules)):
-                    before = found.get((workload.name, target), (workload, target, 0.0))[2]
-                    found[workload.name, target] = (workload, target, before + share)
-    return sorted(found.values(), key=lambda item: item[0].name)
-
-
-def _spread(snapshot: Snapshot, service: str, port: int, share: float) -> list[tuple[Workload, int, float]]:
-    endpoints = snapshot.endpoints(service, port)
-    return [(workload, target, share / len(endpoints)) for workload, target in endpoints]
+        for b in rule.backends:
+            if total and b.weight and not b.invalid:
+                behind[b.service, b.port] = behind.get((b.service, b.port), 0.0) + b.weight / total / len(rules)
+    return behind
 
 
 def _combined(decisions: Iterable[Decision]) -> Decision:

@@ -207,8 +207,10 @@ class Classes:
         self.sources = tuple(dict.fromkeys(s for p in policies for rule in p.rules for s in rule.sources))
         self._index = {source: number for number, source in enumerate(self.sources)}
         self._labels = frozenset(name for s in self.sources for name, _ in s.labels)
+        self._names = tuple(self._labels)
         self._by_blocks = any(s.ip_blocks or s.not_ip_blocks for s in self.sources)
         self._known: dict[Caller, frozenset[int]] = {}
+        self._by_workload: dict[tuple[object, ...], frozenset[int]] = {}
         self._interned: dict[frozenset[int], frozenset[int]] = {}
         self.stranger = self.of(STRANGER)
 
@@ -226,6 +228,16 @@ class Classes:
             matching = frozenset(i for i, source in enumerate(self.sources) if source_matches(source, plain))
             found = self._interned.setdefault(matching, matching)
             self._known[plain] = found
+        return found
+
+    def of_workload(self, workload: Workload, trust_domain: str) -> frozenset[int]:
+        """The same as `of(Caller.of(workload, trust_domain))`, quicker for the thousands of workloads that look alike."""
+        labels = tuple(workload.labels.get(name) for name in self._names) if workload.enrolled else ()
+        addresses = workload.addresses if self._by_blocks else ()
+        key = (workload.enrolled, workload.namespace, workload.service_account, labels, addresses, trust_domain)
+        found = self._by_workload.get(key)
+        if found is None:
+            found = self._by_workload[key] = self.of(Caller.of(workload, trust_domain))
         return found
 
     def number(self, source: Source) -> int:

@@ -10,10 +10,18 @@ import ipaddress
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 from controller.documents import Path
 from controller.durations import milliseconds
+from controller.objects import (
+    ACCELERATION_LABEL,
+    BALANCING_ANNOTATION,
+    DEFAULT_POLICY_LABEL,
+    HTTP_FIELDS,
+    MODE_LABEL,
+    WAYPOINT_ANNOTATION,
+)
 
 Found = tuple[Path, str]
 
@@ -36,12 +44,36 @@ def check(kind: str, namespace: str, value: Mapping[str, Any]) -> Iterator[Found
 
 
 def _labels(kind: str, metadata: Mapping[str, Any]) -> Iterator[Found]:
-    mode = (metadata.get("labels") or {}).get("meshagent.io/mode")
-    if kind in {"Namespace", "Workload"} and mode is not None and mode not in {"none", "mesh"}:
-        yield ("metadata", "labels", "meshagent.io/mode"), f'must be "mesh" (the default) or "none" (not enrolled), not "{mode}"'
-    waypoint = (metadata.get("annotations") or {}).get("meshagent.io/waypoint")
-    if kind == "Service" and waypoint is not None and waypoint not in {"true", "false"}:
-        yield ("metadata", "annotations", "meshagent.io/waypoint"), f'must be "true" or "false", not "{waypoint}"'
+    for where, kinds, name, choices, words in _SWITCHES:
+        if kind not in kinds:
+            continue
+        value = (metadata.get(where) or {}).get(name)
+        if value is not None and value not in choices:
+            yield ("metadata", where, name), f'must be {words}, not "{value[:80]}"'
+        elsewhere = "annotations" if where == "labels" else "labels"
+        if name in (metadata.get(elsewhere) or {}):
+            yield ("metadata", elsewhere, name), f"has no effect here: write it under metadata.{where}"
+
+
+_SWITCHES: Final = (
+    ("labels", {"Namespace", "Workload"}, MODE_LABEL, {"mesh", "none"}, '"mesh" (the default) or "none" (not enrolled)'),
+    (
+        "labels",
+        {"Namespace", "Workload"},
+        ACCELERATION_LABEL,
+        {"enabled", "force", "disabled"},
+        '"enabled", "force" or "disabled" (the default)',
+    ),
+    (
+        "labels",
+        {"Namespace"},
+        DEFAULT_POLICY_LABEL,
+        {"allow", "deny"},
+        '"allow" (the default) or "deny" (what no ALLOW policy allows is denied)',
+    ),
+    ("annotations", {"Service"}, WAYPOINT_ANNOTATION, {"true", "false"}, '"true" or "false"'),
+    ("annotations", {"Service"}, BALANCING_ANNOTATION, {"random", "least-connections"}, '"random" (the default) or "least-connections"'),
+)
 
 
 def _address(text: str) -> str:
@@ -85,12 +117,16 @@ def _service(spec: Mapping[str, Any]) -> Iterator[Found]:
         yield from _addresses(("spec", "clusterIPs"), several)
     elif several is None and single != "None" and (wrong := _address(str(single))):
         yield ("spec", "clusterIP"), wrong
+    if "sessionAffinityConfig" in spec and spec.get("sessionAffinity", "None") == "None":
+        yield (
+            ("spec", "sessionAffinityConfig"),
+            'belongs to spec.sessionAffinity: ClientIP, and spec.sessionAffinity is "None" (the default)',
+        )
     yield from _service_ports(spec["ports"])
 
 
 def _service_ports(ports: list[Mapping[str, Any]]) -> Iterator[Found]:
     numbers: dict[tuple[str, int], int] = {}
-    targets: dict[int, int] = {}
     names: set[str] = set()
     for index, port in enumerate(ports):
         path: Path = ("spec", "ports", index)
@@ -104,10 +140,7 @@ def _service_ports(ports: list[Mapping[str, Any]]) -> Iterator[Found]:
         slot = (port.get("protocol", "TCP"), port["port"])
         if slot in numbers:
             yield (*path, "port"), f"{slot[0]} port {slot[1]} is already spec.ports[{numbers[slot]}]"
-        elif targets.get(port["port"], target) != target:
-            yield (*path, "targetPort"), f"port {port['port']} has another targetPort for the other protocol, which is not supported yet"
         numbers.setdefault(slot, index)
-        targets.setdefault(port["port"], target)
         name = port.get("name", "")
         if len(ports) > 1 and not name:
             yield (*path, "name"), "is required when there are several ports"
@@ -231,8 +264,38 @@ def _wildcards(path: Path, text: str) -> Iterator[Found]:
         yield path, f'"{text[:80]}": a "*" may stand only at the start or at the end'
 
 
+def _block(text: str) -> str:
+    """Return the reason why `text` is no block of addresses that a peer can have, or nothing."""
+    prefix = text.partition("/")[2]
+    try:
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        network = None
+    if network is None or "%" in text or ("/" in text and not prefix.isdigit()):
+        return f'"{text[:80]}" is not a CIDR block such as 10.0.0.0/8 or fd00::/8, nor a single address'
+    if isinstance(network, ipaddress.IPv6Network) and network.prefixlen >= 96 and network.network_address.ipv4_mapped is not None:
+        return f"{text} are IPv4 addresses in IPv6 spelling: write {network.network_address.ipv4_mapped}/{network.prefixlen - 96}"
+    return ""
+
+
+_LABEL_NAME = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+_LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+
+
+def _match_labels(path: Path, labels: Mapping[str, str]) -> Iterator[Found]:
+    """https://kubernetes.io/docs/concepts/overview/working-with-objects/labels/#syntax-and-character-set: what else no workload can have."""
+    for name, value in labels.items():
+        if not _LABEL_NAME.fullmatch(name):
+            yield (*path, name), "is not the name of a label"
+        elif not _LABEL_VALUE.fullmatch(value):
+            yield (*path, name), f'"{value}" is not the value of a label: values are compared exactly, there are no wildcards'
+
+
 def _source(path: Path, source: Mapping[str, Any]) -> Iterator[Found]:
+    yield from _match_labels((*path, "matchLabels"), source.get("matchLabels", {}))
     for field, values in source.items():
+        if field == "matchLabels":
+            continue
         for index, text in enumerate(values):
             here = (*path, field, index)
             if field in {"principals", "notPrincipals"} and text.startswith("spiffe://"):
@@ -240,12 +303,20 @@ def _source(path: Path, source: Mapping[str, Any]) -> Iterator[Found]:
             elif field in {"serviceAccounts", "notServiceAccounts"}:
                 if not re.fullmatch(r"([a-z0-9]([-a-z0-9]*[a-z0-9])?/)?[a-z0-9]([-a-z0-9.]*[a-z0-9])?", text):
                     yield here, f'"{text[:80]}" is not "NAME" (this namespace) or "NAMESPACE/NAME"; wildcards are not allowed here'
+            elif field in {"ipBlocks", "notIpBlocks"}:
+                if wrong := _block(text):
+                    yield here, wrong
             else:
                 yield from _wildcards(here, text)
 
 
 def _operation(path: Path, operation: Mapping[str, Any]) -> Iterator[Found]:
+    about_requests = sorted(HTTP_FIELDS & set(operation))
+    if about_requests and "TCP" not in operation.get("protocols", ["TCP"]):
+        yield (*path, "protocols"), f"datagrams have no requests: add TCP, or remove {', '.join(about_requests)}"
     for field, values in operation.items():
+        if field == "protocols":
+            continue
         for index, value in enumerate(values):
             here = (*path, field, index)
             if field in {"ports", "notPorts"}:

@@ -6,21 +6,37 @@ References that do not resolve are no errors here: they become `Backend.invalid`
 from __future__ import annotations
 
 import calendar
+import ipaddress
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from controller.conflicts import virtual_addresses, workload_addresses
 from controller.durations import milliseconds
-from controller.objects import MODE_LABEL, WAYPOINT_ANNOTATION, Key, Object
+from controller.objects import (
+    ACCELERATION_LABEL,
+    BALANCING_ANNOTATION,
+    DEFAULT_POLICY_LABEL,
+    HTTP_FIELDS,
+    MODE_LABEL,
+    WAYPOINT_ANNOTATION,
+    ZONE_LABEL,
+    Key,
+    Object,
+)
 from meshapi import discovery_pb2 as pb
 
 HTTP_APP_PROTOCOLS: Final = frozenset({"http", "http2", "h2c", "grpc", "grpc-web", "kubernetes.io/h2c", "kubernetes.io/ws"})
 DEFAULT_RETRIES: Final = 1  # HTTPRouteRetry.attempts left out: "implementation-specific"
-_L7_FIELDS: Final = ("methods", "notMethods", "paths", "notPaths", "hosts", "notHosts")
+DEFAULT_DENY: Final = "(default-deny)"
+"""Name of the policy that stands for meshagent.io/default-policy: deny; no object can have it."""
+DEFAULT_AFFINITY_S: Final = 10800  # ClientIPConfig.timeoutSeconds left out (Service v1)
+_DISTRIBUTIONS: Final = {"PreferClose": "PreferSameZone"}  # the old name (KEP-3015)
+_BALANCING: Final = {"random": ""}
+_NAMES_SHOWN: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +68,7 @@ class _World:
     objects: Mapping[Key, Object]
     services: dict[str, Object] = field(default_factory=dict)
     workloads: list[Object] = field(default_factory=list)
+    enrolled: set[str] = field(default_factory=set)  # workloads in the mesh
     backing: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # service -> workloads
     backed: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # workload -> services
     policies: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # workload -> policies
@@ -70,18 +87,26 @@ def compile_model(objects: Mapping[Key, Object]) -> Compiled:
     for route in world.of("HTTPRoute"):
         _route(world, out, route)
     for name, service in world.services.items():
-        out.entities[f"service/{name}"] = pb.Entity(service=_service(world, name, service))
+        message = _service(world, name, service)
+        out.entities[f"service/{name}"] = pb.Entity(service=message)
         out.conditions[service.key].append(_accepted())
+        if wrong := _not_at_the_waypoint(service, message.ports):
+            out.conditions[service.key].append(wrong)
     for workload in world.workloads:
         out.entities[f"workload/{workload.key.qualified}"] = pb.Entity(workload=_workload(world, workload))
         out.conditions[workload.key].append(_accepted())
     for namespace in world.of("Namespace"):
         out.conditions[namespace.key].append(_accepted())
+        if namespace.labels.get(DEFAULT_POLICY_LABEL) == "deny":
+            name = namespace.key.name
+            # An ALLOW policy that matches nothing denies all that no other ALLOW policy allows.
+            policy = pb.Policy(namespace=name, name=DEFAULT_DENY, action=pb.Policy.ALLOW)
+            out.entities[f"policy/{name}/{DEFAULT_DENY}"] = pb.Entity(policy=policy)
     return out
 
 
-def _accepted() -> Condition:
-    return Condition("Accepted", True, "Accepted", "in force")
+def _accepted(message: str = "in force") -> Condition:
+    return Condition("Accepted", True, "Accepted", message)
 
 
 def _selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
@@ -92,6 +117,8 @@ def _index_backing(world: _World) -> None:
     world.workloads = world.of("Workload")
     by_label: dict[tuple[str, str, str], list[Object]] = defaultdict(list)
     for workload in world.workloads:
+        if workload.spec.get("networkNamespace") and _inherited(world, workload, MODE_LABEL) != "none":
+            world.enrolled.add(workload.key.qualified)
         for name, value in workload.labels.items():
             by_label[workload.key.namespace, name, value].append(workload)
     for service in world.of("Service"):
@@ -111,10 +138,9 @@ def _index_policies(world: _World, out: Compiled) -> None:
     for policy in world.of("AuthorizationPolicy"):
         out.entities[f"policy/{policy.key.qualified}"] = pb.Entity(policy=_policy(policy))
         conditions = out.conditions[policy.key]
-        conditions.append(_accepted())
         protected: dict[str, Object] = {}
+        missing = []
         if "targetRefs" in policy.spec:
-            missing = []
             for reference in policy.spec["targetRefs"]:
                 service = f"{policy.key.namespace}/{reference['name']}"
                 if service in world.services:
@@ -137,13 +163,41 @@ def _index_policies(world: _World, out: Compiled) -> None:
             }
         for name in protected:
             world.policies[name].append(policy)
+        conditions.insert(0, _accepted("in force" if world.enrolled & protected.keys() else "valid"))
+        if (protected or not missing) and (wrong := _unenforced(world, protected)):
+            conditions.append(wrong)
+
+
+def _unenforced(world: _World, selected: Collection[str]) -> Condition | None:
+    """Say where a policy is not enforced although it is valid: outside the mesh nobody can."""
+    if not selected:
+        return Condition("Enforced", False, "NothingSelected", "selects no workload of its namespace: nothing is protected")
+    outside = sorted(set(selected) - world.enrolled)
+    if not outside:
+        return None
+    names = ", ".join(outside[:_NAMES_SHOWN]) + (f" and {len(outside) - _NAMES_SHOWN} more" if len(outside) > _NAMES_SHOWN else "")
+    return Condition(
+        "Enforced",
+        False,
+        "NotEnrolled" if len(outside) == len(selected) else "PartlyEnrolled",
+        f"nothing enforces it for {names}: not in the mesh; to enroll them give them spec.networkNamespace and no label {MODE_LABEL}: none",
+    )
+
+
+def _inherited(world: _World, workload: Object, label: str) -> str:
+    """Value of a label of the workload or else of its Namespace; "" if neither has it."""
+    namespace = world.objects.get(Key("Namespace", "", workload.key.namespace))
+    return workload.labels.get(label) or (namespace.labels.get(label, "") if namespace else "")
 
 
 def _workload(world: _World, workload: Object) -> pb.Workload:
     spec, name = workload.spec, workload.key.qualified
     namespace = world.objects.get(Key("Namespace", "", workload.key.namespace))
-    mode = workload.labels.get(MODE_LABEL) or (namespace.labels.get(MODE_LABEL) if namespace else None) or "mesh"
-    network_namespace = spec.get("networkNamespace", "")
+    enrolled = name in world.enrolled
+    policies = {policy.key.qualified for policy in world.policies[name]}
+    if enrolled and namespace and namespace.labels.get(DEFAULT_POLICY_LABEL) == "deny":
+        policies.add(f"{workload.key.namespace}/{DEFAULT_DENY}")
+    acceleration = _inherited(world, workload, ACCELERATION_LABEL)
     return pb.Workload(
         namespace=workload.key.namespace,
         name=workload.key.name,
@@ -151,19 +205,24 @@ def _workload(world: _World, workload: Object) -> pb.Workload:
         node=spec["node"],
         labels=dict(workload.labels),
         addresses=workload_addresses(workload),
-        network_namespace=network_namespace,
-        enrolled=bool(network_namespace) and mode != "none",
+        network_namespace=spec.get("networkNamespace", ""),
+        enrolled=enrolled,
         ready=spec.get("ready", True),
         backing=[_backing(service) for service in world.backed[name]],
-        policies=sorted(policy.key.qualified for policy in world.policies[name]),
+        policies=sorted(policies),
+        zone=spec.get("zone") or workload.labels.get(ZONE_LABEL, ""),
+        weight=spec.get("weight", 1),
+        acceleration="" if acceleration == "disabled" else acceleration,
     )
 
 
 def _backing(service: Object) -> pb.Backing:
-    ports = {port["port"]: _target(port) for port in service.spec["ports"]}
+    ports = {(port["port"], port.get("protocol", "TCP")): _target(port) for port in service.spec["ports"]}
     return pb.Backing(
         service=service.key.qualified,
-        ports=[pb.PortMapping(service_port=port, target_port=target) for port, target in sorted(ports.items())],
+        ports=[
+            pb.PortMapping(service_port=port, target_port=target, protocol=protocol) for (port, protocol), target in sorted(ports.items())
+        ],
     )
 
 
@@ -190,7 +249,37 @@ def _service(world: _World, name: str, service: Object) -> pb.Service:
                 reason=reason,
             )
         )
-    return pb.Service(namespace=service.key.namespace, name=service.key.name, addresses=virtual_addresses(service), ports=ports)
+    distribution, balancing = service.spec.get("trafficDistribution", ""), service.annotations.get(BALANCING_ANNOTATION, "")
+    return pb.Service(
+        namespace=service.key.namespace,
+        name=service.key.name,
+        addresses=virtual_addresses(service),
+        ports=ports,
+        traffic_distribution=_DISTRIBUTIONS.get(distribution, distribution),
+        affinity_s=_affinity(service.spec),
+        load_balancing=_BALANCING.get(balancing, balancing),
+    )
+
+
+def _affinity(spec: Mapping[str, Any]) -> int:
+    if spec.get("sessionAffinity", "None") == "None":
+        return 0
+    seconds: int = spec.get("sessionAffinityConfig", {}).get("clientIP", {}).get("timeoutSeconds", DEFAULT_AFFINITY_S)
+    return seconds
+
+
+def _not_at_the_waypoint(service: Object, ports: Iterable[pb.ServicePort]) -> Condition | None:
+    """Say which wishes of a service hold on its L4 ports only: the waypoint balances requests, not connections."""
+    wishes = []
+    if _affinity(service.spec):
+        wishes.append("spec.sessionAffinity")
+    if service.annotations.get(BALANCING_ANNOTATION):
+        wishes.append(f"annotation {BALANCING_ANNOTATION}")
+    names = ", ".join(str(port.port) for port in ports if port.waypoint)
+    if not wishes or not names:
+        return None
+    message = f"{' and '.join(wishes)} hold for connections; ports that are L7 are balanced by request, to the less busy endpoint: {names}"
+    return Condition("BalancedAsWished", False, "BalancedByRequest", message)
 
 
 def _level(routes: Iterable[tuple[int, str]], policies: Iterable[Object], service: Object, port: Mapping[str, Any]) -> tuple[bool, str]:
@@ -218,7 +307,7 @@ def _operations(policy: Object) -> list[Mapping[str, Any]]:
 
 
 def _needs_request(operation: Mapping[str, Any], target: int) -> bool:
-    if not any(name in operation for name in _L7_FIELDS):
+    if not HTTP_FIELDS & set(operation):
         return False
     if "ports" in operation and target not in _ports(operation["ports"]):
         return False
@@ -259,7 +348,15 @@ def _source(source: Mapping[str, Any], namespace: str) -> pb.Source:
         not_namespaces=source.get("notNamespaces", []),
         service_accounts=accounts("serviceAccounts"),
         not_service_accounts=accounts("notServiceAccounts"),
+        ip_blocks=_blocks(source.get("ipBlocks", [])),
+        not_ip_blocks=_blocks(source.get("notIpBlocks", [])),
+        labels=source.get("matchLabels", {}),
     )
+
+
+def _blocks(texts: Iterable[str]) -> list[str]:
+    """One spelling for each block: CIDR, no bits behind the prefix."""
+    return list(dict.fromkeys(str(ipaddress.ip_network(text, strict=False)) for text in texts))
 
 
 def _operation(operation: Mapping[str, Any]) -> pb.Operation:
@@ -272,6 +369,7 @@ def _operation(operation: Mapping[str, Any]) -> pb.Operation:
         not_paths=operation.get("notPaths", []),
         hosts=operation.get("hosts", []),
         not_hosts=operation.get("notHosts", []),
+        protocols=operation.get("protocols", []),
     )
 
 

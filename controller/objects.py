@@ -11,6 +11,12 @@ from controller.errors import Problem
 
 MODE_LABEL = "meshagent.io/mode"
 WAYPOINT_ANNOTATION = "meshagent.io/waypoint"
+BALANCING_ANNOTATION = "meshagent.io/load-balancing"
+ACCELERATION_LABEL = "meshagent.io/acceleration"
+DEFAULT_POLICY_LABEL = "meshagent.io/default-policy"
+ZONE_LABEL = "topology.kubernetes.io/zone"
+HTTP_FIELDS = frozenset({"methods", "notMethods", "paths", "notPaths", "hosts", "notHosts"})
+"""Fields of an AuthorizationPolicy's operation that only a request can answer."""
 
 
 class Key(NamedTuple):

@@ -42,13 +42,10 @@ _NOT_SUPPORTED: Final[Mapping[str, frozenset[str]]] = {
             "loadBalancerIP",
             "loadBalancerSourceRanges",
             "publishNotReadyAddresses",
-            "sessionAffinityConfig",
-            "trafficDistribution",
             "ports[].nodePort",
             "type=NodePort",
             "type=LoadBalancer",
             "type=ExternalName",
-            "sessionAffinity=ClientIP",
             "internalTrafficPolicy=Local",
             "ports[].protocol=SCTP",
         )
@@ -86,8 +83,6 @@ _NOT_SUPPORTED: Final[Mapping[str, frozenset[str]]] = {
             *(
                 f"rules[].from[].source.{field}"
                 for field in (
-                    "ipBlocks",
-                    "notIpBlocks",
                     "remoteIpBlocks",
                     "notRemoteIpBlocks",
                     "requestPrincipals",

@@ -21,7 +21,7 @@ from agent.bpf.epoch import Epoch
 from agent.bpf.maps import Map, Mirror
 from agent.bpf.rows import Known, Layouts, Rows
 from agent.ids import Ids
-from agent.model import Delta, LocalWorkload, Service, Snapshot, Workload
+from agent.model import Delta, LocalWorkload, Service, Snapshot, Workload, port_name
 from agent.policy import TCP, UDP, Caller, Classes, Verdict, block, compile_rows, protecting
 
 _PROTOCOLS = {TCP: 6, UDP: 17}  # IPPROTO_TCP, IPPROTO_UDP
@@ -74,7 +74,7 @@ class Tables:
         self._policies: _Policies
         self._local: dict[str, Namespace] = {}
         self._enforce_inbound: frozenset[str] = frozenset()
-        self._zone = ""
+        self._zones: Counter[str] = Counter()
         self._endpoints: dict[tuple[str, int, str], dict[str, Endpoint]] = {}
         self._claims: dict[bytes, str | tuple[str, ...]] = {}
         self._held: dict[str, dict[bytes, tuple[int, int]]] = {}
@@ -164,13 +164,13 @@ class Tables:
     # What is known of the model, kept for the next difference.
 
     def _index(self, snapshot: Snapshot, here: Mapping[str, Namespace]) -> None:
-        self._endpoints, self._claims, self._zone = {}, {}, ""
+        self._endpoints, self._claims, self._zones = {}, {}, Counter()
         for workload in snapshot.workloads.values():
             self._add(workload, here.get(workload.name))
 
     def _add(self, workload: Workload, namespace: Namespace | None) -> None:
         if workload.zone and workload.node == self._node:
-            self._zone = workload.zone
+            self._zones[workload.zone] += 1
         for raw in _addresses(workload, namespace):
             claimed = self._claims.get(raw)
             if claimed is None:
@@ -183,7 +183,15 @@ class Tables:
                     for port, target in backing.targets(protocol).items():
                         self._endpoints.setdefault((backing.service, port, protocol), {})[workload.name] = (workload, target)
 
+    @property
+    def _zone(self) -> str:
+        """As `agent.balancing.node_zone`."""
+        found = [zone for zone, number in self._zones.items() if number > 0]
+        return found[0] if len(found) == 1 else ""
+
     def _drop(self, workload: Workload, namespace: Namespace | None) -> None:
+        if workload.zone and workload.node == self._node:
+            self._zones[workload.zone] -= 1
         for raw in _addresses(workload, namespace):
             claimed = self._claims.get(raw)
             rest = tuple(n for n in ((claimed,) if isinstance(claimed, str) else claimed or ()) if n != workload.name)
@@ -213,7 +221,7 @@ class Tables:
         blocks = classes.blocks()
         present = {classes.stranger, *blocks.values()}
         for workload in snapshot.workloads.values():
-            present.add(classes.of(Caller.of(workload, self._trust_domain)))
+            present.add(classes.of_workload(workload, self._trust_domain))
             if workload.node == self._node:
                 present.add(classes.of(Caller(addresses=workload.addresses)))
         identities = {members: self._identity(classes, members) for members in present}
@@ -248,12 +256,13 @@ class Tables:
         """What everybody may know about a workload."""
         # Of a workload of this node that is in no namespace nobody can vouch: whoever uses its address now came after it.
         vouched = namespace is not None or workload.node != self._node
-        caller = Caller.of(workload, self._trust_domain) if vouched else Caller(addresses=workload.addresses)
+        classes = policies.classes
+        members = classes.of_workload(workload, self._trust_domain) if vouched else classes.of(Caller(addresses=workload.addresses))
         return Known(
             namespace.local.netns_cookie if namespace else 0,
             self._ids.number("workload", workload.name),
             m.WORKLOAD_ENFORCE_INBOUND if workload.name in enforce_inbound else 0,
-            policies.identities[policies.classes.of(caller)],
+            policies.identities[members],
             policies.sets[workload.policies],
         )
 
@@ -297,7 +306,7 @@ class Tables:
                 listing, count = self._list(ways, backend, member if keeps else None)
                 held[key] = (listing, count)
                 self._list_users[listing] += 1
-                number = self._ids.number("service", f"{service.name}:{port.port}")
+                number = self._ids.number("service", f"{service.name}:{port_name(port.port, port.protocol)}")
                 rows[key] = self._rows.service(number, listing, count, flags, service.affinity_s * 1_000_000_000)
 
     def _ways(self, endpoints: Iterable[Endpoint], *, ipv4: bool) -> list[tuple[bytes, int, int, int]]:

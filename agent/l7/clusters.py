@@ -48,8 +48,12 @@ def service_cluster(name: str, port: ServicePort) -> cluster_pb2.Cluster:
     return cluster
 
 
-def service_endpoints(name: str, port: int, endpoints: Iterable[tuple[str, int]]) -> endpoint_pb2.ClusterLoadAssignment:
-    """Build the endpoints, (address, port) each; none is a valid answer: requests then get 503."""
+def service_endpoints(name: str, port: int, endpoints: Iterable[tuple[str, int, int]]) -> endpoint_pb2.ClusterLoadAssignment:
+    """Build the endpoints, (address, port, weight) each; none is a valid answer: requests then get 503.
+
+    LEAST_REQUEST takes two at random if all weights are the same, and otherwise goes round by weight, less for those that are busy
+    (https://www.envoyproxy.io/docs/envoy/v1.37.0/intro/arch_overview/upstream/load_balancing/load_balancers#weighted-least-request).
+    """
     return _assignment(names.service(name, port), endpoints)
 
 
@@ -57,7 +61,7 @@ def workload_cluster(name: str, port: int, app_protocol: str, address: str) -> c
     """Build the cluster of one workload alone, for callers who dial its address instead of a service."""
     cluster = _cluster(names.workload(name, port), http2=app_protocol.lower() in HTTP2_PROTOCOLS)
     cluster.type = cluster_pb2.Cluster.STATIC
-    cluster.load_assignment.CopyFrom(_assignment(names.workload(name, port), [(address, port)]))
+    cluster.load_assignment.CopyFrom(_assignment(names.workload(name, port), [(address, port, 1)]))
     return cluster
 
 
@@ -112,10 +116,12 @@ def _cluster(
     return cluster
 
 
-def _assignment(name: str, endpoints: Iterable[tuple[str, int]]) -> endpoint_pb2.ClusterLoadAssignment:
+def _assignment(name: str, endpoints: Iterable[tuple[str, int, int]]) -> endpoint_pb2.ClusterLoadAssignment:
     hosts = [
-        endpoint_components_pb2.LbEndpoint(endpoint=endpoint_components_pb2.Endpoint(address=socket_address(address, port)))
-        for address, port in endpoints
+        endpoint_components_pb2.LbEndpoint(
+            endpoint=endpoint_components_pb2.Endpoint(address=socket_address(address, port)), load_balancing_weight={"value": weight}
+        )
+        for address, port, weight in endpoints
     ]
     groups = [endpoint_components_pb2.LocalityLbEndpoints(lb_endpoints=hosts)] if hosts else []
     return endpoint_pb2.ClusterLoadAssignment(cluster_name=name, endpoints=groups)

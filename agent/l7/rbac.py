@@ -6,7 +6,8 @@ first, then, if any ALLOW policy protects the workload, one must match; AUDIT ne
 (which carries AUDIT as shadow rules) and `names.ALLOW_FILTER`, both empty in the listener and filled per route.
 
 A policy's rule is one Envoy policy named "NS/NAME[rule]": what `%RESPONSE_CODE_DETAILS%` names. Nothing here may look at a header for who
-calls: on the caller's side that is filter state set by the listener that accepted, on the receiver's side the peer's address.
+calls: on the caller's side that is filter state set by the listener that accepted, on the receiver's side the peer's address. What `agent.policy.decide`
+says of a TCP connection is what the filters say of its requests; Envoy sees no datagrams, so operations for UDP alone are left out.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from agent.l7 import names
 from agent.l7.resources import packed
 from agent.model import Action, Operation, Policy, Snapshot, Source, Workload
-from agent.policy import Caller, protecting, source_matches
+from agent.policy import TCP, Caller, block, protecting, source_matches
 
 ANY_CALLER = rbac_pb2.Principal(any=True)
 ANY_REQUEST = rbac_pb2.Permission(any=True)
@@ -51,12 +52,17 @@ Principals = Callable[[Source, Action], "rbac_pb2.Principal | None"]
 
 def needs_request(workload: Workload, snapshot: Snapshot) -> bool:
     """Return True if a policy of this workload can only be decided with the request in hand (method, path or host)."""
-    return any(op.l7 for policy in protecting(workload, snapshot) for rule in policy.rules for op in rule.operations)
+    return any(op.l7 and _over_tcp(op) for policy in protecting(workload, snapshot) for rule in policy.rules for op in rule.operations)
 
 
-def at_caller(workload: Workload, port: int, snapshot: Snapshot) -> Authorization:
+def at_caller(workload: Workload, port: int, snapshot: Snapshot, callers: LocalCallers) -> Authorization:
     """Build what the outbound side enforces for one endpoint. `port` is the one it listens on: port conditions are decided here and now."""
-    return _authorization(protecting(workload, snapshot), _principal_by_filter_state, port)
+    return _authorization(protecting(workload, snapshot), callers.principal, port)
+
+
+def likeness(workload: Workload, port: int, snapshot: Snapshot) -> Authorization:
+    """What tells endpoints apart that are protected differently, the same on every node: who matches a Source is left open. Not for Envoy."""
+    return _authorization(protecting(workload, snapshot), _principal_by_content, port)
 
 
 def at_receiver(workload: Workload, snapshot: Snapshot, callers: Callers) -> Authorization:
@@ -64,12 +70,36 @@ def at_receiver(workload: Workload, snapshot: Snapshot, callers: Callers) -> Aut
     return _authorization(protecting(workload, snapshot), callers.principal, None)
 
 
+class LocalCallers:
+    """Who is behind an outbound listener: the one workload of this node whose it is.
+
+    Names are compared by Envoy, with what the listener put into filter state. Labels and addresses are not in there, because they change and a changed
+    listener drains its connections: a Source that asks for them becomes the list of the workloads that it matches. A listener whose workload is not in
+    the list yet is nobody's for ALLOW, and everybody's for DENY and AUDIT: what is not known never widens access.
+    """
+
+    def __init__(self, workloads: Iterable[Workload], trust_domain: str) -> None:
+        """`workloads` are the enrolled ones of this node."""
+        self._callers = {workload.name: Caller.of(workload, trust_domain) for workload in workloads}
+
+    def principal(self, source: Source, action: Action) -> rbac_pb2.Principal | None:
+        """Turn a Source into conditions on filter state."""
+        if not (source.labels or source.ip_blocks or source.not_ip_blocks):
+            return _principal_by_filter_state(source)
+        matching = {name for name, caller in self._callers.items() if source_matches(source, caller)}
+        if action is Action.ALLOW:
+            return _any_workload(matching) if matching else None
+        others = set(self._callers) - matching
+        return rbac_pb2.Principal(not_id=_any_workload(others)) if others else ANY_CALLER
+
+
 class Callers:
     """Who is behind an address: how the receiver knows a caller until HBONE brings it the peer's certificate.
 
     An address that several workloads share (host network) is nobody's for ALLOW unless all of them match, and everybody's for DENY and
-    AUDIT: ambiguity never widens access. An address that no workload has never satisfies a positive list; a Source with only
-    `not_*` lists matches it, as Istio does for a request without identity, which is what makes DENY + notPrincipals shut strangers out.
+    AUDIT: ambiguity never widens access. An address that no workload has never satisfies a positive list of names or labels; a Source with only
+    blocks and `not_*` lists matches it if the blocks do, as Istio does for a request without identity, which is what makes DENY + notPrincipals
+    shut strangers out.
     """
 
     def __init__(self, workloads: Iterable[Workload], trust_domain: str) -> None:
@@ -88,15 +118,37 @@ class Callers:
             for address, owners in self._owners.items()
             if quantifier(source_matches(source, Caller.of(owner, self._trust_domain)) for owner in owners)
         }
-        if source.principals or source.namespaces or source.service_accounts:
-            return _any_address(matching) if matching else None
-        others = set(self._owners) - matching
-        return rbac_pb2.Principal(not_id=_any_address(others)) if others else ANY_CALLER
+        if source.principals or source.namespaces or source.service_accounts or source.labels:
+            return _any_block(matching) if matching else None
+        as_strangers = {address for address in self._owners if source_matches(source, Caller(addresses=(address,)))}
+        strangers = [_any_block(source.ip_blocks)] if source.ip_blocks else []
+        excluded = {*source.not_ip_blocks, *(as_strangers - matching)}
+        if excluded:
+            strangers.append(rbac_pb2.Principal(not_id=_any_block(excluded)))
+        if not strangers:
+            return ANY_CALLER
+        known = [_any_block(matching - as_strangers)] if matching - as_strangers else []
+        return _or_principals([*known, _and_principals(strangers)])
 
 
-def _any_address(addresses: Iterable[str]) -> rbac_pb2.Principal:
-    ranges = [address_pb2.CidrRange(address_prefix=a, prefix_len={"value": 128 if ":" in a else 32}) for a in sorted(addresses)]
+def _any_block(blocks: Iterable[str]) -> rbac_pb2.Principal:
+    """Match a peer by its address: addresses and CIDR blocks."""
+    ranges = [
+        address_pb2.CidrRange(address_prefix=str(network.network_address), prefix_len={"value": network.prefixlen})
+        for network in map(block, sorted(blocks))
+    ]
     return _or_principals([rbac_pb2.Principal(direct_remote_ip=r) for r in ranges])
+
+
+def _any_workload(workloads: Iterable[str]) -> rbac_pb2.Principal:
+    found = [string_pb2.StringMatcher(exact=name) for name in sorted(workloads)]
+    return _or_principals(
+        [rbac_pb2.Principal(filter_state=filter_state_pb2.FilterStateMatcher(key=names.WORKLOAD_KEY, string_match=one)) for one in found]
+    )
+
+
+def _principal_by_content(source: Source, _action: Action) -> rbac_pb2.Principal:
+    return _filter_state("source", repr(source))
 
 
 def _authorization(policies: Sequence[Policy], principals: Principals, port: int | None) -> Authorization:
@@ -132,7 +184,7 @@ def _per_route(rbac: filter_pb2.RBAC) -> bytes:
     return body
 
 
-def _principal_by_filter_state(source: Source, _action: Action) -> rbac_pb2.Principal:
+def _principal_by_filter_state(source: Source) -> rbac_pb2.Principal:
     fields = (
         (names.PRINCIPAL_KEY, source.principals, source.not_principals),
         (names.NAMESPACE_KEY, source.namespaces, source.not_namespaces),
@@ -144,9 +196,7 @@ def _principal_by_filter_state(source: Source, _action: Action) -> rbac_pb2.Prin
             ids.append(_or_principals([_filter_state(key, pattern) for pattern in wanted]))
         if unwanted:
             ids.append(rbac_pb2.Principal(not_id=_or_principals([_filter_state(key, pattern) for pattern in unwanted])))
-    if not ids:
-        return ANY_CALLER
-    return ids[0] if len(ids) == 1 else rbac_pb2.Principal(and_ids=rbac_pb2.Principal.Set(ids=ids))
+    return _and_principals(ids) if ids else ANY_CALLER
 
 
 def _filter_state(key: str, pattern: str) -> rbac_pb2.Principal:
@@ -157,7 +207,17 @@ def _or_principals(ids: list[rbac_pb2.Principal]) -> rbac_pb2.Principal:
     return ids[0] if len(ids) == 1 else rbac_pb2.Principal(or_ids=rbac_pb2.Principal.Set(ids=ids))
 
 
+def _and_principals(ids: list[rbac_pb2.Principal]) -> rbac_pb2.Principal:
+    return ids[0] if len(ids) == 1 else rbac_pb2.Principal(and_ids=rbac_pb2.Principal.Set(ids=ids))
+
+
+def _over_tcp(operation: Operation) -> bool:
+    return not operation.protocols or TCP in operation.protocols
+
+
 def _permission(operation: Operation, port: int | None) -> rbac_pb2.Permission | None:
+    if not _over_tcp(operation):
+        return None
     rules = []
     if port is None:
         if operation.ports:

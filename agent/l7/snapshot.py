@@ -7,16 +7,18 @@ a node without enrolled workloads has none at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from envoy.config.listener.v3 import listener_pb2
 from envoy.service.runtime.v3 import rtds_pb2
 
+from agent.balancing import node_zone, preferred
 from agent.l7 import clusters, listeners, names, rbac, routes
 from agent.l7.rbac import Authorization
 from agent.l7.resources import Resource, Resources, pack
 from agent.model import LocalWorkload, Route, ServicePort, Snapshot, Workload
+from agent.policy import UDP
 
 
 def build(snapshot: Snapshot, local: Sequence[LocalWorkload], *, trust_domain: str, traced: frozenset[str] = frozenset()) -> Resources:
@@ -34,8 +36,9 @@ def build(snapshot: Snapshot, local: Sequence[LocalWorkload], *, trust_domain: s
     result[names.RUNTIME][names.RUNTIME_LAYER] = pack(_runtime(traced))
     if not local:
         return result
-    _services(view, result)
-    _workload_addresses(view, result)
+    outbound = _Outbound(view, rbac.LocalCallers([one.workload for one in local], trust_domain))
+    _services(view, outbound, _near(view, local[0].workload.node), result)
+    _workload_addresses(view, outbound.callers, result)
     callers = rbac.Callers(_believable(snapshot, local), trust_domain)
     for one in sorted(local, key=lambda entry: entry.workload.name):
         _listener(result, listeners.outbound(one, trust_domain))
@@ -86,12 +89,15 @@ class View:
     attached: dict[tuple[str, int], list[Route]] = field(init=False)
     used: frozenset[tuple[str, int]] = field(init=False)
     """Service ports that need a cluster: those with a waypoint and every backend of a route attached to one."""
-    _decided: dict[tuple[str, int], Authorization | None] = field(init=False, default_factory=dict)
+    _alike: dict[tuple[str, int], bool] = field(init=False, default_factory=dict)
+    _likeness: dict[tuple[tuple[str, ...], int], Authorization] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Index ports, endpoints and routes."""
         snapshot = self.snapshot
-        self.ports = {(name, port.port): port for name, service in snapshot.services.items() for port in service.ports}
+        self.ports = {
+            (name, port.port): port for name, service in snapshot.services.items() for port in service.ports if port.protocol != UDP
+        }
         self.endpoints = {}
         for name in sorted(snapshot.workloads):
             workload = snapshot.workloads[name]
@@ -104,6 +110,8 @@ class View:
             for parent, port in route.parents:
                 known = snapshot.services.get(parent)
                 for one in known.ports if known else ():
+                    if one.protocol == UDP:
+                        continue
                     attached = self.attached.setdefault((parent, one.port), [])
                     if port in {0, one.port} and route not in attached:
                         attached.append(route)
@@ -122,48 +130,74 @@ class View:
         """Return True if this service port has a cluster."""
         return (service, port) in self.used
 
-    def decide(self, service: str, port: int) -> Authorization | None:
-        """Return what the caller's side enforces for a service port; None if its endpoints differ and only the receiver can decide."""
+    def alike(self, service: str, port: int) -> bool:
+        """Return True if all endpoints of a service port are protected alike; otherwise only the receiver can decide. The same on every node."""
         key = (service, port)
-        if key not in self._decided:
-            every = [rbac.at_caller(workload, target, self.snapshot) for workload, target in self.endpoints.get(key, ())]
-            alike = all(one == every[0] for one in every)
-            self._decided[key] = (every[0] if every else Authorization()) if alike else None
-        return self._decided[key]
+        if key not in self._alike:
+            found = self.endpoints.get(key, [])
+            self._alike[key] = all(self._protection(*one) == self._protection(*found[0]) for one in found)
+        return self._alike[key]
+
+    def _protection(self, workload: Workload, target: int) -> Authorization:
+        key = (workload.policies, target)
+        if key not in self._likeness:
+            self._likeness[key] = rbac.likeness(workload, target, self.snapshot)
+        return self._likeness[key]
+
+
+@dataclass(slots=True)
+class _Outbound:
+    """What the callers' side of this node enforces."""
+
+    view: View
+    callers: rbac.LocalCallers
 
     def authorize(self, service: str, port: int) -> Authorization:
         """Return what routes to a service port enforce; nothing where it is the receiver's to decide."""
-        return self.decide(service, port) or Authorization()
+        endpoints = self.view.endpoints.get((service, port))
+        if not endpoints or not self.view.alike(service, port):
+            return Authorization()
+        return rbac.at_caller(*endpoints[0], self.view.snapshot, self.callers)
 
 
 def _undecided(view: View) -> frozenset[str]:
     found = set()
     for key in view.used:
-        if view.decide(*key) is None:
+        if not view.alike(*key):
             found |= {workload.name for workload, _ in view.endpoints[key] if workload.policies}
     return frozenset(found)
 
 
-def _services(view: View, result: dict[str, dict[str, Resource]]) -> None:
+Endpoints = Mapping["tuple[str, int]", "list[tuple[Workload, int]]"]
+
+
+def _near(view: View, node: str) -> Endpoints:
+    """The endpoints of each service port that callers of this node prefer."""
+    zone = node_zone(view.snapshot.workloads.values(), node)
+    services = view.snapshot.services
+    return {key: preferred(view.endpoints.get(key, ()), services[key[0]].traffic_distribution, node, zone) for key in view.used}
+
+
+def _services(view: View, outbound: _Outbound, near: Endpoints, result: dict[str, dict[str, Resource]]) -> None:
     for name, port in sorted(view.used):
         cluster = names.service(name, port)
         service_port = view.ports[name, port]
         result[names.CLUSTER][cluster] = pack(clusters.service_cluster(name, service_port))
-        endpoints = [(workload.addresses[0], target) for workload, target in view.endpoints.get((name, port), ())]
+        endpoints = [(workload.addresses[0], target, workload.weight) for workload, target in near[name, port]]
         result[names.ENDPOINTS][cluster] = pack(clusters.service_endpoints(name, port, endpoints))
         if not service_port.waypoint:
             continue
         attached = view.attached.get((name, port))
         if attached:
-            configuration = routes.service(cluster, attached, view.known, view.authorize)
+            configuration = routes.service(cluster, attached, view.known, outbound.authorize)
         else:
-            configuration = routes.direct(cluster, cluster, f"{name} default", view.authorize(name, port))
+            configuration = routes.direct(cluster, cluster, f"{name} default", outbound.authorize(name, port))
         result[names.ROUTES][cluster] = pack(configuration)
         for address in view.snapshot.services[name].addresses:
             _scope(result, address, port, cluster)
 
 
-def _workload_addresses(view: View, result: dict[str, dict[str, Resource]]) -> None:
+def _workload_addresses(view: View, callers: rbac.LocalCallers, result: dict[str, dict[str, Resource]]) -> None:
     """Give every address of a workload with an L7 policy its own scope. Two workloads on one address and port: the first by name."""
     for workload in (view.snapshot.workloads[name] for name in sorted(view.snapshot.workloads)):
         if not workload.addresses or not rbac.needs_request(workload, view.snapshot):
@@ -171,7 +205,7 @@ def _workload_addresses(view: View, result: dict[str, dict[str, Resource]]) -> N
         for target, app_protocol in _targets(view, workload):
             name = names.workload(workload.name, target)
             result[names.CLUSTER][name] = pack(clusters.workload_cluster(workload.name, target, app_protocol, workload.addresses[0]))
-            authorization = rbac.at_caller(workload, target, view.snapshot)
+            authorization = rbac.at_caller(workload, target, view.snapshot, callers)
             result[names.ROUTES][name] = pack(routes.direct(name, name, f"{workload.name} address", authorization))
             for address in workload.addresses:
                 _scope(result, address, target, name)

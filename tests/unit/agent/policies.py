@@ -21,46 +21,60 @@ BLOCKS = ("0.0.0.0/0", "10.0.0.0/8", "10.1.0.0/16", "10.1.2.3/32", "10.9.0.0/16"
 ADDRESSES = ("10.0.0.1", "10.1.0.1", "10.1.2.3", "10.9.0.9", "192.0.2.1", "fd00::1", "fd00:1::1", "fd00:1::5", "2001:db8::1")
 
 
-def some(pool: st.SearchStrategy[str] | tuple[str, ...], most: int = 2) -> st.SearchStrategy[tuple[str, ...]]:
-    """Often none, up to `most` values of a pool."""
-    values = st.sampled_from(pool) if isinstance(pool, tuple) else pool
-    return st.one_of(st.just(()), st.lists(values, min_size=1, max_size=most, unique=True).map(tuple))
+def nonempty(pool: tuple[str, ...]) -> st.SearchStrategy[tuple[str, ...]]:
+    """One or two values of a pool."""
+    return st.lists(st.sampled_from(pool), min_size=1, max_size=2, unique=True).map(tuple)
 
 
-def _some_ports() -> st.SearchStrategy[tuple[int, ...]]:
-    return st.one_of(st.just(()), st.lists(st.sampled_from(PORTS), min_size=1, max_size=2, unique=True).map(tuple))
+def some(pool: tuple[str, ...]) -> st.SearchStrategy[tuple[str, ...]]:
+    """Often none."""
+    return st.one_of(st.just(()), nonempty(pool))
 
 
-principals = some((f"{TRUST_DOMAIN}/ns/shop/sa/frontend", f"{TRUST_DOMAIN}/*", "*/sa/redis", "*", "other.domain/*"))
-namespaces = some(("shop", "bank", "b*", "*op", "*"))
-accounts = some(("shop/frontend", "shop/redis", "bank/default", "bank/frontend"))
-blocks = some(BLOCKS)
-label_sets = st.one_of(
-    st.just(()),
-    st.lists(st.sampled_from(LABELS), min_size=1, max_size=2, unique_by=lambda pair: pair[0]).map(lambda pairs: tuple(sorted(pairs))),
+PRINCIPAL_PATTERNS = (f"{TRUST_DOMAIN}/ns/shop/sa/frontend", f"{TRUST_DOMAIN}/*", "*/sa/redis", "*", "other.domain/*")
+NAMESPACE_PATTERNS = ("shop", "bank", "b*", "*op", "*")
+FULL_ACCOUNTS = ("shop/frontend", "shop/redis", "bank/default", "bank/frontend")
+label_sets = st.lists(st.sampled_from(LABELS), min_size=1, max_size=2, unique_by=lambda pair: pair[0]).map(
+    lambda pairs: tuple(sorted(pairs))
 )
 addresses = st.sampled_from(ADDRESSES)
+ports = st.one_of(st.just(()), st.lists(st.sampled_from(PORTS), min_size=1, max_size=2, unique=True).map(tuple))
 
-sources = st.builds(Source, principals, principals, namespaces, namespaces, accounts, accounts, blocks, blocks, label_sets)
-simple_sources = st.one_of(
-    st.builds(Source, service_accounts=accounts),
-    st.builds(Source, ip_blocks=blocks),
-    st.builds(Source, not_ip_blocks=blocks),
-    st.builds(Source, labels=label_sets),
-    st.builds(Source, not_principals=principals),
+rich_sources = st.builds(
+    Source,
+    some(PRINCIPAL_PATTERNS),
+    some(PRINCIPAL_PATTERNS),
+    some(NAMESPACE_PATTERNS),
+    some(NAMESPACE_PATTERNS),
+    some(FULL_ACCOUNTS),
+    some(FULL_ACCOUNTS),
+    some(BLOCKS),
+    some(BLOCKS),
+    st.one_of(st.just(()), label_sets),
 )
-"""With one condition: those with many rarely match anybody."""
+sources = st.one_of(
+    # One condition each: the rich ones rarely match anybody.
+    st.builds(Source, service_accounts=nonempty(FULL_ACCOUNTS)),
+    st.builds(Source, not_principals=nonempty(PRINCIPAL_PATTERNS)),
+    st.builds(Source, labels=label_sets),
+    st.builds(Source, ip_blocks=nonempty(BLOCKS)),
+    st.builds(Source, not_ip_blocks=nonempty(BLOCKS)),
+    st.builds(Source, ip_blocks=nonempty(BLOCKS), not_ip_blocks=nonempty(BLOCKS)),
+    rich_sources,
+)
 operations = st.builds(
     Operation,
-    ports=_some_ports(),
-    not_ports=_some_ports(),
+    ports=ports,
+    not_ports=ports,
     methods=st.sampled_from([(), (), ("GET",), ("P*",)]),
     not_methods=st.sampled_from([(), (), (), ("GET",)]),
     paths=st.sampled_from([(), (), (), ("/a*", "*z")]),
     protocols=some(PROTOCOLS),
 )
 rules = st.builds(
-    PolicyRule, st.lists(st.one_of(simple_sources, sources), max_size=2).map(tuple), st.lists(operations, max_size=2).map(tuple)
+    PolicyRule,
+    st.one_of(st.lists(sources, min_size=1, max_size=2), st.just([])).map(tuple),
+    st.one_of(st.just([]), st.lists(operations, min_size=1, max_size=2)).map(tuple),
 )
 
 
@@ -76,7 +90,7 @@ enrolled = st.builds(
     st.sampled_from(NAMESPACES),
     st.sampled_from(ACCOUNTS),
     st.just(TRUST_DOMAIN),
-    label_sets,
+    st.one_of(st.just(()), label_sets),
     st.lists(addresses, max_size=2, unique=True).map(tuple),
 )
 """Callers that the mesh vouches for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -129,6 +130,26 @@ def test_a_trace_ends_after_its_count_and_takes_its_filter_away(tmp_path: Path) 
         await until(lambda: node.asked[-1] == frozenset())
 
     run(tmp_path, scenario)
+
+
+def test_a_probe_over_udp_is_one_datagram_to_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.api.netns.run_in", lambda _, work: work())  # entering a namespace needs root
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(("127.0.0.1", 0))
+        receiver.settimeout(5)
+        port = receiver.getsockname()[1]
+        log = Service("default/log", ("127.0.0.1",), (ServicePort(port, "", "UDP", "", False, "no L7"),))
+
+        async def scenario(node: Node, stub: Any) -> None:
+            node.snapshot = Snapshot("1", node.snapshot.workloads, {log.name: log})
+            call = stub.Trace(request("log", probe=True))
+            assert json.loads((await call.read()).document)["destination"] == f"default/log:{port}/udp"
+            assert await asyncio.to_thread(receiver.recv, 10) == b""
+            (pair,) = node.asked[0]
+            assert pair.service == f"default/log:{port}/udp"
+            call.cancel()
+
+        run(tmp_path, scenario)
 
 
 def test_a_trace_ends_after_its_duration(tmp_path: Path) -> None:

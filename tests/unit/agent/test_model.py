@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.model import Action, MatchKind, Policy, Route, Service, Snapshot, Workload, decode
+from agent.model import Action, MatchKind, Policy, Route, Service, Snapshot, Source, Workload, decode, port_name
 from meshapi import discovery_pb2 as pb
 
 ENTITIES = (Workload, Service, Route, Policy)
@@ -34,9 +34,13 @@ def damaged(draw: st.DrawFn) -> bytes:
         match.path.kind, match.path.value = draw(st.integers(0, 9)), draw(TEXT)
     if kind == "policy":
         part.action = draw(st.integers(0, 9))
-        part.rules.add().operations.add(ports=draw(st.lists(NUMBER, max_size=3)))
+        rule = part.rules.add()
+        rule.operations.add(ports=draw(st.lists(NUMBER, max_size=3)), protocols=draw(st.lists(TEXT, max_size=1)))
+        blocks = st.lists(st.one_of(TEXT, st.sampled_from(["10.0.0.0/8", "fd00::1"])), max_size=2)
+        rule.sources.add(ip_blocks=draw(blocks), not_ip_blocks=draw(blocks), labels=draw(st.dictionaries(TEXT, TEXT, max_size=2)))
     if kind == "workload":
-        part.backing.add(service=draw(TEXT)).ports.add(service_port=draw(NUMBER), target_port=draw(NUMBER))
+        part.zone, part.weight, part.acceleration = draw(TEXT), draw(NUMBER), draw(TEXT)
+        part.backing.add(service=draw(TEXT)).ports.add(service_port=draw(NUMBER), target_port=draw(NUMBER), protocol=draw(TEXT))
     content = bytearray(entity.SerializeToString())
     for position, value in draw(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=3)):
         if position < len(content):
@@ -89,3 +93,66 @@ def test_endpoints_are_the_ready_workloads_with_their_own_ports() -> None:
     snapshot = Snapshot("1", {w.name: w for w in entities if isinstance(w, Workload)})
     assert [(w.name, port) for w, port in snapshot.endpoints("n/s", 80)] == [("n/a", 8080), ("n/b", 8081)]
     assert snapshot.endpoints("n/s", 81) == []
+
+
+def decoded_workload(message: pb.Workload) -> Workload:
+    found = decode(pb.Entity(workload=message).SerializeToString())
+    assert isinstance(found, Workload)
+    return found
+
+
+def test_one_service_port_may_have_a_target_for_each_protocol() -> None:
+    message = pb.Workload(namespace="n", name="dns", ready=True)
+    backing = message.backing.add(service="n/dns")
+    backing.ports.add(service_port=53, target_port=5353, protocol="TCP")
+    backing.ports.add(service_port=53, target_port=5300, protocol="UDP")
+    backing.ports.add(service_port=80, target_port=8080)  # as a controller writes it that knows TCP only
+    dns = decoded_workload(message)
+    assert (dict(dns.backing[0].targets("TCP")), dict(dns.backing[0].targets("UDP"))) == ({53: 5353, 80: 8080}, {53: 5300})
+    snapshot = Snapshot("1", {dns.name: dns})
+    assert snapshot.endpoints("n/dns", 53) == [(dns, 5353)]
+    assert snapshot.endpoints("n/dns", 53, "UDP") == [(dns, 5300)]
+    assert snapshot.endpoints("n/dns", 80, "UDP") == []
+
+
+def test_a_workload_has_weight_one_and_no_zone_unless_it_says_so() -> None:
+    plain = decoded_workload(pb.Workload(namespace="n", name="a"))
+    assert (plain.weight, plain.zone, plain.acceleration) == (1, "", "")
+    full = decoded_workload(pb.Workload(namespace="n", name="a", weight=5, zone="z1", acceleration="force"))
+    assert (full.weight, full.zone, full.acceleration) == (5, "z1", "force")
+
+
+def test_a_service_says_how_it_is_balanced() -> None:
+    message = pb.Service(
+        namespace="n", name="a", traffic_distribution="PreferSameNode", affinity_s=10800, load_balancing="least-connections"
+    )
+    found = decode(pb.Entity(service=message).SerializeToString())
+    assert isinstance(found, Service)
+    assert (found.traffic_distribution, found.affinity_s, found.load_balancing) == ("PreferSameNode", 10800, "least-connections")
+
+
+def policy_with(**source: object) -> pb.Entity:
+    entity = pb.Entity(policy=pb.Policy(namespace="a", name="b"))
+    rule = entity.policy.rules.add()
+    rule.sources.add(**source)  # type: ignore[arg-type,unused-ignore]
+    rule.operations.add(protocols=["UDP"])
+    return entity
+
+
+def test_sources_and_operations_are_decoded_whole_and_labels_in_one_order() -> None:
+    entity = policy_with(ip_blocks=["10.0.0.0/8"], not_ip_blocks=["10.1.2.3/32"], labels={"tier": "front", "app": "web"})
+    found = decode(entity.SerializeToString())
+    assert isinstance(found, Policy)
+    source = Source(ip_blocks=("10.0.0.0/8",), not_ip_blocks=("10.1.2.3/32",), labels=(("app", "web"), ("tier", "front")))
+    assert found.rules[0].sources == (source,)
+    assert found.rules[0].operations[0].protocols == ("UDP",)
+
+
+@pytest.mark.parametrize("field", ["ip_blocks", "not_ip_blocks"])
+def test_a_block_that_cannot_be_compared_is_refused(field: str) -> None:
+    with pytest.raises(ValueError, match=r"10\.0\.0\.0/33"):
+        decode(policy_with(**{field: ["10.0.0.0/33"]}).SerializeToString())
+
+
+def test_a_port_without_a_protocol_is_tcp() -> None:
+    assert (port_name(53, "TCP"), port_name(53, "UDP")) == ("53", "53/udp")

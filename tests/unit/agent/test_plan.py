@@ -114,8 +114,12 @@ def test_l7_rules_leave_the_verdict_to_each_request() -> None:
     ("name", "message"),
     [
         pytest.param("rediss", "did you mean default/redis", id="suggestion"),
-        pytest.param("redis:80", "has no TCP port 80; it has 6379", id="port"),
+        pytest.param("redis:80", "has no port 80; it has 6379", id="port"),
+        pytest.param("redis:6379/udp", "has no port 6379/udp; it has 6379", id="protocol"),
+        pytest.param("redis:6379/sctp", "sctp is no protocol of a service port: write 6379/tcp or 6379/udp", id="not-a-protocol"),
         pytest.param("redis:x", "x is no port number", id="not-a-number"),
+        pytest.param("redis:0", "0 is no port number", id="zero"),
+        pytest.param("redis:65536", "65536 is no port number", id="too-high"),
     ],
 )
 def test_an_unknown_name_says_what_exists(name: str, message: str) -> None:
@@ -126,3 +130,84 @@ def test_an_unknown_name_says_what_exists(name: str, message: str) -> None:
 def test_a_service_name_stands_for_a_workload_behind_it() -> None:
     model = snapshot(workload("redis-0", backing=(Backing("default/redis", {6379: 6379}),)), services=(service("redis", 6379),))
     assert find_workload(model, "redis").name == "default/redis-0"
+
+
+DNS = Service(
+    "default/dns",
+    ("10.96.0.10",),
+    tuple(ServicePort(port, "", protocol, "", False, "L4") for port, protocol in ((53, "UDP"), (53, "TCP"), (5300, "UDP"))),
+)
+DNS_1 = workload("dns-1", backing=(Backing("default/dns", {53: 1053}, {53: 2053, 5300: 2300}),), policies=("default/dns-clients",))
+OVER_UDP = Policy("default/dns-clients", Action.ALLOW, (PolicyRule(operations=(Operation(ports=(2053,), protocols=("UDP",)),)),))
+NAMES = snapshot(workload("frontend"), DNS_1, services=(DNS,), policies=(OVER_UDP,))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        pytest.param("dns", "default/dns:53", id="tcp-is-the-default"),
+        pytest.param("dns:53", "default/dns:53", id="tcp-is-found-first"),
+        pytest.param("dns:53/tcp", "default/dns:53", id="tcp-is-asked-for"),
+        pytest.param("dns:53/udp", "default/dns:53/udp", id="udp-is-asked-for"),
+        pytest.param("dns:53/UDP", "default/dns:53/udp", id="udp-in-capitals"),
+        pytest.param("dns:5300", "default/dns:5300/udp", id="only-udp-has-the-port"),
+        pytest.param("dns-1", "default/dns-1:1053", id="workload"),
+        pytest.param("dns-1:2053", "default/dns-1:2053/udp", id="workload-listens-over-udp"),
+        pytest.param("dns-1:9", "default/dns-1:9", id="workload-port-that-no-service-names"),
+        pytest.param("dns-1:9/udp", "default/dns-1:9/udp", id="workload-port-over-udp"),
+        pytest.param("frontend", "default/frontend", id="workload-that-backs-no-service"),
+    ],
+)
+def test_a_destination_has_a_protocol_and_its_name_finds_it_again(name: str, expected: str) -> None:
+    assert str(find_destination(NAMES, name)) == expected
+    assert str(find_destination(NAMES, expected)) == expected
+
+
+def test_a_service_with_datagram_ports_alone_is_found_without_a_port() -> None:
+    only = dataclasses.replace(DNS, ports=(ServicePort(53, "", "UDP", "", False, "L4"),))
+    assert str(find_destination(snapshot(DNS_1, services=(only,)), "dns")) == "default/dns:53/udp"
+
+
+def test_each_protocol_has_its_own_target_and_its_own_verdict() -> None:
+    frontend = NAMES.workloads["default/frontend"]
+    udp, tcp = (plan(NAMES, frontend, name, "mesh.local") for name in ("dns:53/udp", "dns:53/tcp"))
+    assert (udp.destination, udp.verdict, udp.rule) == ("default/dns:53/udp", "ALLOW", "default/dns-clients[0]")
+    assert (tcp.destination, tcp.verdict, tcp.rule) == ("default/dns:53", "DENY", "default/dns-clients: no rule matches")
+    assert [planned.backends[0].address.rpartition(":")[2] for planned in (udp, tcp)] == ["2053", "1053"]
+    assert targets(NAMES, "dns:53/udp") == ("default/dns:53/udp", frozenset({"default/dns-1"}))
+
+
+def test_an_audited_rule_that_would_deny_is_named_and_nothing_else_changes() -> None:
+    audit = Policy("default/dry-run", Action.AUDIT, (PolicyRule(),))
+    redis = dataclasses.replace(REDIS, policies=("default/dry-run", "default/redis-clients"))
+    model = snapshot(workload("frontend"), redis, services=(service("redis", 6379),), policies=(ALLOW_FRONTEND, audit))
+    planned = plan(model, model.workloads["default/frontend"], "redis", "mesh.local")
+    assert (planned.verdict, planned.rule, planned.audit) == ("ALLOW", "default/redis-clients[0]", "default/dry-run[0]")
+    assert plan(MODEL, MODEL.workloads["default/frontend"], "redis", "mesh.local").audit is None
+
+
+def spread(distribution: str, caller: Workload, waypoint: bool = False) -> dict[str, float]:
+    backing = (Backing("default/web", {80: 8080}),)
+    places = (("a", "node-1", "z1", 1), ("b", "node-1", "z1", 3), ("c", "node-2", "z1", 4), ("d", "node-3", "z2", 8))
+    endpoints = [dataclasses.replace(workload(name, node, backing), zone=zone, weight=weight) for name, node, zone, weight in places]
+    web = dataclasses.replace(service("web", 80, waypoint), traffic_distribution=distribution)
+    model = snapshot(caller, *endpoints, services=(web,))
+    return {b.workload.partition("/")[2]: b.share for b in plan(model, caller, "web", "mesh.local").backends}
+
+
+@pytest.mark.parametrize("waypoint", [False, True], ids=["l4", "l7"])
+def test_shares_follow_weights_among_the_preferred_endpoints(waypoint: bool) -> None:
+    here = workload("frontend", "node-1")
+    in_zone = dataclasses.replace(workload("frontend", "node-4"), zone="z1")
+    assert spread("", here, waypoint) == {"a": 0.0625, "b": 0.1875, "c": 0.25, "d": 0.5}
+    assert spread("PreferSameNode", here, waypoint) == {"a": 0.25, "b": 0.75}
+    assert spread("PreferSameZone", here, waypoint) == {"a": 0.125, "b": 0.375, "c": 0.5}
+    assert spread("PreferSameNode", in_zone, waypoint) == {"a": 0.125, "b": 0.375, "c": 0.5}
+    assert spread("PreferSameZone", workload("frontend", "node-4"), waypoint) == spread("", here, waypoint)
+
+
+def test_a_trace_watches_every_endpoint_whichever_is_preferred() -> None:
+    backing = (Backing("default/web", {80: 8080}),)
+    web = dataclasses.replace(service("web", 80), traffic_distribution="PreferSameNode")
+    model = snapshot(workload("a", "node-1", backing), workload("b", "node-2", backing), services=(web,))
+    assert targets(model, "web") == ("default/web:80", frozenset({"default/a", "default/b"}))

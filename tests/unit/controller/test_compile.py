@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from agent.model import Action, MatchKind, Policy, Route, Service, Workload, decode
+from agent.model import Action, MatchKind, Operation, Policy, PolicyRule, Route, Service, Source, Workload, decode
 from controller.compile import Compiled, compile_model
 from controller.objects import Key
 from controller.schema import read
@@ -146,6 +146,46 @@ def test_a_policy_whose_target_is_missing_protects_nothing_and_says_so() -> None
     assert statuses(model, "AuthorizationPolicy", "p") == {"Accepted": (True, "Accepted"), "ResolvedRefs": (False, "TargetNotFound")}
 
 
+def conditions(model: Compiled, kind: str, name: str) -> list[tuple[str, str, str]]:
+    found = model.conditions[Key(kind, "" if kind == "Namespace" else "default", name)]
+    return [(item.type, item.reason, item.message) for item in found]
+
+
+def test_a_policy_says_whom_it_selects_but_cannot_be_enforced_for() -> None:
+    enforced = compiled(SHOP + policy("{selector: {matchLabels: {app: cart}}}"))
+    assert conditions(enforced, "AuthorizationPolicy", "p") == [("Accepted", "Accepted", "in force")]
+    hint = "not in the mesh; to enroll them give them spec.networkNamespace and no label meshagent.io/mode: none"
+    nowhere = compiled(SHOP + policy("{selector: {matchLabels: {app: other}}}"))
+    assert conditions(nowhere, "AuthorizationPolicy", "p") == [
+        ("Accepted", "Accepted", "valid"),
+        ("Enforced", "NotEnrolled", f"nothing enforces it for default/other: {hint}"),
+    ]
+    partly = compiled(SHOP + policy("{}"))
+    assert conditions(partly, "AuthorizationPolicy", "p") == [
+        ("Accepted", "Accepted", "in force"),
+        ("Enforced", "PartlyEnrolled", f"nothing enforces it for default/other: {hint}"),
+    ]
+    switched_off = compiled(SHOP.replace("version: v1", "meshagent.io/mode: none") + policy("{targetRefs: [{kind: Service, name: cart}]}"))
+    assert conditions(switched_off, "AuthorizationPolicy", "p")[1][:2] == ("Enforced", "NotEnrolled")
+
+
+def test_a_policy_that_selects_nothing_says_so() -> None:
+    model = compiled(SHOP + policy("{selector: {matchLabels: {app: crat}}}"))
+    assert conditions(model, "AuthorizationPolicy", "p") == [
+        ("Accepted", "Accepted", "valid"),
+        ("Enforced", "NothingSelected", "selects no workload of its namespace: nothing is protected"),
+    ]
+
+
+def test_only_the_first_of_many_workloads_are_listed() -> None:
+    many = "".join(
+        f"apiVersion: meshagent.io/v1alpha1\nkind: Workload\nmetadata: {{name: w{n:02}}}\nspec: {{node: n, addresses: [10.0.9.{n}]}}\n---\n"
+        for n in range(1, 14)
+    )
+    message = conditions(compiled(many + policy("{}")), "AuthorizationPolicy", "p")[1][2]
+    assert "default/w10 and 3 more: not in the mesh" in message
+
+
 def test_a_policy_keeps_its_words() -> None:
     text = policy(
         "{action: DENY, rules: [{from: [{source: {serviceAccounts: [cart, shop/web], notNamespaces: [x]}}], to: [{operation: {ports: ['80', 81]}}]}]}"
@@ -215,3 +255,134 @@ def test_the_order_of_objects_changes_no_byte() -> None:
     one, other = encode(forwards.entities, Snapshot(), 1), encode(backwards.entities, Snapshot(), 2)
     assert one.version == other.version
     assert dict(one.versions) == dict(other.versions)
+
+
+DNS = """
+apiVersion: v1
+kind: Service
+metadata: {name: dns}
+spec:
+  clusterIP: 10.96.0.10
+  selector: {app: dns}
+  ports: [{name: tcp, port: 53, targetPort: 5353}, {name: udp, port: 53, protocol: UDP, targetPort: 5300}, {name: log, port: 514, protocol: UDP}]
+---
+apiVersion: meshagent.io/v1alpha1
+kind: Workload
+metadata: {name: dns-1, labels: {app: dns}}
+spec: {node: n1, addresses: [10.0.1.9], networkNamespace: dns-1}
+---
+"""
+
+
+def test_each_protocol_of_a_port_has_its_own_target() -> None:
+    model = compiled(DNS)
+    (backing,) = workload(model, "default/dns-1").backing
+    assert (dict(backing.ports), dict(backing.udp)) == ({53: 5353}, {53: 5300, 514: 514})
+    assert [(port.port, port.protocol) for port in service(model, "default/dns").ports] == [(53, "TCP"), (53, "UDP"), (514, "UDP")]
+
+
+def balanced(spec: str = "", annotation: str = "") -> Service:
+    text = SHOP.replace("spec: {clusterIP: 10.96.0.1,", f"spec: {{clusterIP: 10.96.0.1, {spec}")
+    annotations = f", annotations: {{meshagent.io/load-balancing: {annotation}}}" if annotation else ""
+    return service(compiled(text.replace("metadata: {name: cart}", f"metadata: {{name: cart{annotations}}}")))
+
+
+def test_the_old_name_of_a_traffic_distribution_means_the_zone() -> None:
+    assert balanced().traffic_distribution == ""
+    assert balanced("trafficDistribution: PreferSameNode,").traffic_distribution == "PreferSameNode"
+    assert balanced("trafficDistribution: PreferSameZone,").traffic_distribution == "PreferSameZone"
+    assert balanced("trafficDistribution: PreferClose,").traffic_distribution == "PreferSameZone"
+
+
+def test_session_affinity_lasts_three_hours_unless_it_says_how_long() -> None:
+    assert balanced().affinity_s == balanced("sessionAffinity: None,").affinity_s == 0
+    assert balanced("sessionAffinity: ClientIP,").affinity_s == 10800
+    assert balanced("sessionAffinity: ClientIP, sessionAffinityConfig: {clientIP: {}},").affinity_s == 10800
+    assert balanced("sessionAffinity: ClientIP, sessionAffinityConfig: {clientIP: {timeoutSeconds: 60}},").affinity_s == 60
+
+
+def test_load_balancing_is_random_unless_annotated() -> None:
+    assert balanced().load_balancing == balanced(annotation="random").load_balancing == ""
+    assert balanced(annotation="least-connections").load_balancing == "least-connections"
+
+
+def test_a_service_says_which_wishes_do_not_reach_its_l7_ports() -> None:
+    text = SHOP.replace("spec: {clusterIP", "spec: {sessionAffinity: ClientIP, clusterIP")
+    text = text.replace("metadata: {name: cart}", "metadata: {name: cart, annotations: {meshagent.io/load-balancing: least-connections}}")
+    assert [item[0] for item in conditions(compiled(text), "Service", "cart")] == ["Accepted"]
+    model = compiled(text + http_route("{parentRefs: [{kind: Service, name: cart, port: 81}]}"))
+    assert conditions(model, "Service", "cart")[1] == (
+        "BalancedAsWished",
+        "BalancedByRequest",
+        (
+            "spec.sessionAffinity and annotation meshagent.io/load-balancing hold for connections; "
+            "ports that are L7 are balanced by request, to the less busy endpoint: 81"
+        ),
+    )
+
+
+def test_a_workload_has_weight_and_zone() -> None:
+    plain = workload(compiled(SHOP), "default/cart-1")
+    assert (plain.weight, plain.zone) == (1, "")
+    weighted = SHOP.replace("serviceAccount: cart,", "serviceAccount: cart, weight: 100000, zone: z1,")
+    assert (workload(compiled(weighted), "default/cart-1").weight, workload(compiled(weighted), "default/cart-1").zone) == (100000, "z1")
+
+
+def test_the_zone_label_is_used_where_the_spec_names_no_zone() -> None:
+    labelled = SHOP.replace("version: v1", "topology.kubernetes.io/zone: z2")
+    assert workload(compiled(labelled), "default/cart-1").zone == "z2"
+    assert workload(compiled(labelled.replace("serviceAccount: cart,", "zone: z1,")), "default/cart-1").zone == "z1"
+
+
+def namespace(labels: str) -> str:
+    return f"apiVersion: v1\nkind: Namespace\nmetadata: {{name: default, labels: {{{labels}}}}}\n---\n"
+
+
+def test_the_workloads_acceleration_label_wins_over_the_namespaces() -> None:
+    def found(own: str, inherited: str) -> str:
+        text = SHOP.replace("version: v1", f"meshagent.io/acceleration: {own}" if own else "version: v1")
+        return workload(
+            compiled(text + (namespace(f"meshagent.io/acceleration: {inherited}") if inherited else "")), "default/cart-1"
+        ).acceleration
+
+    assert [found("", ""), found("enabled", ""), found("force", "")] == ["", "enabled", "force"]
+    assert [found("", "force"), found("disabled", "force"), found("enabled", "disabled")] == ["force", "", "enabled"]
+
+
+def test_a_namespace_that_denies_by_default_protects_every_enrolled_workload_of_it() -> None:
+    deny = namespace("meshagent.io/default-policy: deny")
+    model = compiled(SHOP + deny + policy("{action: DENY, rules: [{}], selector: {matchLabels: {app: cart}}}"))
+    assert workload(model, "default/cart-1").policies == ("default/(default-deny)", "default/p")
+    assert workload(model, "default/other").policies == (), "not enrolled"
+    found = entity(model, "policy/default/(default-deny)")
+    assert found == Policy("default/(default-deny)", Action.ALLOW), "an ALLOW policy without rules"
+    for text in (SHOP, SHOP + namespace("meshagent.io/default-policy: allow")):
+        assert "policy/default/(default-deny)" not in compiled(text).entities
+        assert workload(compiled(text), "default/cart-1").policies == ()
+
+
+def test_the_policy_that_denies_by_default_is_nobodys_object() -> None:
+    model = compiled(SHOP + namespace("meshagent.io/default-policy: deny"))
+    assert not [key for key in model.conditions if "(" in key.name]
+    assert [problem.field for item in read(policy("{}", "(default-deny)"), "f") for problem in item.problems] == ["metadata.name"]
+
+
+def test_blocks_have_one_spelling_and_labels_and_protocols_arrive() -> None:
+    text = policy(
+        "{rules: [{from: [{source: {ipBlocks: [10.1.2.3/8, 192.0.2.7, 'FD00::1/32', 10.0.0.0/8], notIpBlocks: [10.1.0.0/16], "
+        "matchLabels: {tier: front, app: web}}}], to: [{operation: {protocols: [UDP], ports: [53]}}]}]}"
+    )
+    found = entity(compiled(text), "policy/default/p")
+    assert isinstance(found, Policy)
+    source = Source(
+        ip_blocks=("10.0.0.0/8", "192.0.2.7/32", "fd00::/32"), not_ip_blocks=("10.1.0.0/16",), labels=(("app", "web"), ("tier", "front"))
+    )
+    assert found.rules == (PolicyRule((source,), (Operation(ports=(53,), protocols=("UDP",)),)),)
+
+
+def test_an_audit_policy_makes_a_port_l7_only_for_its_http_rules() -> None:
+    assert (
+        reasons(SHOP + policy("{action: AUDIT, rules: [{from: [{source: {namespaces: [x]}}]}]}")) == [(False, "no L7 feature is used")] * 2
+    )
+    l7 = policy("{action: AUDIT, rules: [{to: [{operation: {methods: [GET], ports: [8080]}}]}]}")
+    assert reasons(SHOP + l7) == [(True, "AuthorizationPolicy default/p has HTTP rules"), (False, "no L7 feature is used")]

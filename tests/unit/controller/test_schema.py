@@ -108,9 +108,106 @@ def test_a_problem_names_file_line_object_field_and_reason() -> None:
             policy("{rules: [{when: []}]}"), "f.yaml:4 AuthorizationPolicy/p spec.rules[0].when: is not supported yet: remove it", id="when"
         ),
         pytest.param(
-            policy("{rules: [{from: [{source: {ipBlocks: [10.0.0.0/8]}}]}]}"),
-            "f.yaml:4 AuthorizationPolicy/p spec.rules[0].from[0].source.ipBlocks: is not supported yet: remove it",
-            id="ipBlocks",
+            policy("{rules: [{from: [{source: {remoteIpBlocks: [10.0.0.0/8]}}]}]}"),
+            "f.yaml:4 AuthorizationPolicy/p spec.rules[0].from[0].source.remoteIpBlocks: is not supported yet: remove it",
+            id="remoteIpBlocks",
+        ),
+        pytest.param(
+            policy("{rules: [{from: [{source: {matchLabels: {app: 'web*'}}}]}]}"),
+            "f.yaml:4 AuthorizationPolicy/p spec.rules[0].from[0].source.matchLabels.app: "
+            '"web*" is not the value of a label: values are compared exactly, there are no wildcards',
+            id="wildcard in a label",
+        ),
+        pytest.param(
+            policy("{rules: [{from: [{source: {matchLabels: {a/b/c: web}}}]}]}"),
+            "f.yaml:4 AuthorizationPolicy/p spec.rules[0].from[0].source.matchLabels['a/b/c']: is not the name of a label",
+            id="label name",
+        ),
+        pytest.param(
+            policy("{rules: [{from: [{source: {matchLabels: {}}}]}]}"),
+            "f.yaml:4 AuthorizationPolicy/p spec.rules[0].from[0].source.matchLabels: must not be empty",
+            id="empty labels would match everybody",
+        ),
+        pytest.param(
+            policy("{rules: [{to: [{operation: {protocols: [udp]}}]}]}"),
+            'f.yaml:4 AuthorizationPolicy/p spec.rules[0].to[0].operation.protocols[0]: must be "TCP" or "UDP", not "udp"; did you mean "UDP"?',
+            id="protocol",
+        ),
+        pytest.param(
+            policy("{rules: [{to: [{operation: {protocols: [UDP], paths: [/a], methods: [GET]}}]}]}"),
+            "f.yaml:4 AuthorizationPolicy/p spec.rules[0].to[0].operation.protocols: "
+            "datagrams have no requests: add TCP, or remove methods, paths",
+            id="requests over UDP",
+        ),
+        pytest.param(
+            service("{clusterIP: 10.0.0.1, trafficDistribution: PreferSameRegion, ports: [{port: 80}]}"),
+            'f.yaml:4 Service/cart spec.trafficDistribution: must be "PreferSameZone" or "PreferSameNode" or "PreferClose", '
+            'not "PreferSameRegion"; did you mean "PreferSameZone"?',
+            id="trafficDistribution",
+        ),
+        pytest.param(
+            service("{clusterIP: 10.0.0.1, sessionAffinity: Cookie, ports: [{port: 80}]}"),
+            'f.yaml:4 Service/cart spec.sessionAffinity: must be "None" or "ClientIP", not "Cookie"',
+            id="sessionAffinity",
+        ),
+        pytest.param(
+            service("{clusterIP: 10.0.0.1, sessionAffinityConfig: {clientIP: {timeoutSeconds: 60}}, ports: [{port: 80}]}"),
+            "f.yaml:4 Service/cart spec.sessionAffinityConfig: belongs to spec.sessionAffinity: ClientIP, "
+            'and spec.sessionAffinity is "None" (the default)',
+            id="sessionAffinityConfig alone",
+        ),
+        pytest.param(
+            service(
+                "{clusterIP: 10.0.0.1, sessionAffinity: ClientIP, sessionAffinityConfig: {clientIP: {timeoutSeconds: 86401}}, ports: [{port: 80}]}"
+            ),
+            "f.yaml:4 Service/cart spec.sessionAffinityConfig.clientIP.timeoutSeconds: must be at most 86400, not 86401",
+            id="longer than a day",
+        ),
+        pytest.param(
+            service("{clusterIP: 10.0.0.1, ports: [{name: a, port: 53, protocol: UDP}, {name: b, port: 53, protocol: UDP}]}"),
+            "f.yaml:4 Service/cart spec.ports[1].port: UDP port 53 is already spec.ports[0]",
+            id="the same port and protocol twice",
+        ),
+        pytest.param(
+            "apiVersion: v1\nkind: Service\nmetadata: {name: cart, annotations: {meshagent.io/load-balancing: round-robin}}\n"
+            "spec: {clusterIP: 10.0.0.1, ports: [{port: 80}]}\n",
+            "f.yaml:3 Service/cart metadata.annotations['meshagent.io/load-balancing']: "
+            'must be "random" (the default) or "least-connections", not "round-robin"',
+            id="load balancing",
+        ),
+        pytest.param(
+            "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {meshagent.io/default-policy: Deny}}\n",
+            "f.yaml:3 Namespace/shop metadata.labels['meshagent.io/default-policy']: "
+            'must be "allow" (the default) or "deny" (what no ALLOW policy allows is denied), not "Deny"',
+            id="default policy",
+        ),
+        pytest.param(
+            "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, annotations: {meshagent.io/default-policy: deny}}\n",
+            "f.yaml:3 Namespace/shop metadata.annotations['meshagent.io/default-policy']: has no effect here: write it under metadata.labels",
+            id="default policy as an annotation",
+        ),
+        pytest.param(
+            "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {meshagent.io/acceleration: on}}\n",
+            "f.yaml:3 Namespace/shop metadata.labels['meshagent.io/acceleration']: "
+            'must be "enabled", "force" or "disabled" (the default), not "on"',
+            id="acceleration",
+        ),
+        pytest.param(
+            "apiVersion: meshagent.io/v1alpha1\nkind: Workload\nmetadata: {name: w, labels: {meshagent.io/acceleration: auto}}\n"
+            "spec: {node: n, addresses: [10.0.0.1]}\n",
+            "f.yaml:3 Workload/w metadata.labels['meshagent.io/acceleration']: "
+            'must be "enabled", "force" or "disabled" (the default), not "auto"',
+            id="acceleration of a workload",
+        ),
+        pytest.param(
+            "apiVersion: meshagent.io/v1alpha1\nkind: Workload\nmetadata: {name: w}\nspec: {node: n, addresses: [10.0.0.1], weight: 0}\n",
+            "f.yaml:4 Workload/w spec.weight: must be at least 1, not 0",
+            id="weight",
+        ),
+        pytest.param(
+            "apiVersion: meshagent.io/v1alpha1\nkind: Workload\nmetadata: {name: w}\nspec: {node: n, addresses: [10.0.0.1], zone: 'a b'}\n",
+            'f.yaml:4 Workload/w spec.zone: "a b" does not match ^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$',
+            id="zone",
         ),
         pytest.param(
             policy("{action: CUSTOM}"),
@@ -176,6 +273,28 @@ def test_an_address_that_no_single_host_has_is_refused_in_every_field(address: s
     assert messages(listed) == [f"f.yaml:4 Service/cart spec.clusterIPs[1]: {reason}"]
     assert messages(single) == [f"f.yaml:4 Service/cart spec.clusterIP: {reason}"]
     assert messages(workload) == [f"f.yaml:4 Workload/w spec.addresses[0]: {reason}"]
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        pytest.param(text, f'"{text}" is not a CIDR block such as 10.0.0.0/8 or fd00::/8, nor a single address', id=text)
+        for text in ("10.0.0.0/33", "10.0.0", "office", "*", "10.0.0.0/255.0.0.0", "10.0.0.0/0.0.0.255", "10.0.0.0/", "fe80::1%eth0")
+    ]
+    + [
+        pytest.param("::ffff:10.0.0.0/104", "::ffff:10.0.0.0/104 are IPv4 addresses in IPv6 spelling: write 10.0.0.0/8", id="mapped"),
+        pytest.param("::ffff:10.0.0.1", "::ffff:10.0.0.1 are IPv4 addresses in IPv6 spelling: write 10.0.0.1/32", id="mapped address"),
+    ],
+)
+@pytest.mark.parametrize("field", ["ipBlocks", "notIpBlocks"])
+def test_what_is_no_block_of_addresses_is_refused(field: str, block: str, reason: str) -> None:
+    text = policy(f"{{rules: [{{from: [{{source: {{{field}: [10.0.0.0/8, '{block}']}}}}]}}]}}")
+    assert messages(text) == [f"f.yaml:4 AuthorizationPolicy/p spec.rules[0].from[0].source.{field}[1]: {reason}"]
+
+
+def test_one_port_number_may_serve_both_protocols_with_targets_of_their_own() -> None:
+    ports = "[{name: tcp, port: 53, targetPort: 5353}, {name: udp, port: 53, protocol: UDP, targetPort: 5300}]"
+    assert messages(service(f"{{clusterIP: 10.0.0.1, ports: {ports}}}")) == []
 
 
 def test_what_kubectl_writes_beside_the_spec_is_accepted() -> None:

@@ -133,6 +133,13 @@ def test_a_plan_that_denies_decides_the_exit_code(tmp_path: Path) -> None:
     assert "verdict     DENY  rule default/p[0]" in result.stdout
 
 
+def test_what_an_audited_rule_would_deny_is_said_and_decides_no_exit_code(tmp_path: Path) -> None:
+    with serving(tmp_path, Agent("node-1", answers=({**PLAN, "audit": "default/dry-run[0]"},))):
+        result = run("trace", tmp_path, "a", "b")
+    assert result.exit_code == 0
+    assert "  audit       enforcing default/dry-run[0] would deny" in result.stdout.splitlines()
+
+
 def test_the_text_has_every_fact_with_readable_durations(tmp_path: Path) -> None:
     with serving(tmp_path, Agent("node-1", answers=(PLAN, connection("denied")))):
         lines = run("trace", tmp_path, "a", "b").stdout.splitlines()

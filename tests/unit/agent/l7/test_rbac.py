@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 
 from agent.l7 import names, rbac
 from agent.l7.snapshot import needs_inbound, receivers
-from agent.model import Action, Operation, Policy, PolicyRule, Snapshot, Source
+from agent.model import Action, Operation, Policy, PolicyRule, Snapshot, Source, Workload
 from tests.unit.agent.l7 import harness
 
 GET = Operation(methods=("GET",))
@@ -26,9 +28,13 @@ def filters(authorization: rbac.Authorization) -> dict[str, Any]:
     return result
 
 
-def at_caller(policies: list[Policy], port: int = 8080) -> dict[str, Any]:
+def at_caller(policies: list[Policy], port: int = 8080, callers: Sequence[Workload] = ()) -> dict[str, Any]:
     one = harness.workload("b", "10.0.0.1", policies=tuple(p.name for p in policies))
-    return filters(rbac.at_caller(one, port, harness.snapshot([one], policies=policies)))
+    return filters(rbac.at_caller(one, port, harness.snapshot([one], policies=policies), local(*callers)))
+
+
+def local(*callers: Workload) -> rbac.LocalCallers:
+    return rbac.LocalCallers(callers, harness.TRUST_DOMAIN)
 
 
 def test_an_unprotected_workload_has_no_filters() -> None:
@@ -43,7 +49,7 @@ def test_an_allow_policy_without_rules_denies_everything() -> None:
 
 def test_a_policy_that_is_named_but_missing_denies_everything() -> None:
     one = harness.workload("b", "10.0.0.1", policies=("default/gone",))
-    allow = filters(rbac.at_caller(one, 80, harness.snapshot([one])))[names.ALLOW_FILTER]
+    allow = filters(rbac.at_caller(one, 80, harness.snapshot([one]), local()))[names.ALLOW_FILTER]
     assert allow.HasField("rules")
     assert not allow.rules.policies
 
@@ -73,9 +79,11 @@ def test_an_audit_policy_alone_enforces_nothing() -> None:
         (Operation(ports=(8080,)), 8081, False),
         (Operation(not_ports=(8080,)), 8080, False),
         (Operation(not_ports=(8080,)), 8081, True),
+        (Operation(protocols=("UDP",)), 8080, False),
+        (Operation(protocols=("UDP", "TCP")), 8080, True),
     ],
 )
-def test_port_conditions_are_decided_at_the_caller_for_the_target_port(operation: Operation, port: int, matches: bool) -> None:
+def test_ports_and_protocols_are_decided_at_the_caller_for_the_target_port(operation: Operation, port: int, matches: bool) -> None:
     allow = at_caller([Policy("default/p", Action.ALLOW, (PolicyRule(operations=(operation,)),))], port)[names.ALLOW_FILTER]
     assert bool(allow.rules.policies) is matches
 
@@ -115,6 +123,51 @@ def test_deny_with_only_negative_lists_reaches_strangers() -> None:
     principal = receiver(policy, harness.workload("a", "10.0.0.1"))[names.DENY_FILTER].rules.policies["default/p[0]"].principals[0]
     assert principal.HasField("not_id"), "everyone but"
     assert addresses(principal.not_id) == {"10.0.0.1"}
+
+
+def labelled(name: str, address: str, **labels: str) -> Workload:
+    return dataclasses.replace(harness.workload(name, address), labels=labels)
+
+
+WEB, JOB = labelled("web", "10.1.0.1", app="web", pod="1"), labelled("job", "10.2.0.1", app="job")
+
+
+@pytest.mark.parametrize(
+    "source", [Source(labels=(("app", "web"),)), Source(ip_blocks=("10.1.0.0/16",)), Source(not_ip_blocks=("10.2.0.0/16",))]
+)
+def test_labels_and_blocks_become_the_local_workloads_that_have_them(source: Source) -> None:
+    def principal(action: Action, *callers: Workload) -> Any:
+        found = at_caller([Policy("default/p", action, (PolicyRule((source,)),))], callers=callers)
+        filter_ = found.get(names.ALLOW_FILTER if action is Action.ALLOW else names.DENY_FILTER)
+        return filter_.rules.policies["default/p[0]"].principals[0] if filter_ and filter_.rules.policies else None
+
+    allow = principal(Action.ALLOW, WEB, JOB)
+    assert (allow.filter_state.key, allow.filter_state.string_match.exact) == (names.WORKLOAD_KEY, "default/web")
+    deny = principal(Action.DENY, WEB, JOB)
+    assert deny.not_id.filter_state.string_match.exact == "default/job", "a listener that is newer than the rules is denied"
+    assert principal(Action.ALLOW, JOB) is None
+    assert principal(Action.DENY, WEB).any
+
+
+def test_a_rule_that_names_no_label_and_no_block_does_not_depend_on_who_is_here() -> None:
+    policies = [Policy("default/p", Action.ALLOW, (PolicyRule((Source(namespaces=("shop",)),)),))]
+    assert at_caller(policies, callers=[WEB, JOB]) == at_caller(policies)
+
+
+def test_a_request_is_not_needed_for_what_holds_for_datagrams_alone() -> None:
+    for protocols, needed in (((), True), (("TCP",), True), (("UDP",), False)):
+        policy = Policy("default/p", Action.DENY, (PolicyRule(operations=(Operation(methods=("GET",), protocols=protocols),)),))
+        one = harness.workload("b", "10.0.0.1", policies=(policy.name,))
+        assert rbac.needs_request(one, harness.snapshot([one], policies=[policy])) is needed
+
+
+def test_endpoints_are_alike_or_not_whoever_calls_from_this_node() -> None:
+    rules = {f"default/{app}": PolicyRule((Source(labels=(("app", app),)),), (GET,)) for app in ("web", "job")}
+    backing = {"default/web": {80: 8080}}
+    endpoints = [harness.workload(f"b{i}", f"10.0.0.{i}", backing=backing, policies=(name,)) for i, name in enumerate(rules)]
+    policies = [Policy(name, Action.ALLOW, (rule,)) for name, rule in rules.items()]
+    snapshot = harness.snapshot(endpoints, [harness.service("web", "10.96.0.1", 80)], policies=policies)
+    assert needs_inbound(snapshot) == {"default/b0", "default/b1"}, "no caller here matches either: still they differ"
 
 
 def two_endpoints(*policies: tuple[str, ...]) -> Snapshot:

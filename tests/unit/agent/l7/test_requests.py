@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +54,7 @@ def plain(_: BaseHTTPRequestHandler) -> int:
 
 def through_envoy(directory: Path, snapshot: Snapshot, ports: Sequence[int], work: Callable[[], list[Answer]]) -> list[Answer]:
     """Run `work` while a real Envoy serves the caller's listener on `ports`."""
-    resources = build(snapshot, [harness.local(CALLER)], trust_domain=harness.TRUST_DOMAIN)
+    resources = build(snapshot, [harness.local(snapshot.workloads[CALLER.name])], trust_domain=harness.TRUST_DOMAIN)
 
     async def scenario() -> list[Answer]:
         async with harness.waypoint(harness.config(directory)) as (server, _):
@@ -268,3 +269,37 @@ def test_an_allow_for_somebody_else_stops_the_caller(tmp_path: Path) -> None:
         snapshot = scene([workload], [harness.service("s", "127.0.0.1", entry)], policies=[policy])
         [answer] = through_envoy(tmp_path, snapshot, [entry], lambda: [harness.request(entry)])
     assert answer.status == 403
+
+
+@pytest.mark.parametrize(
+    ("action", "source", "status"),
+    [
+        pytest.param(Action.ALLOW, Source(labels=(("app", "caller"),)), 200, id="allow-own-label"),
+        pytest.param(Action.ALLOW, Source(labels=(("app", "other"),)), 403, id="allow-other-label"),
+        pytest.param(Action.DENY, Source(labels=(("app", "caller"),)), 403, id="deny-own-label"),
+        pytest.param(Action.DENY, Source(labels=(("app", "other"),)), 200, id="deny-other-label"),
+        pytest.param(Action.ALLOW, Source(ip_blocks=("10.0.0.0/24",)), 200, id="allow-own-block"),
+        pytest.param(Action.DENY, Source(not_ip_blocks=("10.0.0.0/24",)), 200, id="deny-other-blocks"),
+        pytest.param(Action.AUDIT, Source(labels=(("app", "caller"),)), 200, id="audit"),
+    ],
+)
+def test_labels_and_addresses_of_the_calling_workload_are_conditions(tmp_path: Path, action: Action, source: Source, status: int) -> None:
+    [entry] = harness.free_ports(1)
+    policy = Policy("default/p", action, (PolicyRule((source,), (Operation(methods=("GET",)),)),))
+    caller = dataclasses.replace(CALLER, labels={"app": "caller"})
+    with backends(s=plain) as targets:
+        workload = pod("p", "s", entry, targets["s"], policies=("default/p",))
+        snapshot = harness.snapshot([caller, workload], [harness.service("s", "127.0.0.1", entry)], policies=[policy])
+        [answer] = through_envoy(tmp_path, snapshot, [entry], lambda: [harness.request(entry)])
+    assert answer.status == status
+
+
+def test_requests_are_shared_by_weight(tmp_path: Path) -> None:
+    [entry] = harness.free_ports(1)
+    with backends(heavy=plain, light=plain) as targets:
+        workloads = [
+            dataclasses.replace(pod(name, "s", entry, targets[name]), weight=weight) for name, weight in (("heavy", 9), ("light", 1))
+        ]
+        snapshot = scene(workloads, [harness.service("s", "127.0.0.1", entry)])
+        answers = through_envoy(tmp_path, snapshot, [entry], lambda: [harness.request(entry) for _ in range(100)])
+    assert 80 <= sum(answer.name == "heavy" for answer in answers) <= 97

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import pytest
+
 from agent.l7 import names
 from agent.l7.resources import Resources
 from agent.l7.snapshot import build
@@ -18,27 +20,34 @@ from agent.model import (
     PolicyRule,
     Retry,
     RouteMatch,
+    ServicePort,
     Snapshot,
     Source,
     StringMatch,
+    Workload,
 )
 from tests.unit.agent.l7 import harness
 
 GET = Operation(methods=("GET",), paths=("/a*", "*b", "*", "/c"), not_paths=("/d",), hosts=("h", "*.h", "h*", "*"), not_hosts=("x",))
 
+EVERY = ("default/allow", "default/audit", "default/deny", "default/no-place", "default/place")
+
 
 def rich() -> Snapshot:
     every = {"default/web": {80: 8080, 81: 8081}, "default/grpc": {9000: 9000}}
     source = Source(("*", "mesh.test/*"), ("*/sa/x",), ("default",), ("other",), ("default/a",), ("default/b",))
+    by_place = (Source(labels=(("app", "a"),)), Source(ip_blocks=("10.0.0.0/8", "fd00::/8"), not_ip_blocks=("10.0.0.9/32",)))
     policies = [
+        Policy("default/place", Action.ALLOW, (PolicyRule(by_place, (Operation(protocols=("TCP",)),)),)),
+        Policy("default/no-place", Action.DENY, (PolicyRule((*by_place, Source(not_ip_blocks=("::/0",)))),)),
         Policy("default/allow", Action.ALLOW, (PolicyRule((source,), (GET,)), PolicyRule((Source(),), (Operation(ports=(8080,)),)))),
         Policy("default/deny", Action.DENY, (PolicyRule((Source(not_principals=("*",)),), (Operation(not_methods=("GET",)),)),)),
         Policy("default/audit", Action.AUDIT, (PolicyRule(operations=(Operation(not_ports=(1,), methods=("*",)),)),)),
     ]
     workloads = [
         harness.workload("a", "10.0.0.1", "fd00::1"),
-        harness.workload("b1", "10.0.0.2", "fd00::2", backing=every, policies=("default/allow", "default/deny", "default/audit")),
-        harness.workload("b2", "10.0.0.3", backing=every, policies=("default/allow", "default/deny", "default/audit")),
+        harness.workload("b1", "10.0.0.2", "fd00::2", backing=every, policies=EVERY),
+        harness.workload("b2", "10.0.0.3", backing=every, policies=EVERY),
         harness.workload("c", "10.0.0.4", backing={"default/l4": {6379: 6379}}),
     ]
     services = [
@@ -140,3 +149,43 @@ def test_ipv6_is_listened_on_only_where_the_workload_has_it() -> None:
     four = harness.workload("v4", "10.0.0.77")
     only = build(harness.snapshot([four]), [harness.local(four)], trust_domain=harness.TRUST_DOMAIN)
     assert not harness.decoded(only, names.LISTENER, "outbound/default/v4").additional_addresses
+
+
+def test_a_datagram_port_beside_an_l7_port_of_the_same_number_hides_nothing() -> None:
+    snapshot = rich()
+    web = snapshot.services["default/web"]
+    datagrams = ServicePort(80, "quic", "UDP", "", False, "UDP is never L7")
+    both = dataclasses.replace(web, ports=(*web.ports, datagrams))
+    only = dataclasses.replace(web, name="default/only-udp", addresses=("10.96.0.9",), ports=(datagrams,))
+    after = dataclasses.replace(snapshot, services={**snapshot.services, both.name: both, only.name: only})
+    assert built(after) == built(snapshot)
+
+
+def endpoints(snapshot: Snapshot) -> dict[str, int]:
+    """Address and weight of what Envoy may choose for the service `web`."""
+    local = [harness.local(snapshot.workloads["default/a"])]
+    found = harness.decoded(build(snapshot, local, trust_domain=harness.TRUST_DOMAIN), names.ENDPOINTS, "service/default/web/80")
+    hosts = [host for group in found.endpoints for host in group.lb_endpoints]
+    return {host.endpoint.address.socket_address.address: host.load_balancing_weight.value for host in hosts}
+
+
+@pytest.mark.parametrize(
+    ("distribution", "expected"),
+    [
+        ("", {"10.0.0.2": 3, "10.0.0.3": 1, "10.0.0.4": 1}),
+        ("PreferSameNode", {"10.0.0.2": 3}),
+        ("PreferSameZone", {"10.0.0.2": 3, "10.0.0.3": 1}),
+    ],
+)
+def test_requests_go_to_the_endpoints_that_this_node_prefers_by_weight(distribution: str, expected: dict[str, int]) -> None:
+    def pod(name: str, address: str, node: str, zone: str, weight: int) -> Workload:
+        one = harness.workload(name, address, backing={"default/web": {80: 8080}})
+        return dataclasses.replace(one, node=node, zone=zone, weight=weight)
+
+    pods = [
+        pod("b", "10.0.0.2", "node-1", "z1", 3),
+        pod("c", "10.0.0.3", "node-2", "z1", 1),
+        pod("d", "10.0.0.4", "node-3", "z2", 1),
+    ]
+    web = dataclasses.replace(harness.service("web", "10.96.0.1", 80), traffic_distribution=distribution)
+    assert endpoints(harness.snapshot([harness.workload("a", "10.0.0.1"), *pods], [web])) == expected
