@@ -12,11 +12,13 @@
 
 #include "mesh_types.h"
 #include "mesh_maps.h"
+#include "mesh_accelerate.h"
 #include "mesh_helpers.h"
 #include "mesh_balance.h"
 #include "mesh_flows.h"
 #include "mesh_connect.c"
 #include "mesh_datagram.c"
+#include "mesh_accelerate.c"
 #include "mesh_sockops.c"
 #include "mesh_sockopt.c"
 #include "mesh_sk_lookup.c"

@@ -193,6 +193,8 @@ static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_a
 	}
 	sock->remote = *destination;
 	sock->remote_port = *port;
+	if (target && target->netns_cookie && !sock->redirected && sock->direction == MESH_OUTBOUND && protocol == IPPROTO_TCP)
+		sock->accelerated = self->flags & target->flags & MESH_WORKLOAD_ACCELERATE ? 1 : 0;
 	if (protocol == IPPROTO_UDP)
 		mesh_datagrams_begin(ctx, sock, netns_cookie, target);
 	if (sock->traced)

@@ -52,6 +52,29 @@ static __always_inline bool mesh_addr_is_loopback(const struct mesh_addr *addres
 	return !address->word[0] && !address->word[1] && !address->word[2] && address->word[3] == bpf_htonl(1);
 }
 
+/* Both ends of the connection, local first. Ports in host order: remote_port is a __be32 with the port in its upper half
+ * (net/core/filter.c, sock_ops_convert_ctx_access). */
+struct mesh_ends {
+	struct mesh_addr local;
+	struct mesh_addr remote;
+	u16 local_port;
+	u16 remote_port;
+};
+
+static __always_inline void mesh_ends_of(struct bpf_sock_ops *ctx, struct mesh_ends *ends)
+{
+	if (ctx->family == AF_INET) {
+		mesh_addr_from4(&ends->local, ctx->local_ip4);
+		mesh_addr_from4(&ends->remote, ctx->remote_ip4);
+		mesh_keep_branch();
+	} else {
+		mesh_addr_from6(&ends->local, ctx->local_ip6);
+		mesh_addr_from6(&ends->remote, ctx->remote_ip6);
+	}
+	ends->local_port = ctx->local_port;
+	ends->remote_port = bpf_ntohl(ctx->remote_port);
+}
+
 /* What stands for an enrolled namespace in the flows of datagrams: no IPv6 address begins with 32 zero bits and then this word. */
 static __always_inline void mesh_addr_from_cookie(struct mesh_addr *address, u64 netns_cookie)
 {

@@ -1,29 +1,6 @@
 /* sockops: what becomes of a connection. Before the SYN leaves: who calls (for the receiver) or what was dialled (for the waypoint).
  * At the handshake and at the end: counters. Nothing runs per packet. */
 
-/* Both ends of the connection, local first. Ports in host order: remote_port is a __be32 with the port in its upper half
- * (net/core/filter.c, sock_ops_convert_ctx_access). */
-struct mesh_ends {
-	struct mesh_addr local;
-	struct mesh_addr remote;
-	u16 local_port;
-	u16 remote_port;
-};
-
-static __always_inline void mesh_ends_of(struct bpf_sock_ops *ctx, struct mesh_ends *ends)
-{
-	if (ctx->family == AF_INET) {
-		mesh_addr_from4(&ends->local, ctx->local_ip4);
-		mesh_addr_from4(&ends->remote, ctx->remote_ip4);
-		mesh_keep_branch();
-	} else {
-		mesh_addr_from6(&ends->local, ctx->local_ip6);
-		mesh_addr_from6(&ends->remote, ctx->remote_ip6);
-	}
-	ends->local_port = ctx->local_port;
-	ends->remote_port = bpf_ntohl(ctx->remote_port);
-}
-
 /* The record that mesh_connect or mesh_on_accepted left on this socket. */
 static __always_inline struct mesh_sock *mesh_sock_of(struct bpf_sock_ops *ctx)
 {
@@ -47,7 +24,8 @@ static __always_inline void mesh_payload(struct bpf_sock_ops *ctx, struct mesh_s
 	*received -= fin_received && *received ? 1 : 0;
 }
 
-static __always_inline void mesh_report_socket(struct bpf_sock_ops *ctx, struct mesh_sock *sock, u8 kind, u8 reason, u32 old)
+/* `redirected`: bytes both ways that went past TCP. */
+static __always_inline void mesh_report_socket(struct bpf_sock_ops *ctx, struct mesh_sock *sock, u8 kind, u8 reason, u32 old, const u64 *redirected)
 {
 	struct mesh_event *event = mesh_event_about(kind, sock);
 	struct mesh_ends ends;
@@ -57,6 +35,8 @@ static __always_inline void mesh_report_socket(struct bpf_sock_ops *ctx, struct 
 	mesh_ends_of(ctx, &ends);
 	event->socket_cookie = bpf_get_socket_cookie(ctx);
 	mesh_payload(ctx, sock, old, &event->sent_bytes, &event->received_bytes);
+	event->sent_bytes += redirected ? redirected[0] : 0;
+	event->received_bytes += redirected ? redirected[1] : 0;
 	event->local_address = ends.local;
 	event->local_port = ends.local_port;
 	event->remote_address = ends.remote;
@@ -160,6 +140,7 @@ static __always_inline void mesh_on_established(struct bpf_sock_ops *ctx)
 {
 	struct mesh_sock *sock = mesh_sock_of(ctx);
 	struct mesh_stats *stats;
+	struct mesh_ends ends;
 	u64 took;
 
 	if (!sock)
@@ -172,8 +153,12 @@ static __always_inline void mesh_on_established(struct bpf_sock_ops *ctx)
 		mesh_add(stats->connect_ns, took);
 		mesh_add(stats->connect_bucket[mesh_bucket(took) & (MESH_BUCKETS - 1)], 1);
 	}
+	if (sock->accelerated) {
+		mesh_ends_of(ctx, &ends);
+		mesh_accelerate_caller(ctx, &ends);
+	}
 	if (sock->traced)
-		mesh_report_socket(ctx, sock, MESH_EVENT_ESTABLISHED, 0, 0);
+		mesh_report_socket(ctx, sock, MESH_EVENT_ESTABLISHED, 0, 0, NULL);
 }
 
 /* The receiver's end, when the handshake is done. mesh_sk_lookup has let it in. */
@@ -214,6 +199,7 @@ static __always_inline void mesh_on_accepted(struct bpf_sock_ops *ctx)
 		sock->source = flow->workload;
 		sock->service = flow->service;
 		sock->traced = flow->flags & MESH_FLOW_TRACED ? 1 : 0;
+		sock->accelerated = self->flags & MESH_WORKLOAD_ACCELERATE && !(flow->flags & MESH_FLOW_WAYPOINT);
 		mesh_flow.delete(&flow_key); /* used up: nobody may live on it who takes these addresses later */
 	} else {
 		peer = mesh_address.lookup(&ends.remote);
@@ -226,8 +212,10 @@ static __always_inline void mesh_on_accepted(struct bpf_sock_ops *ctx)
 	if (stats)
 		mesh_add(stats->opened, 1);
 	mesh_watch(ctx);
+	if (sock->accelerated)
+		mesh_accelerate_receiver(ctx, &ends);
 	if (sock->traced)
-		mesh_report_socket(ctx, sock, MESH_EVENT_ESTABLISHED, 0, 0);
+		mesh_report_socket(ctx, sock, MESH_EVENT_ESTABLISHED, 0, 0, NULL);
 }
 
 /* What was written for the other end goes with the socket, whether it was used or not. */
@@ -254,7 +242,8 @@ static __always_inline void mesh_on_close(struct bpf_sock_ops *ctx)
 	struct mesh_sock *sock = mesh_sock_of(ctx);
 	u32 old = ctx->args[0];
 	struct mesh_stats *stats;
-	u64 rtt_ns, sent, received;
+	u64 rtt_ns, sent, received, redirected[2] = {};
+	struct mesh_ends ends;
 	u32 reason;
 
 	if (!sock)
@@ -267,6 +256,10 @@ static __always_inline void mesh_on_close(struct bpf_sock_ops *ctx)
 		reason = MESH_CLOSE_RESET;
 	else
 		reason = MESH_CLOSE_NORMAL;
+	if (sock->accelerated) {
+		mesh_ends_of(ctx, &ends);
+		mesh_accelerate_end(ctx, &ends, &redirected[0], &redirected[1]);
+	}
 	rtt_ns = (u64)(ctx->srtt_us >> 3) * 1000;
 	stats = mesh_stats_of(sock);
 	if (stats) {
@@ -274,6 +267,8 @@ static __always_inline void mesh_on_close(struct bpf_sock_ops *ctx)
 		mesh_add(stats->retransmits, ctx->total_retrans);
 		if (sock->established_ns) {
 			mesh_payload(ctx, sock, old, &sent, &received);
+			sent += redirected[0];
+			received += redirected[1];
 			mesh_add(stats->sent_bytes, sent);
 			mesh_add(stats->received_bytes, received);
 			mesh_add(stats->rtt_ns, rtt_ns);
@@ -281,7 +276,7 @@ static __always_inline void mesh_on_close(struct bpf_sock_ops *ctx)
 		}
 	}
 	if (sock->traced)
-		mesh_report_socket(ctx, sock, MESH_EVENT_CLOSED, reason, old);
+		mesh_report_socket(ctx, sock, MESH_EVENT_CLOSED, reason, old, redirected);
 	mesh_forget(ctx, sock);
 	mesh_load_end(sock);
 }
@@ -297,6 +292,9 @@ int mesh_sockops(struct bpf_sock_ops *ctx)
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		mesh_on_accepted(ctx);
+		break;
+	case BPF_SOCK_OPS_HDR_OPT_LEN_CB:
+		mesh_accelerate_transmit(ctx);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		if (ctx->args[1] == BPF_TCP_CLOSE)

@@ -73,6 +73,7 @@ enum mesh_counter {
 };
 
 #define MESH_WORKLOAD_ENFORCE_INBOUND 1u /* L7 policy is enforced at the receiver even for connections from a local waypoint */
+#define MESH_WORKLOAD_ACCELERATE 2u /* its connections to workloads of this node that have it too bypass TCP: mesh_accelerate.c */
 
 #define MESH_SERVICE_WAYPOINT 1u /* L7 */
 #define MESH_SERVICE_LEAST 2u    /* the less loaded of two endpoints */
@@ -269,7 +270,8 @@ struct mesh_sock {
 	__u8 traced;
 	__u8 protocol;
 	__u8 loaded; /* 1: counted in mesh_load */
-	__u16 pad;
+	__u8 accelerated; /* 1: both ends want it, this end is asked; what became of it is in mesh_joined */
+	__u8 pad;
 	__u64 spare[4]; /* socket storage cannot move to a map of another layout: room for what comes */
 };
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from agent import features
 from agent.bpf import libbpf, source
-from agent.bpf.manifest import PROGRAMS, Counter, Manifest, Program
+from agent.bpf.manifest import HOOKED, PROGRAMS, Counter, Manifest, Program
 from agent.bpf.maps import Map
 from agent.config import Config
 from agent.errors import EnvironmentUnfit, KernelRefused
@@ -145,7 +145,7 @@ class DataPath:
         """What is in force, asked of the kernel: the effective programs of the cgroups, not what was attached once."""
         found = []
         places = {"node": self._config.cgroup, "waypoint": self._config.waypoint_cgroup}
-        for program in PROGRAMS:
+        for program in HOOKED:
             number = self._pinned_id(self._programs_dir / program.name, libbpf.program_id)
             if program.where == "namespace":
                 linked = [self._pinned_id(self._links_dir / f"netns-{c}", libbpf.link_program_id) == number for c in self._namespaces]

@@ -55,7 +55,7 @@ def load(maps_dir: Path, programs_dir: Path, manifest: Path, flags: tuple[str, .
     functions = {}
     for program in PROGRAMS:
         try:
-            attach = {} if program.kind == "sock_ops" else {"attach_type": libbpf.ATTACH_TYPES[program.attach_type]}
+            attach = {} if program.kind in {"sock_ops", "sk_msg"} else {"attach_type": libbpf.ATTACH_TYPES[program.attach_type]}
             functions[program.name] = module.load_func(program.name.encode(), program.type_number, **attach)
         except Exception as error:
             raise MeshError(f"the kernel refuses {program.name}: {error}") from error
@@ -77,16 +77,23 @@ def load(maps_dir: Path, programs_dir: Path, manifest: Path, flags: tuple[str, .
 
 
 def _map(module: Any, name: str) -> dict[str, Any]:
-    if name in {"mesh_listener", "mesh_sock"}:  # sockets and socket storage: no records that user space reads
+    if name == "mesh_sock":  # bcc has no table of this kind in Python, but it knows the record
+        key: Any = ct.c_int
+        value = _storage(module, name)
+    elif name in {"mesh_listener", "mesh_peers", "mesh_joined"}:  # sockets, and what only programs read of them
         return {"key": [], "value": [], "key_size": 0, "value_size": 0}
-    table = module[name.encode()]
-    value = getattr(table, "sLeaf", table.Leaf)  # of one CPU
-    return {
-        "key": _fields(table.Key),
-        "value": _fields(value),
-        "key_size": ct.sizeof(table.Key),
-        "value_size": ct.sizeof(value),
-    }
+    else:
+        table = module[name.encode()]
+        key, value = table.Key, getattr(table, "sLeaf", table.Leaf)  # of one CPU
+    return {"key": _fields(key), "value": _fields(value), "key_size": ct.sizeof(key), "value_size": ct.sizeof(value)}
+
+
+def _storage(module: Any, name: str) -> Any:
+    """The record of a socket storage map as a ctypes class, made as `BPF.get_table` makes those of other maps."""
+    from bcc import lib  # noqa: PLC0415  see `load`
+
+    description = lib.bpf_table_leaf_desc(module.module, name.encode())
+    return module._decode_table_type(json.loads(description))  # noqa: SLF001  has no public name
 
 
 def _fields(record: Any) -> list[list[Any]]:

@@ -97,11 +97,13 @@ _ENUMS: dict[str, tuple[str, type[enum.IntEnum]]] = {
 }
 
 WORKLOAD_ENFORCE_INBOUND = 1  # MESH_WORKLOAD_ENFORCE_INBOUND
+WORKLOAD_ACCELERATE = 2  # MESH_WORKLOAD_ACCELERATE
 SERVICE_WAYPOINT = 1  # MESH_SERVICE_WAYPOINT
 SERVICE_LEAST = 2  # MESH_SERVICE_LEAST
 SERVICE_STICKY = 4  # MESH_SERVICE_STICKY
 IDENTITY_UNKNOWN = 0  # MESH_IDENTITY_UNKNOWN
 IDENTITY_ANY = 0xFFFFFFFF  # MESH_IDENTITY_ANY
+BUCKETS = 16  # MESH_BUCKETS
 BUCKET_SHIFT = 14  # MESH_BUCKET_SHIFT
 
 
@@ -128,8 +130,14 @@ PROGRAMS = (
     Program("mesh_sockops", "sock_ops", 13, "cgroup_sock_ops", "node"),
     Program("mesh_listen", "sock_ops", 13, "cgroup_sock_ops", "waypoint"),
     Program("mesh_getsockopt", "cgroup_sockopt", 25, "cgroup_getsockopt", "waypoint"),
+    Program("mesh_sk_msg", "sk_msg", 16, "sk_msg_verdict", "peers"),
+    Program("mesh_setsockopt", "cgroup_sockopt", 25, "cgroup_setsockopt", "accelerated"),
+    Program("mesh_selftest", "sock_ops", 13, "cgroup_sock_ops", "selftest"),
     Program("mesh_sk_lookup", "sk_lookup", 30, "sk_lookup", "namespace"),
 )
+
+HOOKED = tuple(p for p in PROGRAMS if p.where in {"node", "waypoint", "namespace"})
+"""Those that must be in force on every node; the others belong to acceleration."""
 
 Value = int | bytes | tuple[int, ...]
 
@@ -156,6 +164,13 @@ class Codec:
 
     def packer(self, *names: str) -> Callable[..., bytes]:
         """A quicker `pack` for the members named, given by position; they must stand in the order of their offsets, arrays item by item."""
+        return self._struct(names).pack
+
+    def unpacker(self, *names: str) -> Callable[..., tuple[Any, ...]]:
+        """A quicker `unpack` for the members named, in the order of their offsets, arrays item by item: called with a buffer and the record's place in it."""
+        return self._struct(names).unpack_from
+
+    def _struct(self, names: tuple[str, ...]) -> struct.Struct:
         form, end = "=", 0
         chosen = [field for field in self._fields if field[0] in names]
         if tuple(field[0] for field in chosen) != names:
@@ -165,7 +180,7 @@ class Codec:
         for _, offset, member in chosen:
             form += f"{offset - end}x{member.format[1:]}"
             end = offset + member.size
-        return struct.Struct(f"{form}{self.size - end}x").pack
+        return struct.Struct(f"{form}{self.size - end}x")
 
     def unpack(self, record: bytes) -> dict[str, Any]:
         """Members by name; arrays are tuples. A wrong size is a LayoutMismatch."""

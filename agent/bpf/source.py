@@ -29,7 +29,7 @@ def read(directory: Path = BPF_SRC, flags: tuple[str, ...] = ()) -> Source:
     bcc rewrites map accesses only in the main file, so the mesh_* includes are put in place here, with #line directives that keep messages true.
     """
     text = _flatten(directory, "mesh.c")
-    layout = _hash((directory / "mesh_types.h").read_text(), (directory / "mesh_maps.h").read_text())
+    layout = _hash(*((directory / name).read_text() for name in ("mesh_types.h", "mesh_maps.h", "mesh_accelerate.h")))
     return Source(text, layout, _hash(text, *flags), _enums((directory / "mesh_types.h").read_text()))
 
 
