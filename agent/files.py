@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 
 
-def write(path: Path, content: bytes, *, durable: bool = False) -> None:
-    """Replace a file atomically, mode 0600: a reader, or a crash, sees the old content or the new, never half.
+def write(path: Path, content: bytes, *, durable: bool = False, mode: int = 0o600) -> None:
+    """Replace a file atomically: a reader, or a crash, sees the old content or the new, never half.
 
     `durable` also survives a power cut (fsync(2)). The temporary file begins with a dot and is removed on failure.
     """
@@ -17,6 +17,8 @@ def write(path: Path, content: bytes, *, durable: bool = False) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
+            if mode != 0o600:  # what mkstemp(3) gives
+                os.fchmod(file.fileno(), mode)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())

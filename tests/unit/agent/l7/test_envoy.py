@@ -18,8 +18,9 @@ import pytest
 from agent.errors import EnvironmentUnfit
 from agent.l7 import envoy as module
 from agent.l7.bootstrap import bootstrap
-from agent.l7.envoy import Envoy, Process, find, stop
+from agent.l7.envoy import Envoy, find, stop
 from agent.l7.xds import XdsServer
+from agent.process import Process, end
 from tests.unit.agent.l7 import harness
 
 
@@ -97,7 +98,7 @@ def test_a_process_that_only_reuses_the_pid_is_left_alone(tmp_path: Path) -> Non
         recorded = {"pid": stranger.pid, "start": 1, "config": "x"}
         (tmp_path / "envoy.json").write_text(json.dumps(recorded))
         assert not stop(tmp_path)
-        module._end(Process(**recorded))  # type: ignore[arg-type]
+        end(Process(**recorded))  # type: ignore[arg-type]
         assert stranger.poll() is None
         stranger.kill()
 

@@ -1,0 +1,220 @@
+"""A difference leads to the same rows as everything anew, whatever changed and in whatever order."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from agent.bpf.datapath import DataPath
+from agent.bpf.tables import Namespace, Tables
+from agent.config import Config
+from agent.ids import Ids
+from agent.model import Action, Backing, Delta, LocalWorkload, Policy, PolicyRule, Service, ServicePort, Snapshot, Source, Workload
+from lab import mounts, paths
+
+NODES = ("here", "there")
+POLICIES = {
+    p.name: p
+    for p in (
+        Policy("shop/a", Action.ALLOW, (PolicyRule((Source(service_accounts=("shop/one",)),)),)),
+        Policy("shop/d", Action.DENY, (PolicyRule((Source(labels=(("app", "x"),)), Source(ip_blocks=("10.0.0.0/24",)))),)),
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tables]:
+    """The tables of a data path that is loaded and attached to nothing."""
+    mounted = mounts.mount_bpffs(paths.BPF)
+    pins = Path(paths.BPF) / "meshagent-tables"
+    root = tmp_path_factory.mktemp("tables")
+    pins.mkdir()
+    (root / "run").mkdir()
+    datapath = DataPath(Config(node="here", controller="unix:none", pin_dir=pins, run_dir=root / "run", state_dir=root))
+    asyncio.run(datapath.load())
+    yield Tables(datapath.maps, Ids(root / "run/ids"), "mesh.local", "here")
+    for table in datapath.maps.values():
+        table.close()
+    shutil.rmtree(pins)
+    if mounted:
+        assert mounts.unmount_bpffs(paths.BPF)
+
+
+names = st.sampled_from([f"shop/w{i}" for i in range(5)])
+services = st.sampled_from(["shop/s0", "shop/s1"])
+workloads = st.builds(
+    Workload,
+    names,
+    st.sampled_from(["one", "two"]),
+    st.sampled_from(NODES),
+    st.sampled_from([{}, {"app": "x"}, {"app": "y"}]),
+    st.lists(st.sampled_from(["10.0.0.1", "10.0.0.2", "10.0.1.1", "fd00::1"]), max_size=2, unique=True).map(tuple),
+    st.just("netns"),
+    st.booleans(),
+    st.booleans(),
+    st.lists(
+        st.builds(Backing, services, st.sampled_from([{}, {80: 8080}, {80: 8081, 81: 9}]), st.sampled_from([{}, {53: 53}])),
+        max_size=2,
+        unique_by=lambda b: b.service,
+    ).map(tuple),
+    st.sampled_from([(), ("shop/a",), ("shop/a", "shop/d"), ("shop/gone",)]),
+    st.sampled_from(["", "north", "south"]),
+    st.sampled_from([1, 1, 3, 7]),
+)
+ports = st.lists(
+    st.builds(
+        ServicePort, st.sampled_from([53, 80, 81]), st.just(""), st.sampled_from(["TCP", "UDP"]), st.just(""), st.booleans(), st.just("")
+    ),
+    max_size=3,
+    unique_by=lambda p: (p.port, p.protocol),
+).map(tuple)
+offers = st.builds(
+    lambda name, vips, *rest: Service(
+        name, tuple(vip + name[-1] for vip in vips), *rest
+    ),  # an address is one service's: controller.conflicts
+    services,
+    st.sampled_from([("10.96.0.1",), ("10.96.0.2", "fd96::2"), ()]),
+    ports,
+    st.sampled_from(["", "PreferSameNode", "PreferSameZone"]),
+    st.sampled_from([0, 0, 60]),
+    st.sampled_from(["", "least-connections"]),
+)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A workload's namespace came, went, or has other addresses; cookie 0: gone."""
+
+    name: str
+    cookie: int
+    addresses: tuple[str, ...]
+
+
+moves = st.builds(
+    Moved, names, st.integers(0, 4), st.lists(st.sampled_from(["10.0.0.1", "10.0.0.2", "10.9.9.9"]), max_size=2, unique=True).map(tuple)
+)
+steps = st.one_of(workloads, workloads, offers, moves, names, services, st.just(POLICIES["shop/d"]))
+
+
+class World:
+    """What the controller and the node say, step by step."""
+
+    def __init__(self) -> None:
+        self.snapshot = Snapshot("0", {}, {}, {}, dict(POLICIES))
+        self.namespaces: dict[str, Moved] = {}
+        self.inbound: frozenset[str] = frozenset()
+
+    def take(self, step: object) -> None:
+        """One change; the snapshot says what differs from the one before."""
+        before = self.snapshot
+        delta = Delta(before.version)
+        found = replace(before, version=str(int(before.version) + 1))
+        if isinstance(step, Moved):
+            self.namespaces = {**self.namespaces, step.name: step}
+            self.inbound = self.inbound ^ {step.name}
+            return
+        if isinstance(step, Workload):
+            found = replace(found, workloads={**before.workloads, step.name: step})
+            delta = replace(delta, workloads=frozenset({step.name}))
+        elif isinstance(step, Service):
+            found = replace(found, services={**before.services, step.name: step})
+            delta = replace(delta, services=frozenset({step.name}))
+        elif isinstance(step, Policy):
+            policies = {
+                **before.policies,
+                step.name: replace(step, action=Action.ALLOW if step == before.policies[step.name] else Action.DENY),
+            }
+            found = replace(found, policies=policies)
+            delta = replace(delta, policies=frozenset({step.name}))
+        else:
+            found = replace(
+                found,
+                workloads={n: w for n, w in before.workloads.items() if n != step},
+                services={n: s for n, s in before.services.items() if n != step},
+            )
+            delta = replace(
+                delta, workloads=frozenset({str(step)} & before.workloads.keys()), services=frozenset({str(step)} & before.services.keys())
+            )
+        self.snapshot = replace(found, delta=delta)
+
+    def local(self) -> list[Namespace]:
+        """The enrolled workloads of this node that are in a namespace; a namespace belongs to one of them."""
+        taken: set[int] = set()
+        bound = []
+        for name, moved in sorted(self.namespaces.items()):
+            workload = self.snapshot.workloads.get(name)
+            if workload and workload.node == "here" and workload.enrolled and moved.cookie and moved.cookie not in taken:
+                taken.add(moved.cookie)
+                bound.append(Namespace(LocalWorkload(workload, moved.cookie, ""), moved.addresses))
+        return bound
+
+
+def meaning(tables: Tables) -> dict[str, object]:
+    """What the rows say: policy sets by what they decide for everybody who is known, because sets may hold more rows than are needed."""
+    rows = {name: mirror.read() for name, mirror in tables.mirrors.items()}
+    maps = {name: mirror.map.layout for name, mirror in tables.mirrors.items()}
+    known = {
+        name: {key: maps[name].value.unpack(row) for key, row in rows[name].items()}
+        for name in ("mesh_address", "mesh_workload", "mesh_block")
+    }
+    identities = {0} | {row["identity"][0] for found in known.values() for row in found.values()}
+    key = maps["mesh_policy"].key
+
+    def decide(policy: int, identity: int, protocol: int, port: int) -> bytes | None:
+        for who, where in ((identity, port), (identity, 0), (0xFFFFFFFF, port), (0xFFFFFFFF, 0)):
+            row = rows["mesh_policy"].get(key.pack(policy=policy, identity=who, port=where, protocol=protocol))
+            if row is not None:
+                return row
+        return None
+
+    found: dict[str, object] = {name: rows[name] for name in ("mesh_backend", "mesh_member", "mesh_service", "mesh_block")}
+    for name in ("mesh_address", "mesh_workload"):
+        for raw, row in known[name].items():
+            assert row["identity"][0] == row["identity"][1]
+            assert row["policy"][0] == row["policy"][1]
+            found[f"{name} {raw.hex()}"] = (
+                row["netns_cookie"],
+                row["id"],
+                row["flags"],
+                row["identity"],
+                {(i, p, port): decide(row["policy"][0], i, p, port) for i in identities for p in (6, 17) for port in (80, 9)},
+            )
+    return found
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(st.lists(steps, min_size=3, max_size=25))
+def test_a_difference_leads_where_everything_leads(tables: Tables, changes: list[object]) -> None:
+    world = World()
+    tables.sync(world.snapshot, [], frozenset())
+    for step in changes:
+        world.take(step)
+        local = world.local()
+        tables.sync(world.snapshot, local, world.inbound)
+        by_difference = meaning(tables)
+        tables._snapshot = None
+        tables.sync(world.snapshot, local, world.inbound)
+        assert meaning(tables) == by_difference, step
+        event(type(step).__name__)
+
+
+def test_a_small_change_is_a_difference(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    for number in range(5):
+        world.take(
+            Workload(
+                f"shop/w{number}", "one", "there", {}, (f"10.0.1.{number}",), "", True, True, (Backing("shop/s0", {80: 8080}),), ("shop/a",)
+            )
+        )
+    world.take(Service("shop/s0", ("10.96.0.1",), (ServicePort(80, "", "TCP", "", False, ""),)))
+    tables.sync(world.snapshot, [], frozenset())
+    monkeypatch.setattr(tables, "_everything", None)
+    world.take(replace(world.snapshot.workloads["shop/w3"], ready=False))
+    assert tables.sync(world.snapshot, [], frozenset()) < 20
