@@ -1,4 +1,4 @@
-"""Network namespaces: cookies, mounts that outlive their processes, and running a function inside one."""
+"""Network namespaces: cookies, addresses, mounts that outlive their processes, and running a function inside one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import functools
 import os
 import socket
 import struct
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +19,8 @@ from agent.errors import EnvironmentUnfit
 SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h, Linux 5.14
 CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
 NSFS_MAGIC = "nsfs"
+_MS_BIND = 0x1000  # include/uapi/linux/mount.h
+_MNT_DETACH = 2  # include/linux/fs.h
 
 T = TypeVar("T")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -60,51 +62,176 @@ def run_in(path: Path, function: Callable[[], T]) -> T:
 
 def cookie(path: Path) -> int:
     """The namespace's cookie: unique until the next boot (net/core/net_namespace.c). Raises OSError if `path` is no namespace."""
+    return run_in(path, _cookie_here)
 
-    def read() -> int:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            return int(struct.unpack("=Q", probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))[0])
 
-    return run_in(path, read)
+def _cookie_here() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        return int(struct.unpack("=Q", probe.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))[0])
 
 
 def addresses(path: Path) -> tuple[str, ...]:
     """Every global address configured in the namespace: those that a workload does not declare must be known too, or they were a way round policy."""
-
-    def read() -> tuple[str, ...]:
-        from pyroute2 import IPRoute  # noqa: PLC0415  0.1 s that commands need not wait for
-        from pyroute2.netlink.exceptions import NetlinkError  # noqa: PLC0415
-
-        try:
-            with IPRoute() as route:  # opened here, inside the namespace
-                return tuple(m.get_attr("IFA_LOCAL") or m.get_attr("IFA_ADDRESS") for m in route.get_addr() if m["scope"] == 0)
-        except NetlinkError as error:
-            raise OSError(error.code, f"read the addresses in network namespace {path}: {error}") from error
-
-    return run_in(path, read)
+    return _global(run_in(path, _addresses_here))
 
 
-def hold(source: Path, directory: Path) -> tuple[int, Path]:
-    """Mount the namespace at `source` below `directory` under its cookie, so that the name cannot come to mean another namespace.
+def _global(found: list[tuple[str, int]]) -> tuple[str, ...]:
+    """Those of scope RT_SCOPE_UNIVERSE (include/uapi/linux/rtnetlink.h)."""
+    return tuple(address for address, scope in found if scope == 0)
 
-    Returns cookie and path. Doing it again is harmless. Raises OSError if `source` is no namespace, EnvironmentUnfit if mounting is refused.
+
+_RTM_NEWADDR, _RTM_GETADDR = 20, 22  # include/uapi/linux/rtnetlink.h
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3  # include/uapi/linux/netlink.h
+_NLM_F_REQUEST_DUMP = 0x301
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2  # include/uapi/linux/if_addr.h
+_RTMGRP_IFADDR = 0x10 | 0x100  # RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
+_NETLINK_DUMP_BYTES = 1 << 16  # the kernel fills at most 32 KiB at a time (net/netlink/af_netlink.c, netlink_dump)
+_ANSWER_S = 5
+
+
+def _addresses_here() -> list[tuple[str, int]]:
+    """Every address and its scope. Asks the kernel directly: pyroute2 takes 1.6 ms for it, this 0.2 ms."""
+    found: list[tuple[str, int]] = []
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as route:
+        route.settimeout(_ANSWER_S)
+        route.bind((0, 0))
+        route.send(struct.pack("=IHHIIB7x", 24, _RTM_GETADDR, _NLM_F_REQUEST_DUMP, 1, 0, socket.AF_UNSPEC))
+        while True:
+            answer, at = route.recv(_NETLINK_DUMP_BYTES), 0
+            while at < len(answer):
+                length, kind = struct.unpack_from("=IH", answer, at)
+                if kind == _NLMSG_DONE:
+                    return found
+                if kind == _NLMSG_ERROR:
+                    code = -struct.unpack_from("=i", answer, at + 16)[0]
+                    raise OSError(code, f"read the addresses of a network namespace: {os.strerror(code)}")
+                if kind == _RTM_NEWADDR:
+                    found += _address(answer[at + 16 : at + length])
+                at += (length + 3) & ~3
+
+
+def _address(message: bytes) -> list[tuple[str, int]]:
+    """The address and scope in a struct ifaddrmsg with its attributes; nothing if it is of another family."""
+    family, scope = message[0], message[3]
+    found: dict[int, bytes] = {}
+    at = 8
+    while at + 4 <= len(message):
+        length, kind = struct.unpack_from("=HH", message, at)
+        found[kind] = message[at + 4 : at + length]
+        at += (length + 3) & ~3
+    # IPv4 and point-to-point links: IFA_LOCAL is the own address and IFA_ADDRESS the peer's; IPv6 mostly has IFA_ADDRESS alone.
+    raw = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
+    return [(socket.inet_ntop(family, raw), scope)] if raw and family in {socket.AF_INET, socket.AF_INET6} else []
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One look into a namespace."""
+
+    cookie: int
+    addresses: tuple[str, ...]
+    loopback: bool
+    """Its loopback addresses can be bound: a runtime makes the namespace first and configures it a moment later."""
+    notices: int
+    """Descriptor of a netlink socket in the namespace: readable after every change of its addresses since the look. The caller closes it."""
+
+
+def look(source: Path) -> Seen:
+    """Cookie and addresses of the namespace at `source`, and news of later changes. Raises OSError if it is no namespace."""
+
+    def read() -> Seen:
+        # First the subscription, then the question: a change in between is told twice rather than never.
+        with socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
+        ) as notices:
+            notices.bind((0, _RTMGRP_IFADDR))
+            number, found = _cookie_here(), _addresses_here()
+            present = {address for address, _ in found}
+            loopback = "127.0.0.1" in present and ("::1" in present or not _ipv6_here())
+            return Seen(number, _global(found), loopback, notices.detach())
+
+    return run_in(source, read)
+
+
+def _ipv6_here() -> bool:
+    try:
+        return Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").read_text().strip() == "0"  # of the reader's namespace
+    except OSError:
+        return False
+
+
+def create(target: Path) -> None:
+    """Make a new namespace and mount it at `target`; one that is mounted there already stays."""
+    if is_namespace(target):
+        return
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    target.touch(mode=0o600)
+
+    def unshare() -> None:
+        _checked(_libc.unshare(CLONE_NEWNET), "make a network namespace")
+        bind(Path("/proc/thread-self/ns/net"), target)
+
+    run_in(Path("/proc/self/ns/net"), unshare)
+
+
+def _checked(result: int, what: str) -> None:
+    if result:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what}: {os.strerror(code)}")
+
+
+def bind(source: Path, target: Path) -> None:
+    """mount --bind without a process: forking one costs 10 ms in a process of this size."""
+    _checked(_libc.mount(os.fsencode(source), os.fsencode(target), b"none", _MS_BIND, None), f"mount {source} at {target}")
+
+
+@functools.cache
+def _nsfs_device() -> int:
+    """All namespace files are in one file system (fs/nsfs.c)."""
+    return Path("/proc/self/ns/net").stat().st_dev
+
+
+GONE = (0, 0)
+
+
+def mark(path: str) -> tuple[int, int]:
+    """Device and inode of the namespace file at `path`: another namespace has another. GONE if there is none, or a file that is none (yet)."""
+    try:
+        found = os.stat(path)  # noqa: PTH116  polled for every workload: a Path costs as much again
+    except OSError:
+        return GONE
+    return (found.st_dev, found.st_ino) if found.st_dev == _nsfs_device() else GONE
+
+
+def is_namespace(path: Path) -> bool:
+    """True if a namespace is there."""
+    return mark(str(path)) != GONE
+
+
+def hold(source: Path, number: int, directory: Path) -> Path:
+    """Mount the namespace at `source` below `directory` under its cookie `number`, so that the name cannot come to mean another namespace.
+
+    Returns where. Doing it again is harmless. Raises OSError if `source` is no namespace any more, EnvironmentUnfit if mounting is refused.
     """
-    number = cookie(source)
     if number in _own_cookies():
         raise EnvironmentUnfit(
             f"network namespace {source} is the node's own: workloads there are not supported, give the process a namespace of its own"
         )
     target = directory / str(number)
-    if target not in held(directory):
+    if not is_namespace(target):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         target.touch(mode=0o600)
-        done = subprocess.run(["mount", "--bind", str(source), str(target)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise EnvironmentUnfit(f"cannot mount network namespace {source} at {target}: {done.stderr.strip()}; CAP_SYS_ADMIN is needed")
+        try:
+            bind(source, target)
+        except OSError as error:
+            target.unlink(missing_ok=True)
+            if not is_namespace(source):
+                raise FileNotFoundError(f"network namespace {source} went while it was being held") from error
+            raise EnvironmentUnfit(f"cannot hold network namespace {source}: {error.strerror}; CAP_SYS_ADMIN is needed") from error
         if cookie(target) != number:  # replaced between the two looks: what is mounted is not what was asked for
             release(target)
             raise FileNotFoundError(f"network namespace {source} was replaced while it was being held")
-    return number, target
+    return target
 
 
 @functools.cache
@@ -123,8 +250,8 @@ def held(directory: Path) -> list[Path]:
 
 
 def release(target: Path) -> None:
-    """Undo `hold`. The namespace itself goes when nothing else uses it."""
-    subprocess.run(["umount", "--lazy", str(target)], capture_output=True, check=False)
+    """Undo `hold` and `create`. The namespace itself goes when nothing else uses it."""
+    _libc.umount2(os.fsencode(target), _MNT_DETACH)  # fails harmlessly if nothing is mounted
     target.unlink(missing_ok=True)
 
 

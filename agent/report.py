@@ -43,13 +43,34 @@ class ControllerStatus:
 
 @dataclass(frozen=True, slots=True)
 class WorkloadStatus:
-    """A workload of this node. `redirected`: its namespace is known to the kernel and linked; `identity`: SPIFFE ID, "" if not enrolled."""
+    """A workload of this node. `redirected`: its namespace is known to the kernel and linked, and the programs run for all of its processes; `drift`: it
+    should be redirected and is not; `identity`: SPIFFE ID, "" if not enrolled.
+    """
 
     namespace: str
     name: str
     enrolled: bool
     redirected: bool
     identity: str
+    drift: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignProgram:
+    """Somebody else's program that the kernel runs at a hook that ours use, in cgroup `place`. It is left alone."""
+
+    id: int
+    name: str
+    attach_type: str
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeStatus:
+    """The last live probe. `works`: the kernel programs refused what they have to; None: not known. `age_seconds`: None before the first."""
+
+    works: bool | None = None
+    age_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +84,8 @@ class Status:
     controller: ControllerStatus
     workloads: tuple[WorkloadStatus, ...]
     problems: tuple[str, ...]
+    probe: ProbeStatus = ProbeStatus()
+    foreign_programs: tuple[ForeignProgram, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +100,10 @@ class BackendPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """First line of `meshagent trace`: what would happen, known without traffic. `level` is "L4" or "L7"."""
+    """First line of `meshagent trace`: what would happen, known without traffic. `level` is "L4" or "L7".
+
+    `audit` names the rules of AUDIT policies that would deny if they were enforced.
+    """
 
     kind: str = "plan"
     source: str
@@ -90,6 +116,7 @@ class Plan:
     encryption: str
     fail_mode: str
     problems: tuple[str, ...]
+    audit: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,14 @@ import os
 import signal
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
-from agent import features, lock
+from agent import drift, features, lock, probe
 from agent.api import Api
 from agent.bpf.datapath import DataPath
 from agent.bpf.events import Events
-from agent.bpf.manifest import PROGRAMS
+from agent.bpf.manifest import HOOKED
 from agent.config import Config
 from agent.discovery import Discovery
 from agent.enrolment import Enrolled, Enrolment
@@ -29,13 +30,15 @@ from agent.l7 import envoy
 from agent.l7.snapshot import build, needs_inbound
 from agent.l7.xds import XdsServer
 from agent.model import Snapshot
-from agent.report import ControllerStatus, HookStatus, Status, WaypointStatus, WorkloadStatus
+from agent.names.service import Names
+from agent.report import ControllerStatus, ForeignProgram, HookStatus, ProbeStatus, Status, WaypointStatus, WorkloadStatus
 from agent.telemetry import MeshCollector, MetricsServer
 from agent.trace import Pair, Tracer
 
 _log = logging.getLogger(__name__)
 
 NAMESPACE_POLL_S = 0.25
+EAGER_POLL_S = 0.01
 HEARTBEAT_S = 1.0
 DEAD_AFTER_S = 10.0
 STATUS_TIMEOUT_S = 5.0
@@ -56,6 +59,10 @@ class Supervisor:
         self._enforced_inbound: frozenset[str] = frozenset()
         self._beat = time.monotonic()
         self._tracer = Tracer(config.node, self._trace_changed)
+        self._probe = probe.Probe(config)
+        self._probed = probe.Result()
+        self._probed_at: float | None = None
+        self._drift = drift.Drift()
 
     async def run(self) -> None:
         """Start everything and keep it running."""
@@ -85,8 +92,13 @@ class Supervisor:
             ) from error
         self.datapath = DataPath(config)
         await self.datapath.load()
-        self.ids = Ids(config.run_dir / "ids.json")
+        self.ids = Ids(config.run_dir / "ids")
         self._enrolment = Enrolment(config, self.datapath, self.ids)
+        self._names = Names(config, self._enrolment.tables.set_resolvers)
+        try:
+            self._probe.prepare()
+        except OSError as error:  # the probe then says that its namespace is missing; pods do not depend on it
+            _log.error("the live probe has no network namespace", extra={"reason": str(error)})
         self._waypoint = envoy.Envoy(config, self.datapath.layout)
         self._xds = XdsServer(config.xds_socket, self._tracer.on_record)
         self._discovery = Discovery(config, self.apply)
@@ -105,7 +117,7 @@ class Supervisor:
         )
 
     async def _serve(self) -> None:
-        events = Events(self.datapath.maps["mesh_events"], self.ids, self._tracer.on_event)
+        events = Events(self.datapath.maps["mesh_events"], self.ids, self._tracer.on_event, expected=probe.NAME)
         api = Api(self._config, self)
         self._metrics.start()
         try:
@@ -116,6 +128,8 @@ class Supervisor:
                     "discovery": self._discovery.run(),
                     "events": events.run(),
                     "namespaces": self._watch_namespaces(),
+                    "truth": self._seek_truth(),
+                    "names": self._names.run(),
                     "relax": self._relax(),
                     "heartbeat": self._heartbeat(),
                     "api": api.run(),
@@ -123,6 +137,7 @@ class Supervisor:
             )
         finally:
             self._metrics.stop()
+            self._probe.close()
 
     async def apply(self, snapshot: Snapshot) -> None:
         """Bring a new `snapshot` into force; on failure the previous one stays. Called by the discovery client."""
@@ -142,9 +157,10 @@ class Supervisor:
 
     async def _enforce(self, snapshot: Snapshot, enforce_inbound: frozenset[str]) -> None:
         try:
-            self._enrolled = await asyncio.to_thread(self._enrolment.enforce, snapshot, enforce_inbound)
+            self._enrolled = await asyncio.to_thread(lambda: self._enrolment.enforce(self._probe.extend(snapshot), enforce_inbound))
         except (OSError, RuntimeError) as error:
             raise KernelRefused(f"cannot bring version {snapshot.version} into force: {error}") from error
+        self._names.update(snapshot, self.enrolled.local)
         self._enforced_inbound = enforce_inbound
 
     async def _relax(self) -> None:
@@ -166,7 +182,7 @@ class Supervisor:
     def _configure_waypoint(self) -> None:
         traced = frozenset(pair.source for pair in self._tracer.pairs)
         snapshot = self._snapshot or Snapshot()
-        self._xds.set(build(snapshot, self._enrolled.local, trust_domain=self._config.trust_domain, traced=traced))
+        self._xds.set(build(snapshot, self.enrolled.local, trust_domain=self._config.trust_domain, traced=traced))
 
     async def _serve_waypoint(self) -> None:
         """Serve Envoy once there is something to say: an adopted Envoy must not be told that nothing exists."""
@@ -174,15 +190,56 @@ class Supervisor:
         await self._xds.run()
 
     async def _watch_namespaces(self) -> None:
+        """Follow namespaces that come, go, or change their addresses: at once by what the kernel tells, and by looking now and then."""
+        news = asyncio.Event()
+        watch = self._enrolment.watch
+
+        def wake() -> None:
+            watch.drain()
+            news.set()
+
+        self._loop.add_reader(watch.fileno(), wake)
+        try:
+            while True:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(news.wait(), EAGER_POLL_S if watch.eager else NAMESPACE_POLL_S)
+                news.clear()
+                try:
+                    async with self._enforcing:
+                        if self._snapshot is not None and self._enrolment.namespaces_changed(self._probe.extend(self._snapshot)):
+                            await self._bring_into_force(self._snapshot)
+                except MeshError as error:
+                    _log.error(
+                        "a changed namespace could not be brought into force; the previous state stays", extra={"reason": str(error)}
+                    )
+                    await asyncio.sleep(RETRY_S)
+        finally:
+            self._loop.remove_reader(watch.fileno())
+
+    async def _seek_truth(self) -> None:
+        """Ask the kernel, and try, whether what is believed is so."""
+        await self._configured.wait()
         while True:
-            await asyncio.sleep(NAMESPACE_POLL_S)
             try:
-                async with self._enforcing:
-                    if self._snapshot is not None and self._enrolment.namespaces_changed(self._snapshot):
-                        await self._bring_into_force(self._snapshot)
-            except MeshError as error:
-                _log.error("a changed namespace could not be brought into force; the previous state stays", extra={"reason": str(error)})
-                await asyncio.sleep(RETRY_S)
+                await self._check_truth()
+            except (OSError, MeshError) as error:
+                _log.error("cannot check whether pods are redirected; what was found last stays", extra={"reason": str(error)})
+            await asyncio.sleep(probe.INTERVAL_S)
+
+    async def _check_truth(self) -> None:
+        local = self._enrolled.local
+        found = await asyncio.to_thread(drift.scan, self._config, self.datapath, local)
+        now = {(item.workload.name, item.netns_cookie) for item in self._enrolled.local}
+        still = {item.workload.name for item in local if (item.workload.name, item.netns_cookie) in now}  # others ended meanwhile
+        before, self._drift = self._drift, replace(found, reasons={name: why for name, why in found.reasons.items() if name in still})
+        for name, reason in self._drift.reasons.items():
+            if name not in before.reasons:
+                _log.error("a workload is not redirected", extra={"workload": name, "reason": reason})
+        self._enrolment.doubt(found.unlinked)
+        outcome = await asyncio.to_thread(self._probe.run, local)
+        if outcome.problem and outcome.problem != self._probed.problem:
+            _log.error("the live probe failed", extra={"reason": outcome.problem})
+        self._probed, self._probed_at = outcome, time.monotonic()
 
     async def _heartbeat(self) -> None:
         while True:
@@ -196,8 +253,9 @@ class Supervisor:
 
     @property
     def enrolled(self) -> Enrolled:
-        """The workloads in the data path."""
-        return self._enrolled
+        """The workloads in the data path, without the agent's own probe."""
+        local = tuple(item for item in self._enrolled.local if item.workload.name != probe.NAME)
+        return replace(self._enrolled, local=local, missing=tuple(m for m in self._enrolled.missing if m[0] != probe.NAME))
 
     @property
     def tracer(self) -> Tracer:
@@ -240,8 +298,9 @@ class Supervisor:
         config = self._config
         hooks = tuple(HookStatus(h.name, h.attached, h.effective) for h in self.datapath.hooks())
         waypoint, xds, discovery = self._waypoint.state, self._xds.state, self._discovery.state
-        enrolled, snapshot = self._enrolled, self.snapshot
-        missing = dict(enrolled.missing)
+        enrolled, snapshot = self.enrolled, self.snapshot
+        missing = {**self._drift.reasons, **dict(enrolled.missing)}
+        missing = {name: reason for name, reason in missing.items() if name in snapshot.workloads}
         redirected = {local.workload.name for local in enrolled.local} - missing.keys()
         problems = [f"{h.name} does not run: another program may have replaced it; restart the agent" for h in hooks if not h.effective]
         if not waypoint.ready:
@@ -255,6 +314,9 @@ class Supervisor:
         elif not discovery.connected:
             problems.append(f"controller {config.controller} is away: the last good configuration {snapshot.version} is in force")
         problems += [f"workload {name} is not redirected: {reason}" for name, reason in sorted(missing.items())]
+        if self._probed.problem:
+            problems.append(self._probed.problem)
+        problems += self._names.problems()
         counters = self.datapath.counters()
         problems += [
             f"{counters[c]} times {c} in the kernel programs: see mesh_datapath_events in /metrics" for c in _TROUBLE if counters[c]
@@ -268,18 +330,27 @@ class Supervisor:
                 w.enrolled,
                 w.name in redirected,
                 w.identity(config.trust_domain) if w.enrolled else "",
+                w.name in missing,
             )
             for w in sorted(snapshot.workloads.values(), key=lambda w: w.name)
             if w.node == config.node
         )
         return Status(
-            ready=len(hooks) == len(PROGRAMS) and all(h.effective for h in hooks) and waypoint.ready and self._snapshot is not None,
+            ready=(
+                len(hooks) == len(HOOKED)
+                and all(h.effective for h in hooks)
+                and waypoint.ready
+                and self._snapshot is not None
+                and self._probed.works is not False
+            ),
             node=config.node,
             hooks=hooks,
             waypoint=WaypointStatus(waypoint.ready, waypoint.version, waypoint.pid, xds.nacks),
             controller=ControllerStatus(discovery.connected, snapshot.version, discovery.lag_s),
             workloads=workloads,
             problems=tuple(problems),
+            probe=ProbeStatus(self._probed.works, None if self._probed_at is None else time.monotonic() - self._probed_at),
+            foreign_programs=tuple(ForeignProgram(f.id, f.name, f.attach_type, f.place) for f in self._drift.foreign),
         )
 
 

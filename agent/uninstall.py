@@ -86,7 +86,19 @@ def _remove_cgroup(path: Path) -> None:
 
 
 # Only what agents put there: the directories may hold other nodes' directories (one machine can run several agents).
-_OWN = ("agent.lock", "agent.sock", "xds.sock", "envoy*", "ids", "manifest-*", "loader.log", "netns", "snapshot.*")
+_OWN = (
+    "agent.lock",
+    "agent.sock",
+    "xds.sock",
+    "envoy*",
+    "ids",
+    "ids.*",
+    "acceleration.json",
+    "manifest-*",
+    "loader.log",
+    "netns",
+    "snapshot.*",
+)
 
 
 def _remove_files(directory: Path) -> None:

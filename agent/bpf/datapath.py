@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,16 @@ class Hook:
     effective: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """Somebody else's program that the kernel runs where ours run. It is left alone."""
+
+    id: int
+    name: str
+    attach_type: str
+    place: str
+
+
 class DataPath:
     """See the module. Not thread-safe, but `maps` may be read from any thread."""
 
@@ -52,6 +62,7 @@ class DataPath:
         self._links_dir = config.pin_dir / "links"
         self._manifest = config.run_dir / f"manifest-{code.programs}.json"
         self._namespaces: set[int] = set()
+        self._ids: dict[str, int | None] = {}
         self.maps: dict[str, Map] = {}
         self.loader_s = 0.0
         """How long the loader child took; 0 if the pins of an earlier run served."""
@@ -148,12 +159,44 @@ class DataPath:
         for program in HOOKED:
             number = self._pinned_id(self._programs_dir / program.name, libbpf.program_id)
             if program.where == "namespace":
-                linked = [self._pinned_id(self._links_dir / f"netns-{c}", libbpf.link_program_id) == number for c in self._namespaces]
+                linked = [
+                    self._pinned_id(self._links_dir / f"netns-{c}", libbpf.link_program_id) == number for c in tuple(self._namespaces)
+                ]
                 found.append(Hook(program.name, all(linked), all(linked)))
                 continue
             attached = number is not None and self._pinned_id(self._links_dir / program.name, libbpf.link_program_id) == number
             found.append(Hook(program.name, attached, number in _effective(places[program.where], program.attach_type)))
         return found
+
+    def lacking(self, cgroup: Path) -> list[str]:
+        """Programs that the kernel does not run for the processes of `cgroup`, although they are to run for every process below the agent's cgroup."""
+        return [p.name for p in PROGRAMS if p.where == "node" and self._own_id(p.name) not in _effective(cgroup, p.attach_type)]
+
+    def receives(self, namespace: Path) -> bool:
+        """True if the kernel runs the receiver's check for what arrives in a network namespace."""
+        program = next(p for p in PROGRAMS if p.name == _NAMESPACE_PROGRAM)
+        try:
+            with _fd(os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+                return self._own_id(program.name) in libbpf.namespace_programs(fd, program.attach_type)
+        except OSError:
+            return False
+
+    def foreign(self, cgroups: Iterable[Path]) -> list[Foreign]:
+        """Other people's programs at the hooks that ours use, each once, with the first of `cgroups` in which it runs."""
+        own = {self._own_id(p.name) for p in PROGRAMS}
+        found: dict[tuple[int, str], Foreign] = {}
+        for cgroup in cgroups:
+            for attach_type in sorted({p.attach_type for p in PROGRAMS if p.where in {"node", "waypoint"}}):
+                for number in _effective(cgroup, attach_type):
+                    if number not in own and (number, attach_type) not in found:
+                        found[number, attach_type] = Foreign(number, libbpf.program_name(number), attach_type, str(cgroup))
+        return list(found.values())
+
+    def _own_id(self, program: str) -> int | None:
+        """Kernel id of a program of ours; the pins do not change while the agent runs."""
+        if program not in self._ids:
+            self._ids[program] = self._pinned_id(self._programs_dir / program, libbpf.program_id)
+        return self._ids[program]
 
     @staticmethod
     def _pinned_id(pin: Path, read: Callable[[int], int]) -> int | None:

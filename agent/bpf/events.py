@@ -57,11 +57,12 @@ class Event:
 class Events:
     """Reads the ring buffer on the event loop."""
 
-    def __init__(self, ring: Map, ids: Ids, on_event: Callable[[Event], None]) -> None:
-        """`ring` is mesh_events."""
+    def __init__(self, ring: Map, ids: Ids, on_event: Callable[[Event], None], expected: str = "") -> None:
+        """`ring` is mesh_events; refusals of the workload `expected` are no news."""
         self._codec = ring.layout.value
         self._ids = ids
         self._on_event = on_event
+        self._expected = expected
         self._ring = libbpf.RingBuffer(ring.fd, self._record)
 
     async def run(self) -> None:
@@ -102,7 +103,7 @@ class Events:
             redirected=bool(m["redirected"]),
             protocol="UDP" if m["protocol"] == _UDP else "TCP",
         )
-        if event.kind in {EventKind.DENIED, EventKind.AUDITED}:
+        if event.kind in {EventKind.DENIED, EventKind.AUDITED} and (not self._expected or event.source != self._expected):
             _log.info(
                 "connection refused" if event.kind is EventKind.DENIED else "enforcing would deny",
                 extra={

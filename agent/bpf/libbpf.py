@@ -116,12 +116,32 @@ def link_target(fd: int) -> int:
 
 def effective_programs(cgroup: int, attach_type: str) -> list[int]:
     """Ids of the programs that run for a cgroup, inherited ones included, in the order in which they run."""
+    return _query(cgroup, attach_type, BPF_F_QUERY_EFFECTIVE)
+
+
+def namespace_programs(netns: int, attach_type: str) -> list[int]:
+    """Ids of the programs that run for a network namespace (kernel/bpf/net_namespace.c, netns_bpf_prog_query: links are included)."""
+    return _query(netns, attach_type, 0)
+
+
+def program_name(number: int) -> str:
+    """Name of a program by id, at most 15 characters; "" if it has none or is gone (struct bpf_prog_info, name)."""
+    fd = _lib().bpf_prog_get_fd_by_id(ct.c_uint32(number))
+    if fd < 0:
+        return ""
+    try:
+        return object_info(fd)[64:80].split(b"\0", 1)[0].decode(errors="replace")
+    finally:
+        os.close(fd)
+
+
+def _query(target: int, attach_type: str, query_flags: int) -> list[int]:
     ids = (ct.c_uint32 * 64)()
     count = ct.c_uint32(64)
     flags = ct.c_uint32(0)
     _checked(
-        _lib().bpf_prog_query(cgroup, ATTACH_TYPES[attach_type], BPF_F_QUERY_EFFECTIVE, ct.byref(flags), ids, ct.byref(count)),
-        f"query effective {attach_type} programs",
+        _lib().bpf_prog_query(target, ATTACH_TYPES[attach_type], query_flags, ct.byref(flags), ids, ct.byref(count)),
+        f"query {attach_type} programs",
     )
     return list(ids[: count.value])
 

@@ -85,6 +85,14 @@ def _show_status(s: dict[str, Any]) -> None:
         f"  programs    {', '.join(h['name'] + ('' if h['effective'] else ' [red](not running)[/red]') for h in s['hooks'])}",
         soft_wrap=True,
     )
+    probe = s.get("probe", {})
+    if probe.get("ageSeconds") is not None:
+        known = "-" if probe["works"] is None else _yes(probe["works"])
+        console.print(f"  live probe  {known}  {probe['ageSeconds']:.0f} s ago")
+    for f in s.get("foreignPrograms", ()):
+        console.print(
+            f"  not ours    {escape(f['name'] or 'a program')} (id {f['id']}) at {f['attachType']} of {escape(f['place'])}", soft_wrap=True
+        )
     table = Table("workload", "redirected", "identity", box=None, pad_edge=False)
     for w in s["workloads"]:
         table.add_row(f"{w['namespace']}/{w['name']}", _yes(w["redirected"]), w["identity"])

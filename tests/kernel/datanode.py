@@ -103,8 +103,8 @@ class DataNode:
 
     def enforce(self, model: Snapshot, enforce_inbound: frozenset[str] = frozenset()) -> None:
         """Bring a snapshot into force and attach."""
-        enrolled = self.enrolment.enforce(model, enforce_inbound)
-        assert enrolled.missing == ()
+        self.enrolled = self.enrolment.enforce(model, enforce_inbound)
+        assert self.enrolled.missing == ()
         self.datapath.configure(waypoint_cgroup_id=self.config.waypoint_cgroup.stat().st_ino, tracing=0)
         self.datapath.attach(self.config.waypoint_cgroup)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent import netns
+from agent.bpf.manifest import HOOKED
 from lab import mesh, mounts, paths
 from lab.lab import Lab
 from lab.topology import Pod
@@ -166,7 +167,8 @@ def test_an_uninstall_after_a_crash_leaves_nothing_and_a_start_after_it_is_whole
     assert "stopped Envoy" in run.stdout
     assert not shop.alive(envoy)
     shop.takes(lambda: not _links(programs), 5)
-    assert len(links) == 5 + len([p for p in lab.topology.pods_of("node-1") if p.mesh])
+    namespaces = 1 + len([p for p in lab.topology.pods_of("node-1") if p.mesh])  # the probe's is one more
+    assert len(links) == len(HOOKED) - 1 + namespaces
     assert not _loaded(programs)
     for path in (paths.agent_pins("node-1"), paths.agent_run("node-1"), paths.agent_state("node-1")):
         assert not path.exists(), path

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.bpf.manifest import HOOKED
 from lab.lab import Lab
 from tests.kernel import shop
 
@@ -23,14 +24,17 @@ def test_status_has_the_documented_shape(lab: Lab) -> None:
     report = json.loads(run.stdout)
     assert run.returncode == 0
     assert {key: type(value) for key, value in report.items()} == {
-        "ready": bool, "node": str, "hooks": list, "waypoint": dict, "controller": dict, "workloads": list, "problems": list,
+        "ready": bool, "node": str, "hooks": list, "waypoint": dict, "controller": dict, "workloads": list, "problems": list, "probe": dict,
+        "foreignPrograms": list,
     }  # fmt: skip
     assert {tuple(hook) for hook in report["hooks"]} == {("name", "attached", "effective")}
     assert report["waypoint"].keys() == {"ready", "version", "pid", "nacks"}
     assert report["controller"].keys() == {"connected", "version", "lagSeconds"}
-    assert {tuple(workload) for workload in report["workloads"]} == {("namespace", "name", "enrolled", "redirected", "identity")}
+    assert {tuple(workload) for workload in report["workloads"]} == {("namespace", "name", "enrolled", "redirected", "identity", "drift")}
+    assert report["probe"].keys() == {"works", "ageSeconds"}
+    assert (report["foreignPrograms"], any(w["drift"] for w in report["workloads"])) == ([], False)
     assert (report["ready"], report["node"], report["problems"]) == (True, "node-1", [])
-    assert len(report["hooks"]) == 6
+    assert len(report["hooks"]) == len(HOOKED)
     assert all(hook["attached"] and hook["effective"] for hook in report["hooks"])
     mine = {w["name"]: w["identity"] for w in report["workloads"] if w["enrolled"] and w["redirected"]}
     assert mine == {
@@ -59,7 +63,7 @@ def test_the_plan_of_a_trace_has_the_documented_shape(lab: Lab) -> None:
     plan = json.loads(line)
     assert run.returncode == 0
     assert list(plan) == [
-        "kind", "source", "destination", "verdict", "rule", "level", "reason", "backends", "encryption", "failMode", "problems",
+        "kind", "source", "destination", "verdict", "rule", "level", "reason", "backends", "encryption", "failMode", "problems", "audit",
     ]  # fmt: skip
     assert (plan["kind"], plan["source"], plan["destination"]) == ("plan", "default/frontend", "default/cart:80")
     assert (plan["verdict"], plan["rule"], plan["level"], plan["problems"]) == ("ALLOW", None, "L7", [])

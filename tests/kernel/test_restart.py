@@ -193,10 +193,11 @@ def test_a_waypoint_cgroup_that_was_made_anew_gets_its_programs(node: DataNode) 
 
 
 def test_a_namespace_that_cannot_be_looked_at_keeps_its_protection(node: DataNode, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(path: Path) -> tuple[str, ...]:
+    def fails(path: Path) -> netns.Seen:
         raise OSError(24, f"too many open files: {path}")
 
-    monkeypatch.setattr("agent.netns.addresses", fails)
+    monkeypatch.setattr("agent.netns.look", fails)
+    node.enrolment.doubt({item.netns_cookie for item in node.enrolment.enforce(MODEL, frozenset()).local})
     enrolled = node.enrolment.enforce(MODEL, frozenset())
     assert {name for name, _ in enrolled.missing} == set(MODEL.workloads)
     assert len(enrolled.local) == len(MODEL.workloads)
@@ -211,8 +212,10 @@ def test_a_namespace_that_cannot_be_looked_at_keeps_its_protection(node: DataNod
 
 
 def test_the_nodes_own_namespace_cannot_be_enrolled(node: DataNode) -> None:
+    own = Path("/proc/self/ns/net")
+    cookie = netns.cookie(own)
     with pytest.raises(EnvironmentUnfit, match="the node's own"):
-        netns.hold(Path("/proc/self/ns/net"), node.config.netns_dir)
+        netns.hold(own, cookie, node.config.netns_dir)
 
 
 def test_lost_numbers_are_not_given_again_under_rows_that_stay(node: DataNode) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,11 +15,11 @@ from agent.bpf.tables import Namespace
 from agent.config import Config
 from agent.enrolment import Enrolment
 from agent.errors import KernelRefused
-from agent.model import Snapshot, Workload
+from agent.model import Delta, Snapshot, Workload
 
 
 class World:
-    """Namespaces are files in `directory` that hold their cookie; everything that is done to the kernel is noted in `log`."""
+    """Namespaces are files in `directory` that hold their cookie; everything that is done to the kernel is noted in `log`, looks in `looks`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -24,6 +27,10 @@ class World:
         self.refuse_link: set[int] = set()
         self.refuse_rows = False
         self.mounts: set[Path] = set()
+        self.looks: list[str] = []
+        self.watch: Watch
+        self.fail_look = False
+        self.loopback = True
 
     def namespace(self, name: str, cookie: int) -> Path:
         path = self.directory / name
@@ -49,24 +56,69 @@ class World:
         return len(local)
 
     # agent.netns
-    def hold(self, source: Path, directory: Path) -> tuple[int, Path]:
-        cookie = int(source.read_text())
+    def mark(self, path: str) -> tuple[int, int]:
+        found = Path(path)
+        return (1, found.stat().st_ino) if found.exists() and found.read_text() else netns.GONE
+
+    def look(self, source: Path) -> netns.Seen:
+        self.looks.append(source.name)
+        if self.fail_look:
+            raise OSError(24, "too many open files")
+        return netns.Seen(int(source.read_text()), ("10.0.0.1",), self.loopback, os.open("/dev/null", os.O_RDONLY))
+
+    def hold(self, _: Path, cookie: int, directory: Path) -> Path:
         target = directory / str(cookie)
         self.mounts.add(target)
-        return cookie, target
+        return target
 
     def release(self, target: Path) -> None:
         self.mounts.remove(target)
+
+
+class Watch:
+    """A watch to which nobody tells anything but the test, through `doubt`."""
+
+    complete, news = True, False
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.changed: set[int] = set()
+        self.paths: set[str] = set()
+        world.watch = self
+
+    def follow(self, paths: Iterable[str]) -> None:
+        self.paths = set(paths)
+
+    def add(self, _: int, notices: int) -> None:
+        os.close(notices)
+
+    def keep(self, cookies: set[int]) -> None:
+        self.changed &= cookies
+
+    def doubt(self, cookies: Iterable[int]) -> None:
+        self.changed |= set(cookies)
+
+    def take_changed(self) -> set[int]:
+        changed, self.changed = self.changed, set()
+        return changed
+
+    def take_named(self) -> bool:
+        return False
+
+    def drain(self) -> None:
+        self.news = bool(self.changed)
 
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     made = World(tmp_path)
     monkeypatch.setattr(enrolment, "Tables", lambda *_: made)
+    monkeypatch.setattr(enrolment, "Watch", lambda: Watch(made))
+    monkeypatch.setattr(netns, "mark", made.mark)
+    monkeypatch.setattr(netns, "look", made.look)
     monkeypatch.setattr(netns, "hold", made.hold)
     monkeypatch.setattr(netns, "release", made.release)
     monkeypatch.setattr(netns, "held", lambda _: sorted(made.mounts))
-    monkeypatch.setattr(netns, "addresses", lambda _: ("10.0.0.1",))
     return made
 
 
@@ -164,3 +216,86 @@ def test_a_namespace_that_comes_goes_or_is_replaced_is_noticed(world: World, nod
     assert [changed(), changed()] == [True, False]
     path.unlink()
     assert [changed(), changed()] == [True, False]
+
+
+def test_what_has_not_changed_is_not_looked_at_again(world: World, node: Enrolment) -> None:
+    a, b = (workload(name, world.namespace(name, cookie)) for name, cookie in (("a", 7), ("b", 11)))
+    node.enforce(snapshot(a, b), frozenset())
+    world.looks.clear()
+    world.log.clear()
+    enrolled = node.enforce(snapshot(replace(a, labels={"new": "label"}), b), frozenset())
+    assert world.looks == []
+    assert world.log == [("rows", "default/a", "default/b")]
+    assert enrolled.local[0].workload.labels == {"new": "label"}
+
+
+def test_only_what_a_delta_names_is_read_from_the_model(world: World, node: Enrolment) -> None:
+    a, b = (workload(name, world.namespace(name, cookie)) for name, cookie in (("a", 7), ("b", 11)))
+    node.enforce(snapshot(a), frozenset())
+    unread = Snapshot("2", {a.name: a, b.name: b}, delta=Delta("1"))
+    assert len(node.enforce(unread, frozenset()).local) == 1
+    named = Snapshot("3", {b.name: b}, delta=Delta("2", workloads=frozenset({a.name, b.name})))
+    assert [local.workload.name for local in node.enforce(named, frozenset()).local] == ["default/b"]
+    other_base = Snapshot("5", {a.name: a}, delta=Delta("4"))
+    assert [local.workload.name for local in node.enforce(other_base, frozenset()).local] == ["default/a"]
+
+
+def test_a_namespace_whose_addresses_changed_is_looked_at_and_linked_again(world: World, node: Enrolment) -> None:
+    model = snapshot(*(workload(name, world.namespace(name, cookie)) for name, cookie in (("a", 7), ("b", 11))))
+    node.enforce(model, frozenset())
+    world.looks.clear()
+    world.log.clear()
+    node.doubt({11})
+    assert node.namespaces_changed(model)
+    node.enforce(model, frozenset())
+    assert world.looks == ["b"]
+    assert ("link", 11, "11") in world.log
+    assert ("link", 7, "7") not in world.log
+
+
+def test_a_file_that_is_no_namespace_yet_is_awaited(world: World, node: Enrolment) -> None:
+    path = world.directory / "a"
+    path.touch()
+    model = snapshot(workload("a", path))
+    ((_, reason),) = node.enforce(model, frozenset()).missing
+    assert "is not a network namespace" in reason
+    assert not node.namespaces_changed(model)
+    path.write_text("7")
+    assert node.namespaces_changed(model)
+
+
+def test_a_namespace_that_cannot_be_looked_at_keeps_its_protection_and_is_tried_again(
+    world: World, node: Enrolment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = snapshot(workload("a", world.namespace("a", 7)))
+    node.enforce(model, frozenset())
+    world.fail_look = True
+    node.doubt({7})
+    enrolled = node.enforce(model, frozenset())
+    assert [local.netns_cookie for local in enrolled.local] == [7]
+    assert "too many open files" in enrolled.missing[0][1]
+    assert not node.namespaces_changed(model)
+    monkeypatch.setattr("time.monotonic", lambda: 1e9)
+    assert node.namespaces_changed(model)
+
+
+def test_a_newcomer_does_not_take_the_namespace_of_another_workload(world: World, node: Enrolment) -> None:
+    path = world.namespace("shared", 7)
+    b = workload("b", path)
+    node.enforce(snapshot(b), frozenset())
+    enrolled = node.enforce(snapshot(workload("a", path), b), frozenset())
+    assert [local.workload.name for local in enrolled.local] == ["default/b"]
+    assert [name for name, _ in enrolled.missing] == ["default/a"]
+
+
+def test_a_namespace_without_loopback_is_protected_but_nothing_listens_there_yet(world: World, node: Enrolment) -> None:
+    world.loopback = False
+    model = snapshot(workload("a", world.namespace("a", 7)))
+    enrolled = node.enforce(model, frozenset())
+    assert world.log[:2] == [("rows", "default/a"), ("link", 7, "7")]
+    assert enrolled.local == ()
+    assert "ip link set lo up" in enrolled.missing[0][1]
+    world.loopback = True
+    node.doubt({7})
+    enrolled = node.enforce(model, frozenset())
+    assert ([local.netns_cookie for local in enrolled.local], enrolled.missing) == ([7], ())

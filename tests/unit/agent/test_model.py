@@ -156,3 +156,28 @@ def test_a_block_that_cannot_be_compared_is_refused(field: str) -> None:
 
 def test_a_port_without_a_protocol_is_tcp() -> None:
     assert (port_name(53, "TCP"), port_name(53, "UDP")) == ("53", "53/udp")
+
+
+def _pod(name: str, labels: dict[str, str]) -> Workload:
+    workload = pb.Workload(namespace="n", name=name, node="node-1", labels=labels, policies=["n/p"], service_account="s", zone="z")
+    workload.backing.add(service="n/s").ports.extend(
+        [pb.PortMapping(service_port=80, target_port=8080), pb.PortMapping(service_port=53, target_port=5353, protocol="UDP")]
+    )
+    found = decode(pb.Entity(workload=workload).SerializeToString())
+    assert isinstance(found, Workload)
+    return found
+
+
+def test_what_workloads_have_in_common_is_one_object() -> None:
+    one, two = _pod("a", {"app": "x", "tier": "y"}), _pod("b", {"tier": "y", "app": "x"})
+    for part in ("node", "service_account", "zone", "labels", "policies", "backing"):
+        assert getattr(one, part) is getattr(two, part), part
+    assert one.backing[0].ports == {80: 8080}
+    assert one.backing[0].udp == {53: 5353}
+    assert one.labels == {"app": "x", "tier": "y"}
+
+
+@given(st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=4))
+def test_labels_of_any_text_are_decoded_as_they_are(labels: dict[str, str]) -> None:
+    assert _pod("a", labels).labels == labels
+    assert _pod("a", {**labels, "x": "a\0b", "y": ""}).labels == {**labels, "x": "a\0b", "y": ""}

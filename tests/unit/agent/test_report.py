@@ -11,9 +11,11 @@ from agent.report import (
     BackendPlan,
     Connection,
     ControllerStatus,
+    ForeignProgram,
     HookStatus,
     Hop,
     Plan,
+    ProbeStatus,
     Status,
     WaypointStatus,
     WorkloadStatus,
@@ -33,8 +35,12 @@ def test_a_status_has_the_documented_names() -> None:
         hooks=(HookStatus("mesh_connect4", attached=True, effective=False),),
         waypoint=WaypointStatus(ready=True, version="1.37.0", pid=None, nacks=0),
         controller=ControllerStatus(connected=False, version="v", lag_seconds=None),
-        workloads=(WorkloadStatus("default", "cart", enrolled=True, redirected=False, identity="spiffe://m/ns/default/sa/cart"),),
+        workloads=(
+            WorkloadStatus("default", "cart", enrolled=True, redirected=False, identity="spiffe://m/ns/default/sa/cart", drift=True),
+        ),
         problems=("one", "two"),
+        probe=ProbeStatus(works=False, age_seconds=2.5),
+        foreign_programs=(ForeignProgram(23, "guard", "cgroup_inet4_connect", "/sys/fs/cgroup"),),
     )
     assert json.loads(encode(status)) == {
         "ready": False,
@@ -43,9 +49,18 @@ def test_a_status_has_the_documented_names() -> None:
         "waypoint": {"ready": True, "version": "1.37.0", "pid": None, "nacks": 0},
         "controller": {"connected": False, "version": "v", "lagSeconds": None},
         "workloads": [
-            {"namespace": "default", "name": "cart", "enrolled": True, "redirected": False, "identity": "spiffe://m/ns/default/sa/cart"}
+            {
+                "namespace": "default",
+                "name": "cart",
+                "enrolled": True,
+                "redirected": False,
+                "identity": "spiffe://m/ns/default/sa/cart",
+                "drift": True,
+            }
         ],
         "problems": ["one", "two"],
+        "probe": {"works": False, "ageSeconds": 2.5},
+        "foreignPrograms": [{"id": 23, "name": "guard", "attachType": "cgroup_inet4_connect", "place": "/sys/fs/cgroup"}],
     }
 
 
@@ -57,6 +72,7 @@ def test_a_plan_has_the_documented_names_in_their_order() -> None:
     document = json.loads(encode(plan))
     assert list(document) == [
         "kind", "source", "destination", "verdict", "rule", "level", "reason", "backends", "encryption", "failMode", "problems",
+        "audit",
     ]  # fmt: skip
     assert (document["kind"], document["rule"]) == ("plan", None)
     assert document["backends"] == [{"workload": "default/b-1", "address": "10.0.0.1:8080", "node": "node-1", "share": 0.5}]
