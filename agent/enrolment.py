@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agent import netns
+from agent.accelerate import Acceleration
 from agent.bpf.datapath import DataPath
 from agent.bpf.tables import Namespace, Tables
 from agent.config import Config
@@ -63,6 +64,7 @@ class Enrolment:
         self._config = config
         self._datapath = datapath
         self.tables = Tables(datapath.maps, ids, config.trust_domain, config.node)
+        self.acceleration = Acceleration(datapath)
         self.watch = Watch()
         self._base: Snapshot | None = None
         self._local: dict[str, _Local] = {}
@@ -78,7 +80,8 @@ class Enrolment:
         self._again = True  # until it is done
         self._update(snapshot)
         namespaces = self._bind()
-        changed = self.tables.sync(snapshot, namespaces, enforce_inbound)
+        accelerated = self.acceleration.choose(n.local.workload for n in namespaces)
+        changed = self.tables.sync(snapshot, namespaces, enforce_inbound, accelerated)
         # Rows first: a namespace that is linked before its address is known is closed to everybody.
         for namespace in namespaces:
             self._link(namespace.local)

@@ -74,6 +74,14 @@ class ProbeStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class AccelerationStatus:
+    """Workloads whose connections within the node bypass TCP, and the checks that this kernel fails; both empty as long as nobody asks."""
+
+    workloads: tuple[str, ...] = ()
+    failing_checks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """`meshagent status`. `problems` are sentences for people, each with the next step."""
 
@@ -85,6 +93,7 @@ class Status:
     workloads: tuple[WorkloadStatus, ...]
     problems: tuple[str, ...]
     probe: ProbeStatus = ProbeStatus()
+    acceleration: AccelerationStatus = AccelerationStatus()
     foreign_programs: tuple[ForeignProgram, ...] = ()
 
 

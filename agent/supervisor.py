@@ -18,6 +18,7 @@ from typing import Any
 
 from agent import drift, features, lock, probe
 from agent.api import Api
+from agent.bpf.acceleration import failing
 from agent.bpf.datapath import DataPath
 from agent.bpf.events import Events
 from agent.bpf.manifest import HOOKED
@@ -27,11 +28,21 @@ from agent.enrolment import Enrolled, Enrolment
 from agent.errors import EnvironmentUnfit, KernelRefused, MeshError
 from agent.ids import Ids
 from agent.l7 import envoy
+from agent.l7.resources import Resources
 from agent.l7.snapshot import build, needs_inbound
 from agent.l7.xds import XdsServer
 from agent.model import Snapshot
 from agent.names.service import Names
-from agent.report import ControllerStatus, ForeignProgram, HookStatus, ProbeStatus, Status, WaypointStatus, WorkloadStatus
+from agent.report import (
+    AccelerationStatus,
+    ControllerStatus,
+    ForeignProgram,
+    HookStatus,
+    ProbeStatus,
+    Status,
+    WaypointStatus,
+    WorkloadStatus,
+)
 from agent.telemetry import MeshCollector, MetricsServer
 from agent.trace import Pair, Tracer
 
@@ -150,7 +161,7 @@ class Supervisor:
         strict = needed | self._enforced_inbound
         await self._enforce(snapshot, strict)
         self._snapshot = snapshot
-        self._configure_waypoint()
+        await self._configure_waypoint()
         self._configured.set()
         if strict != needed:
             self._relaxable.set()
@@ -179,10 +190,18 @@ class Supervisor:
                     except MeshError as error:
                         _log.error("the receiver goes on to enforce what the waypoint does already", extra={"reason": str(error)})
 
-    def _configure_waypoint(self) -> None:
-        traced = frozenset(pair.source for pair in self._tracer.pairs)
-        snapshot = self._snapshot or Snapshot()
-        self._xds.set(build(snapshot, self.enrolled.local, trust_domain=self._config.trust_domain, traced=traced))
+    def _built(self, pairs: frozenset[Pair]) -> Resources:
+        traced = frozenset(pair.source for pair in pairs)
+        return build(self.snapshot, self.enrolled.local, trust_domain=self._config.trust_domain, traced=traced)
+
+    async def _configure_waypoint(self) -> None:
+        """Build Envoy's configuration in a thread: with many workloads it takes longer than the event loop may stand still."""
+        while True:
+            pairs = self._tracer.pairs
+            built = await asyncio.to_thread(self._built, pairs)
+            if self._tracer.pairs == pairs:  # otherwise a trace has begun or ended meanwhile
+                break
+        self._xds.set(built)
 
     async def _serve_waypoint(self) -> None:
         """Serve Envoy once there is something to say: an adopted Envoy must not be told that nothing exists."""
@@ -268,7 +287,7 @@ class Supervisor:
 
     def _trace_changed(self, pairs: frozenset[Pair]) -> None:
         self._set_tracing(pairs)
-        self._configure_waypoint()
+        self._xds.set(self._built(pairs))
 
     def _set_tracing(self, pairs: frozenset[Pair]) -> None:
         """Write the kernel's filter: rows first, then the count that makes the programs look."""
@@ -317,6 +336,7 @@ class Supervisor:
         if self._probed.problem:
             problems.append(self._probed.problem)
         problems += self._names.problems()
+        problems += self._enrolment.acceleration.problems()
         counters = self.datapath.counters()
         problems += [
             f"{counters[c]} times {c} in the kernel programs: see mesh_datapath_events in /metrics" for c in _TROUBLE if counters[c]
@@ -350,6 +370,9 @@ class Supervisor:
             workloads=workloads,
             problems=tuple(problems),
             probe=ProbeStatus(self._probed.works, None if self._probed_at is None else time.monotonic() - self._probed_at),
+            acceleration=AccelerationStatus(
+                tuple(sorted(self._enrolment.acceleration.chosen)), failing(self._enrolment.acceleration.checks)
+            ),
             foreign_programs=tuple(ForeignProgram(f.id, f.name, f.attach_type, f.place) for f in self._drift.foreign),
         )
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent import features
-from agent.bpf import libbpf, source
+from agent.bpf import acceleration, libbpf, source
 from agent.bpf.manifest import HOOKED, PROGRAMS, Counter, Manifest, Program
 from agent.bpf.maps import Map
 from agent.config import Config
@@ -141,6 +141,18 @@ class DataPath:
                 fresh.rename(pin)
         except OSError as error:
             raise KernelRefused(f"cannot attach {program.name} to {target}: {error}") from error
+
+    def acceleration_checks(self) -> tuple[acceleration.Check, ...]:
+        """What accelerated sockets do on this kernel. Takes a second when it was not asked before; nothing stays."""
+        acceleration.attach(self._programs_dir, self._maps_dir)
+        cache = self._config.run_dir / "acceleration.json"
+        return acceleration.self_test(self._programs_dir, self._config.cgroup, cache, self._programs_dir.name)
+
+    def accelerate(self) -> None:
+        """Have in force what acceleration needs: mesh_sk_msg on its map, and mesh_setsockopt, which keeps kernel TLS off accelerated sockets."""
+        acceleration.attach(self._programs_dir, self._maps_dir)
+        program = next(p for p in PROGRAMS if p.where == "accelerated")
+        self._link(program, self._links_dir / program.name, self._config.cgroup)
 
     def forget_other_versions(self) -> None:
         """Remove pins of programs and maps that nothing of ours uses any more; call it after `attach`."""

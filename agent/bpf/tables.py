@@ -73,7 +73,7 @@ class Tables:
         self._snapshot: Snapshot | None = None
         self._policies: _Policies
         self._local: dict[str, Namespace] = {}
-        self._enforce_inbound: frozenset[str] = frozenset()
+        self._flags: Mapping[str, int] = {}
         self._zones: Counter[str] = Counter()
         self._endpoints: dict[tuple[str, int, str], dict[str, Endpoint]] = {}
         self._claims: dict[bytes, str | tuple[str, ...]] = {}
@@ -82,21 +82,26 @@ class Tables:
         self._list_users: Counter[int] = Counter()
         self._members: dict[int, tuple[bytes, ...]] = {}
 
-    def sync(self, snapshot: Snapshot, local: Sequence[Namespace], enforce_inbound: frozenset[str]) -> int:
+    def sync(
+        self, snapshot: Snapshot, local: Sequence[Namespace], enforce_inbound: frozenset[str], accelerated: frozenset[str] = frozenset()
+    ) -> int:
         """Make the kernel decide by `snapshot`; returns the number of rows written or removed.
 
-        `enforce_inbound` names workloads whose L7 policy holds at the receiver even for this node's waypoint. Raises KernelRefused, before any row is
-        switched, if a map is too small.
+        `enforce_inbound` names workloads whose L7 policy holds at the receiver even for this node's waypoint, `accelerated` those whose connections
+        within the node may bypass TCP. Raises KernelRefused, before any row is switched, if a map is too small.
         """
         here = {n.local.workload.name: n for n in local}
+        flags = dict.fromkeys(enforce_inbound, m.WORKLOAD_ENFORCE_INBOUND)
+        for name in accelerated:
+            flags[name] = flags.get(name, 0) | m.WORKLOAD_ACCELERATE
         before, self._snapshot = self._snapshot, None  # until it is done nothing is known about the kernel's state
         changed = None
         delta = Delta(snapshot.version) if snapshot is before else snapshot.delta
         if before is not None and delta is not None and delta.base == before.version:
-            changed = self._difference(delta, before, snapshot, here, enforce_inbound)
+            changed = self._difference(delta, before, snapshot, here, flags)
         if changed is None:
-            changed = self._everything(snapshot, here, enforce_inbound)
-        self._snapshot, self._local, self._enforce_inbound = snapshot, here, enforce_inbound
+            changed = self._everything(snapshot, here, flags)
+        self._snapshot, self._local, self._flags = snapshot, here, flags
         return changed
 
     def set_resolvers(self, wanted: Iterable[tuple[int, str]]) -> None:
@@ -109,17 +114,15 @@ class Tables:
 
     # Everything.
 
-    def _everything(self, snapshot: Snapshot, here: Mapping[str, Namespace], enforce_inbound: frozenset[str]) -> int:
+    def _everything(self, snapshot: Snapshot, here: Mapping[str, Namespace], flags: Mapping[str, int]) -> int:
         self._index(snapshot, here)
         policies, policy_rows, blocks = self._compile_policies(snapshot)
         address: dict[bytes, Known] = {}
         for raw in self._claims:
-            row = self._address(raw, snapshot, here, policies, enforce_inbound)
+            row = self._address(raw, snapshot, here, policies, flags)
             if row:
                 address[raw] = row
-        workload = {
-            self._rows.cookie(n.local.netns_cookie): self._known(n.local.workload, n, policies, enforce_inbound) for n in here.values()
-        }
+        workload = {self._rows.cookie(n.local.netns_cookie): self._known(n.local.workload, n, policies, flags) for n in here.values()}
         backend: Rows = {}
         member: Rows = {}
         service: Rows = {}
@@ -252,7 +255,7 @@ class Tables:
         }
         return _Policies(classes, numbers, identities), rows, blocks_rows
 
-    def _known(self, workload: Workload, namespace: Namespace | None, policies: _Policies, enforce_inbound: frozenset[str]) -> Known:
+    def _known(self, workload: Workload, namespace: Namespace | None, policies: _Policies, flags: Mapping[str, int]) -> Known:
         """What everybody may know about a workload."""
         # Of a workload of this node that is in no namespace nobody can vouch: whoever uses its address now came after it.
         vouched = namespace is not None or workload.node != self._node
@@ -261,13 +264,13 @@ class Tables:
         return Known(
             namespace.local.netns_cookie if namespace else 0,
             self._ids.number("workload", workload.name),
-            m.WORKLOAD_ENFORCE_INBOUND if workload.name in enforce_inbound else 0,
+            flags.get(workload.name, 0),
             policies.identities[members],
             policies.sets[workload.policies],
         )
 
     def _address(
-        self, raw: bytes, snapshot: Snapshot, here: Mapping[str, Namespace], policies: _Policies, enforce_inbound: frozenset[str]
+        self, raw: bytes, snapshot: Snapshot, here: Mapping[str, Namespace], policies: _Policies, flags: Mapping[str, int]
     ) -> Known | None:
         """What is known of an address. One that two workloads claim is that one's whose namespace really has it, otherwise nobody's: closed."""
         claimed = self._claims.get(raw)
@@ -282,7 +285,7 @@ class Tables:
             names = tuple(declared or (having if not any(text in snapshot.workloads[n].addresses for n in names) else ()))
         if len(names) != 1:
             return None
-        return self._known(snapshot.workloads[names[0]], here.get(names[0]), policies, enforce_inbound)
+        return self._known(snapshot.workloads[names[0]], here.get(names[0]), policies, flags)
 
     def _service(self, service: Service, rows: Rows, backend: Rows, member: Rows) -> None:
         """Rows of a service; its lists are remembered."""
@@ -336,14 +339,15 @@ class Tables:
     # The difference.
 
     def _difference(
-        self, delta: Delta, before: Snapshot, snapshot: Snapshot, here: Mapping[str, Namespace], enforce_inbound: frozenset[str]
+        self, delta: Delta, before: Snapshot, snapshot: Snapshot, here: Mapping[str, Namespace], flags: Mapping[str, int]
     ) -> int | None:
         """Touch only what differs. None, and nothing done in the kernel, if the policies or the classes of callers change."""
         policies = self._policies
         if delta.policies:
             return None
         moved = {name for name in self._local.keys() | here.keys() if self._local.get(name) != here.get(name)}
-        names = delta.workloads | moved | (self._enforce_inbound ^ enforce_inbound)
+        flagged = {name for name in self._flags.keys() | flags.keys() if self._flags.get(name) != flags.get(name)}
+        names = delta.workloads | moved | flagged
         touched = [(before.workloads.get(name), snapshot.workloads.get(name)) for name in names]
         for _, new in touched:
             if new is not None and not self._classed(new, policies):
@@ -354,12 +358,12 @@ class Tables:
             return None
         address, closed = {}, []
         for raw in raws:
-            if row := self._address(raw, snapshot, here, policies, enforce_inbound):
+            if row := self._address(raw, snapshot, here, policies, flags):
                 address[raw] = self._rows.known(row, row)
             else:
                 closed.append(raw)
         workload_rows = {
-            self._rows.cookie(n.local.netns_cookie): self._rows.known(*[self._known(n.local.workload, n, policies, enforce_inbound)] * 2)
+            self._rows.cookie(n.local.netns_cookie): self._rows.known(*[self._known(n.local.workload, n, policies, flags)] * 2)
             for n in (here[name] for name in names if name in here)
         }
         cookies = {n.local.netns_cookie for n in here.values()}

@@ -39,10 +39,10 @@ def build(snapshot: Snapshot, local: Sequence[LocalWorkload], *, trust_domain: s
     outbound = _Outbound(view, rbac.LocalCallers([one.workload for one in local], trust_domain))
     _services(view, outbound, _near(view, local[0].workload.node), result)
     _workload_addresses(view, outbound.callers, result)
-    callers = rbac.Callers(_believable(snapshot, local), trust_domain)
+    callers = rbac.Callers(_believable(snapshot, local), trust_domain) if any(one.workload.name in inbound for one in local) else None
     for one in sorted(local, key=lambda entry: entry.workload.name):
         _listener(result, listeners.outbound(one, trust_domain))
-        if one.workload.name in inbound:
+        if callers is not None and one.workload.name in inbound:
             _listener(result, listeners.inbound(one))
             name = names.listener(names.INBOUND, one.workload.name)
             authorization = rbac.at_receiver(one.workload, snapshot, callers)
@@ -75,13 +75,13 @@ def needs_inbound(snapshot: Snapshot) -> frozenset[str]:
 
 def receivers(snapshot: Snapshot, view: View | None = None) -> frozenset[str]:
     """Names of all workloads that have an inbound listener on their node: an L7 policy, or `needs_inbound`."""
-    l7 = {workload.name for workload in snapshot.workloads.values() if rbac.needs_request(workload, snapshot)}
-    return frozenset(l7) | _undecided(view or View(snapshot))
+    view = view or View(snapshot)
+    return frozenset(w.name for w in snapshot.workloads.values() if view.needs_request(w)) | _undecided(view)
 
 
 @dataclass(slots=True)
 class View:
-    """Indexes over one snapshot that the builders share: made once per build, in one pass over the workloads."""
+    """Indexes over one snapshot that the builders share: made once per build, in one pass over the workloads. Endpoints are those of `used`."""
 
     snapshot: Snapshot
     ports: dict[tuple[str, int], ServicePort] = field(init=False)
@@ -90,6 +90,7 @@ class View:
     used: frozenset[tuple[str, int]] = field(init=False)
     """Service ports that need a cluster: those with a waypoint and every backend of a route attached to one."""
     _alike: dict[tuple[str, int], bool] = field(init=False, default_factory=dict)
+    _asking: dict[tuple[str, ...], bool] = field(init=False, default_factory=dict)
     _likeness: dict[tuple[tuple[str, ...], int], Authorization] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -98,13 +99,6 @@ class View:
         self.ports = {
             (name, port.port): port for name, service in snapshot.services.items() for port in service.ports if port.protocol != UDP
         }
-        self.endpoints = {}
-        for name in sorted(snapshot.workloads):
-            workload = snapshot.workloads[name]
-            if workload.ready and workload.addresses:
-                for backing in workload.backing:
-                    for port, target in backing.ports.items():
-                        self.endpoints.setdefault((backing.service, port), []).append((workload, target))
         self.attached = {}
         for route in snapshot.routes.values():
             for parent, port in route.parents:
@@ -125,6 +119,25 @@ class View:
             if not backend.invalid
         }
         self.used = frozenset(waypoints | (backends & self.ports.keys()))
+        self.endpoints = {}
+        if self.used:  # a mesh without L7 is spared the pass over all workloads
+            self._index_endpoints()
+
+    def _index_endpoints(self) -> None:
+        for workload in self.snapshot.workloads.values():
+            if workload.ready and workload.addresses:
+                for backing in workload.backing:
+                    for port, target in backing.ports.items():
+                        if (backing.service, port) in self.used:
+                            self.endpoints.setdefault((backing.service, port), []).append((workload, target))
+        for found in self.endpoints.values():
+            found.sort(key=lambda pair: pair[0].name)
+
+    def needs_request(self, workload: Workload) -> bool:
+        """The same as `rbac.needs_request`, asked once for each set of policies."""
+        if workload.policies not in self._asking:
+            self._asking[workload.policies] = rbac.needs_request(workload, self.snapshot)
+        return self._asking[workload.policies]
 
     def known(self, service: str, port: int) -> bool:
         """Return True if this service port has a cluster."""
@@ -199,9 +212,8 @@ def _services(view: View, outbound: _Outbound, near: Endpoints, result: dict[str
 
 def _workload_addresses(view: View, callers: rbac.LocalCallers, result: dict[str, dict[str, Resource]]) -> None:
     """Give every address of a workload with an L7 policy its own scope. Two workloads on one address and port: the first by name."""
-    for workload in (view.snapshot.workloads[name] for name in sorted(view.snapshot.workloads)):
-        if not workload.addresses or not rbac.needs_request(workload, view.snapshot):
-            continue
+    asking = [workload for workload in view.snapshot.workloads.values() if workload.addresses and view.needs_request(workload)]
+    for workload in sorted(asking, key=lambda one: one.name):
         for target, app_protocol in _targets(view, workload):
             name = names.workload(workload.name, target)
             result[names.CLUSTER][name] = pack(clusters.workload_cluster(workload.name, target, app_protocol, workload.addresses[0]))

@@ -12,13 +12,16 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from agent import features
 from agent.bpf import acceleration, libbpf
+from agent.bpf.manifest import Direction
 from lab import cgroup, mounts
+from tests.kernel import datanode
 from tests.kernel.datanode import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -290,3 +293,24 @@ def test_ipv6_and_mixed_families_work_as_ipv4(pins: Path) -> None:
             receiver.close()
     """
     assert in_place(pins, code) == ["b'there' b'back' 0"] * 2
+
+
+def test_a_workload_gets_it_only_by_force_where_a_check_fails() -> None:
+    with datanode.running() as node:
+        pair = [datanode.workload(name) for name in ("caller", "server-a")]
+        for wish, accelerated in (("enabled", False), ("force", True)):
+            node.enforce(datanode.snapshot(*(replace(w, acceleration=wish) for w in pair)))
+            chosen = node.enrolment.acceleration
+            assert chosen.chosen == (frozenset({"default/caller", "default/server-a"}) if accelerated else frozenset())
+            (problem, *_) = chosen.problems()
+            assert ("splice-from" in problem, "in spite of" in problem) == (True, accelerated)
+            before = node.stats("default/caller", "default/server-a", Direction.OUTBOUND)
+            assert node.connect("caller", datanode.VIP4, 80, size=20_000) == f"ok {datanode.ADDRESSES['server-a'][0]}"
+            assert until(
+                lambda was=before: node.stats("default/caller", "default/server-a", Direction.OUTBOUND)["closed"] == was["closed"] + 1
+            )
+            after = node.stats("default/caller", "default/server-a", Direction.OUTBOUND)
+            assert after["sent_bytes"] - before["sent_bytes"] == 20_000
+            assert (
+                0 <= after["received_bytes"] - before["received_bytes"] - 20_000 <= 1
+            )  # the peer's FIN: bpf_src/mesh_sockops.c, mesh_payload

@@ -25,13 +25,14 @@ def test_status_has_the_documented_shape(lab: Lab) -> None:
     assert run.returncode == 0
     assert {key: type(value) for key, value in report.items()} == {
         "ready": bool, "node": str, "hooks": list, "waypoint": dict, "controller": dict, "workloads": list, "problems": list, "probe": dict,
-        "foreignPrograms": list,
+        "acceleration": dict, "foreignPrograms": list,
     }  # fmt: skip
     assert {tuple(hook) for hook in report["hooks"]} == {("name", "attached", "effective")}
     assert report["waypoint"].keys() == {"ready", "version", "pid", "nacks"}
     assert report["controller"].keys() == {"connected", "version", "lagSeconds"}
     assert {tuple(workload) for workload in report["workloads"]} == {("namespace", "name", "enrolled", "redirected", "identity", "drift")}
     assert report["probe"].keys() == {"works", "ageSeconds"}
+    assert report["acceleration"] == {"workloads": [], "failingChecks": []}
     assert (report["foreignPrograms"], any(w["drift"] for w in report["workloads"])) == ([], False)
     assert (report["ready"], report["node"], report["problems"]) == (True, "node-1", [])
     assert len(report["hooks"]) == len(HOOKED)

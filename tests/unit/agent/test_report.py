@@ -60,6 +60,7 @@ def test_a_status_has_the_documented_names() -> None:
         ],
         "problems": ["one", "two"],
         "probe": {"works": False, "ageSeconds": 2.5},
+        "acceleration": {"workloads": [], "failingChecks": []},
         "foreignPrograms": [{"id": 23, "name": "guard", "attachType": "cgroup_inet4_connect", "place": "/sys/fs/cgroup"}],
     }
 
