@@ -177,7 +177,7 @@ def test_requests_over_one_connection_are_traced_one_by_one(lab: Lab) -> None:
         pytest.param(
             ("frontend", "rediss"), "no service or workload is called default/rediss: did you mean default/redis?", id="destination"
         ),
-        pytest.param(("frontend", "redis:99"), "service default/redis has no TCP port 99; it has 6379", id="port"),
+        pytest.param(("frontend", "redis:99"), "service default/redis has no port 99; it has 6379", id="port"),
         pytest.param(("frontend", "redis:http"), "redis:http: http is no port number", id="no-number"),
     ],
 )
