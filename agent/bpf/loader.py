@@ -77,10 +77,10 @@ def load(maps_dir: Path, programs_dir: Path, manifest: Path, flags: tuple[str, .
 
 
 def _map(module: Any, name: str) -> dict[str, Any]:
-    if name == "mesh_sock":  # bcc has no table of this kind in Python, but it knows the record
+    if name in {"mesh_sock", "mesh_joined"}:  # bcc has no table of this kind in Python, but it knows the record
         key: Any = ct.c_int
         value = _storage(module, name)
-    elif name in {"mesh_listener", "mesh_peers", "mesh_joined"}:  # sockets, and what only programs read of them
+    elif name in {"mesh_listener", "mesh_peers"}:  # sockets: no records that user space reads
         return {"key": [], "value": [], "key_size": 0, "value_size": 0}
     else:
         table = module[name.encode()]

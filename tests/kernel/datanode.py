@@ -115,8 +115,8 @@ class DataNode:
             "def real(port):\n"  # getpeername() says what was dialled: proc(5), /proc/net/tcp, says where the segments go
             "  for name in ('tcp','tcp6'):\n"
             "    for line in open('/proc/net/'+name).readlines()[1:]:\n"
-            "      local,remote=line.split()[1:3]\n"
-            "      if int(local.rpartition(':')[2],16)==port and int(remote.rpartition(':')[2],16):\n"
+            "      local,remote,state=line.split()[1:4]\n"
+            "      if int(local.rpartition(':')[2],16)==port and state=='01':\n"
             "        raw=bytes.fromhex(remote.partition(':')[0]); raw=b''.join(raw[i:i+4][::-1] for i in range(0,len(raw),4))\n"
             "        return ipaddress.ip_address(raw)\n"
             "try:\n"
