@@ -265,6 +265,9 @@ def _print_logs(lab: Lab, console: Console) -> None:
             console.print(text, style="dim", markup=False, highlight=False)
 
 
+_SHOWN = ("connections_closed_total", "sent_bytes_total", "received_bytes_total", "connect_duration_seconds_sum", "rtt_seconds_sum")
+
+
 def tables(metrics: str) -> tuple[Table, Table]:
     """Return a /metrics page as people read it: one row a pair of workloads, and one row a verdict."""
     pairs: dict[tuple[str, ...], dict[str, float]] = {}
@@ -284,10 +287,17 @@ def tables(metrics: str) -> tuple[Table, Table]:
         "source", "destination", "seen", "port", "opened", "closed", "sent B", "received B", "connect µs", "RTT µs", box=None
     )
     for names, row in sorted(pairs.items()):
-        if opened := row["mesh_tcp_connections_opened_total"]:
-            closed = row["mesh_tcp_connections_closed_total"]
-            connect, rtt = row.get("mesh_tcp_connect_duration_seconds_sum", 0.0) / opened, row["mesh_tcp_rtt_seconds_sum"] / (closed or 1)
-            numbers = (opened, closed, row["mesh_tcp_sent_bytes_total"], row["mesh_tcp_received_bytes_total"], connect * 1e6, rtt * 1e6)
+        if opened := row.get("mesh_tcp_connections_opened_total", 0.0):  # a pair may have failures only
+            total = {name: row.get(f"mesh_tcp_{name}", 0.0) for name in _SHOWN}
+            closed, connect, rtt = (total[name] for name in ("connections_closed_total", "connect_duration_seconds_sum", "rtt_seconds_sum"))
+            numbers = (
+                opened,
+                closed,
+                total["sent_bytes_total"],
+                total["received_bytes_total"],
+                connect / opened * 1e6,
+                rtt / (closed or 1) * 1e6,
+            )
             connections.add_row(*names, *(f"{n:.0f}" for n in numbers))
     return connections, verdicts
 
