@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from agent.bpf import libbpf
 from agent.bpf import manifest as m
 from agent.bpf.maps import Map, Mirror
 from agent.bpf.rows import Known, Layouts, Rows
@@ -55,6 +56,7 @@ class Epoch:
                 self._mirrors[name].write({**change.after, **change.before})
             self.current = 1 - self.current
             self._table.put(bytes(4), self._table.layout.value.pack(**{"": self.current}))
+            libbpf.wait_for_programs()  # those that read the old epoch still use the slot that is written next
         written = sum(self._mirrors[name].write(change.after) for name, change in changes.items())
         return {name: change.stale for name, change in changes.items()}, written
 

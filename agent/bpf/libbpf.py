@@ -11,7 +11,9 @@ import ctypes.util
 import errno
 import functools
 import os
+import platform
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -57,6 +59,21 @@ def _checked(result: int, what: str) -> int:
         code = ct.get_errno() or -result
         raise OSError(code, f"{what}: {os.strerror(code)}")
     return result
+
+
+_MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "ppc64le": 365, "s390x": 356}  # asm/unistd.h, __NR_membarrier
+_MEMBARRIER_GLOBAL = 1  # include/uapi/linux/membarrier.h
+
+
+def wait_for_programs() -> None:
+    """Return when every program that runs now has ended; takes some milliseconds.
+
+    membarrier(2) with MEMBARRIER_CMD_GLOBAL waits for an RCU grace period (kernel/sched/membarrier.c, synchronize_rcu), and these programs run within
+    RCU read-side sections (kernel/bpf/cgroup.c, bpf_prog_run_array_cg). Where the kernel refuses it (nohz_full) a pause has to do.
+    """
+    number = _MEMBARRIER.get(platform.machine())
+    if number is None or ct.CDLL(None, use_errno=True).syscall(number, _MEMBARRIER_GLOBAL, 0, 0):
+        time.sleep(0.05)
 
 
 def open_pin(path: Path) -> int:
