@@ -43,6 +43,8 @@ from agent.report import (
     WaypointStatus,
     WorkloadStatus,
 )
+from agent.revocation import Revocation
+from agent.sweep import Sweep
 from agent.telemetry import MeshCollector, MetricsServer
 from agent.trace import Pair, Tracer
 
@@ -54,6 +56,7 @@ HEARTBEAT_S = 1.0
 DEAD_AFTER_S = 10.0
 STATUS_TIMEOUT_S = 5.0
 RETRY_S = 5.0
+SWEEP_S = 60.0
 
 
 class Supervisor:
@@ -68,6 +71,7 @@ class Supervisor:
         self._configured = asyncio.Event()
         self._relaxable = asyncio.Event()
         self._enforced_inbound: frozenset[str] = frozenset()
+        self._held_back = False
         self._beat = time.monotonic()
         self._tracer = Tracer(config.node, self._trace_changed)
         self._probe = probe.Probe(config)
@@ -105,27 +109,46 @@ class Supervisor:
         await self.datapath.load()
         self.ids = Ids(config.run_dir / "ids")
         self._enrolment = Enrolment(config, self.datapath, self.ids)
+        self._revocation = Revocation(config, self.datapath, self.ids)
+        self._sweep = Sweep(self.datapath.maps, self.ids)
         self._names = Names(config, self._enrolment.tables.set_resolvers)
         try:
             self._probe.prepare()
         except OSError as error:  # the probe then says that its namespace is missing; pods do not depend on it
             _log.error("the live probe has no network namespace", extra={"reason": str(error)})
-        self._waypoint = envoy.Envoy(config, self.datapath.layout)
+        self._waypoint = envoy.Envoy(config, self.datapath.generation)
         self._xds = XdsServer(config.xds_socket, self._tracer.on_record)
         self._discovery = Discovery(config, self.apply)
         # Before anything is attached: a port that is taken must not leave a half-started agent behind.
-        collector = MeshCollector(self.datapath, self.ids, self._status_from_thread)
+        collector = MeshCollector(
+            self.datapath,
+            self.ids,
+            self._status_from_thread,
+            enrolled=lambda: self._enrolled,
+            rows=lambda: {name: mirror.count for name, mirror in self._enrolment.tables.mirrors.items()},
+            closed_by_policy=lambda: self._revocation.closed,
+        )
         self._metrics = MetricsServer(config, collector, self._status_from_thread, lambda: time.monotonic() - self._beat < DEAD_AFTER_S)
         self._set_tracing(frozenset())
         last_good = self._discovery.load_last_good()
         if last_good is not None:
             await self.apply(last_good)
-        self.datapath.attach(config.waypoint_cgroup)
-        self.datapath.forget_other_versions()
+        self._held_back = last_good is None and self.datapath.awaits_tables
+        if self._held_back:
+            _log.warning(
+                "the previous programs stay in force until the controller has sent a configuration: these would start with empty tables"
+            )
+            return
+        self._attach()
         _log.info(
             "data path in force",
             extra={"node": config.node, "took_s": round(time.monotonic() - started, 3), "loader_s": self.datapath.loader_s},
         )
+
+    def _attach(self) -> None:
+        self.datapath.attach(self._config.waypoint_cgroup)
+        self.datapath.forget_other_versions()
+        self._held_back = False
 
     async def _serve(self) -> None:
         events = Events(self.datapath.maps["mesh_events"], self.ids, self._tracer.on_event, expected=probe.NAME)
@@ -142,6 +165,8 @@ class Supervisor:
                     "truth": self._seek_truth(),
                     "names": self._names.run(),
                     "relax": self._relax(),
+                    "revocation": self._revocation.run(),
+                    "sweep": self._sweep_up(),
                     "heartbeat": self._heartbeat(),
                     "api": api.run(),
                 }
@@ -154,6 +179,8 @@ class Supervisor:
         """Bring a new `snapshot` into force; on failure the previous one stays. Called by the discovery client."""
         async with self._enforcing:
             await self._bring_into_force(snapshot)
+            if self._held_back:
+                await asyncio.to_thread(self._attach)
 
     async def _bring_into_force(self, snapshot: Snapshot) -> None:
         # What the receiver has enforced so far it goes on to enforce until Envoy has the rules that make that needless (`_relax`).
@@ -161,6 +188,7 @@ class Supervisor:
         strict = needed | self._enforced_inbound
         await self._enforce(snapshot, strict)
         self._snapshot = snapshot
+        self._revocation.changed(snapshot, self.enrolled)
         await self._configure_waypoint()
         self._configured.set()
         if strict != needed:
@@ -260,6 +288,14 @@ class Supervisor:
             _log.error("the live probe failed", extra={"reason": outcome.problem})
         self._probed, self._probed_at = outcome, time.monotonic()
 
+    async def _sweep_up(self) -> None:
+        """Now and then remove counters of what is gone."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            async with self._enforcing:  # a name that comes back meanwhile must not be forgotten
+                if self._snapshot is not None:
+                    await asyncio.to_thread(self._sweep.run, self._probe.extend(self._snapshot))
+
     async def _heartbeat(self) -> None:
         while True:
             self._beat = time.monotonic()
@@ -337,6 +373,8 @@ class Supervisor:
             problems.append(self._probed.problem)
         problems += self._names.problems()
         problems += self._enrolment.acceleration.problems()
+        if self._revocation.problem:
+            problems.append(self._revocation.problem)
         counters = self.datapath.counters()
         problems += [
             f"{counters[c]} times {c} in the kernel programs: see mesh_datapath_events in /metrics" for c in _TROUBLE if counters[c]

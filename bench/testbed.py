@@ -64,12 +64,17 @@ class Testbed:
 
     def run(self, pod: Pod, cpu: int, argv: Sequence[str], timeout: float = 30.0) -> str:
         """Run a program in a pod, pinned, and return what it printed. Raises LabError if it fails."""
+        return self.run_in(seat(pod), cpu, argv, timeout)
+
+    def run_in(self, where: Seat, cpu: int, argv: Sequence[str], timeout: float = 30.0) -> str:
+        """The same somewhere else."""
         run = subprocess.run(
-            process.command(seat(pod), pinned(cpu, argv)), env=process.BASE_ENV, stdin=subprocess.DEVNULL,
+            process.command(where, pinned(cpu, argv)), env=process.BASE_ENV, stdin=subprocess.DEVNULL,
             capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
         if run.returncode != 0:
-            raise LabError(f"{argv[0]} in {pod.name} ended with exit code {run.returncode}: {(run.stderr or run.stdout).strip()[-300:]}")
+            text = (run.stderr or run.stdout).strip()[-300:]
+            raise LabError(f"{argv[0]} in {where.cgroup.name} ended with exit code {run.returncode}: {text}")
         return run.stdout
 
     def busy_seconds(self) -> float:

@@ -18,6 +18,7 @@ from pathlib import Path
 from agent.errors import EnvironmentUnfit
 
 BPF_ANY = 0
+BPF_NOEXIST = 1
 BPF_F_QUERY_EFFECTIVE = 1
 _BATCH_BYTES = 4 << 20
 
@@ -96,6 +97,21 @@ def program_id(fd: int) -> int:
     return int(struct.unpack_from("=II", object_info(fd))[1])
 
 
+def program_tag(fd: int) -> bytes:
+    """The kernel's hash of a program's instructions, the same for the same ones whatever maps they use (struct bpf_prog_info: type, id, tag)."""
+    return object_info(fd)[8:16]
+
+
+def object_id(fd: int) -> int:
+    """Kernel id of a map, program or link; no other object of its kind gets the same within a boot."""
+    return int(struct.unpack_from("=II", object_info(fd))[1])
+
+
+def map_flags(fd: int) -> int:
+    """BPF_F_* that a map was made with (struct bpf_map_info)."""
+    return int(struct.unpack_from("=I", object_info(fd), 20)[0])
+
+
 def map_info(fd: int) -> tuple[int, int, int, int]:
     """Type, key size, value size in bytes, and capacity of a map (struct bpf_map_info)."""
     kind, _, key_size, value_size, max_entries = struct.unpack_from("=IIIII", object_info(fd))
@@ -165,6 +181,11 @@ def lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
 def update(fd: int, key: bytes, value: bytes) -> None:
     """Write one element."""
     _checked(_lib().bpf_map_update_elem(fd, key, value, ct.c_uint64(BPF_ANY)), "write map element")
+
+
+def insert(fd: int, key: bytes, value: bytes) -> None:
+    """Write one element; EEXIST if there is one."""
+    _checked(_lib().bpf_map_update_elem(fd, key, value, ct.c_uint64(BPF_NOEXIST)), "insert map element")
 
 
 def update_batch(fd: int, keys: bytes, values: bytes, count: int) -> None:

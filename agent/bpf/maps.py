@@ -12,6 +12,7 @@ from agent.bpf.manifest import MapLayout
 from agent.errors import KernelRefused, LayoutMismatch
 
 _RINGBUF = 27  # include/uapi/linux/bpf.h: has neither keys nor values
+_HASHES = {1, 5, 9, 11}  # include/uapi/linux/bpf.h: BPF_MAP_TYPE_HASH, PERCPU_HASH, LRU_HASH, LPM_TRIE
 _PERCPU = {5, 6, 10}  # include/uapi/linux/bpf.h: BPF_MAP_TYPE_PERCPU_HASH, PERCPU_ARRAY, LRU_PERCPU_HASH
 
 
@@ -23,12 +24,15 @@ class Map:
         self.name = path.name
         self.layout = layout
         self.fd = libbpf.open_pin(path)
-        kind, key_size, value_size, self.capacity = libbpf.map_info(self.fd)
+        self.kind, key_size, value_size, self.capacity = libbpf.map_info(self.fd)
+        kind = self.kind
         if layout.value.size and kind != _RINGBUF and (key_size, value_size) != (layout.key.size, layout.value.size):
             raise LayoutMismatch(
                 f"map {self.name} has keys of {key_size} and values of {value_size} bytes, the programs say {layout.key.size} and"
                 f" {layout.value.size}: remove {path.parent} with 'meshagent uninstall' or start the agent that made it"
             )
+        self.counted = kind in _HASHES
+        """True if elements come and go; arrays are always full, sockets are not counted."""
         self._cpus = libbpf.possible_cpus() if kind in _PERCPU else 1
         # Values of per-CPU maps are padded to 8 bytes each (kernel/bpf/syscall.c, bpf_map_value_size).
         self._stride = -(-value_size // 8) * 8 if self._cpus > 1 else value_size
@@ -38,6 +42,10 @@ class Map:
         size = self.layout.value.size
         for key, value in libbpf.items(self.fd, self.layout.key.size, self._stride * self._cpus):
             yield key, [value[i : i + size] for i in range(0, len(value), self._stride)]
+
+    def count(self) -> int:
+        """How many elements there are now, if `counted`."""
+        return libbpf.count(self.fd, self.layout.key.size, self._stride * self._cpus)
 
     def get(self, key: bytes) -> list[bytes] | None:
         """The value on each CPU, or None."""
@@ -52,9 +60,17 @@ class Map:
         except OSError as error:
             raise KernelRefused(f"map {self.name} refuses an element: {error}; it holds at most {self.capacity}") from error
 
+    def put_each(self, key: bytes, values: list[bytes]) -> None:
+        """Write one element of a per-CPU map, with the value of each CPU. Raises OSError as the kernel gives it."""
+        libbpf.update(self.fd, key, b"".join(value.ljust(self._stride, b"\0") for value in values))
+
     def prune(self, keep: AbstractSet[bytes]) -> None:
         """Remove every element of a hash map that is not in `keep`."""
-        for key in [key for key, _ in self.items() if key not in keep]:
+        self.remove([key for key, _ in self.items() if key not in keep])
+
+    def remove(self, keys: Iterable[bytes]) -> None:
+        """Remove elements of a hash map. One that is not there is no error."""
+        for key in keys:
             libbpf.delete(self.fd, key)
 
     def close(self) -> None:

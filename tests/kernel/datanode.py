@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
 import time
@@ -10,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from agent.bpf import libbpf
+import pytest
+
+from agent.bpf import libbpf, source
 from agent.bpf.datapath import DataPath
 from agent.bpf.events import Event, Events
 from agent.bpf.manifest import Close, Direction
@@ -115,8 +118,8 @@ class DataNode:
             "def real(port):\n"  # getpeername() says what was dialled: proc(5), /proc/net/tcp, says where the segments go
             "  for name in ('tcp','tcp6'):\n"
             "    for line in open('/proc/net/'+name).readlines()[1:]:\n"
-            "      local,remote=line.split()[1:3]\n"
-            "      if int(local.rpartition(':')[2],16)==port and int(remote.rpartition(':')[2],16):\n"
+            "      local,remote,state=line.split()[1:4]\n"
+            "      if int(local.rpartition(':')[2],16)==port and state=='01':\n"
             "        raw=bytes.fromhex(remote.partition(':')[0]); raw=b''.join(raw[i:i+4][::-1] for i in range(0,len(raw),4))\n"
             "        return ipaddress.ip_address(raw)\n"
             "try:\n"
@@ -179,6 +182,13 @@ class DataNode:
         uninstall(self.config)
 
 
+def compile_from(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Have data paths that are opened from now on use another copy of the C source."""
+    read, job = source.read, source.Job
+    monkeypatch.setattr(source, "read", lambda _directory=None, flags=(), capacities=None: read(directory, flags, capacities))
+    monkeypatch.setattr(source, "Job", functools.partial(job, source=str(directory)))
+
+
 def until(condition: object, timeout: float = 3.0) -> bool:
     """Poll a condition that no event announces (a counter in the kernel); False if it does not come true."""
     assert callable(condition)
@@ -219,5 +229,15 @@ def program_ids(node: DataNode) -> list[int]:
     for pin in pins:
         fd = libbpf.open_pin(pin)
         found.append(libbpf.program_id(fd))
+        os.close(fd)
+    return found
+
+
+def running_programs(node: DataNode) -> dict[str, int]:
+    """Ids of the programs that the links run."""
+    found = {}
+    for pin in (node.config.pin_dir / "links").iterdir():
+        fd = libbpf.open_pin(pin)
+        found[pin.name] = libbpf.link_program_id(fd)
         os.close(fd)
     return found

@@ -19,8 +19,8 @@ import socket, sys
 def real(s):
     port = s.getsockname()[1]
     for line in open("/proc/net/tcp").readlines()[1:]:
-        local, remote = line.split()[1:3]
-        if int(local.rpartition(":")[2], 16) == port:
+        local, remote, state = line.split()[1:4]
+        if int(local.rpartition(":")[2], 16) == port and state == "01":  # established: the port may have others in TIME_WAIT
             return socket.inet_ntoa(bytes.fromhex(remote[:8])[::-1])
 held, seen = [], []
 for _ in range(int(sys.argv[2])):

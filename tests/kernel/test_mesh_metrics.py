@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from agent.bpf.manifest import HOOKED
 from lab import mesh, paths
 from lab.lab import Lab
 from tests.kernel import shop
@@ -55,9 +56,7 @@ def test_the_page_is_what_prometheus_reads(lab: Lab) -> None:
         families = {f.name: f for f in text_string_to_metric_families(lab.metrics(node.name))}
         assert all(f.documentation and f.type != "unknown" for f in families.values())
         assert {"mesh_tcp_connections_opened", "mesh_policy_verdicts", "mesh_hook_effective", "mesh_ready"} <= families.keys()
-        assert {s.labels["hook"]: s.value for s in families["mesh_hook_effective"].samples} == dict.fromkeys(
-            ("mesh_connect4", "mesh_connect6", "mesh_sockops", "mesh_listen", "mesh_getsockopt", "mesh_sk_lookup"), 1
-        )
+        assert {s.labels["hook"]: s.value for s in families["mesh_hook_effective"].samples} == dict.fromkeys((p.name for p in HOOKED), 1)
         for family in families.values():
             names = [(s.name, tuple(sorted(s.labels.items()))) for s in family.samples]
             assert len(names) == len(set(names)), f"{family.name} has a sample twice"

@@ -49,7 +49,8 @@ class World:
     def detach_namespaces(self, keep: set[int]) -> None:
         self.log.append(("unlink all but", *sorted(keep)))
 
-    def sync(self, _: Snapshot, local: list[Namespace], inbound: frozenset[str]) -> int:
+    def sync(self, _: Snapshot, local: list[Namespace], inbound: frozenset[str], accelerated: frozenset[str]) -> int:
+        assert not accelerated
         self.log.append(("rows", *(n.local.workload.name for n in local), *inbound))
         if self.refuse_rows:
             raise KernelRefused("full")

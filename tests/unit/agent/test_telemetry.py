@@ -2,54 +2,59 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import math
 import socket
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 from agent import telemetry
-from agent.bpf.manifest import BUCKET_SHIFT, Direction
+from agent.bpf.manifest import BUCKET_SHIFT, Direction, Reason, Verdict
 from agent.config import Config
+from agent.enrolment import Enrolled
 from agent.errors import EnvironmentUnfit
+from agent.flows import Pair
 from agent.ids import Ids
-from agent.telemetry import MeshCollector, MetricsServer
+from agent.telemetry import FlowMetrics, MetricsServer
+from tests.unit.agent import tables
 
 COUNTS = st.lists(st.integers(0, 2**40), min_size=16, max_size=16).map(tuple)
 
 
-@given(COUNTS)
+def buckets(counts: tuple[int, ...]) -> list[tuple[float, float]]:
+    text = "".join(telemetry._RTT.text([('a="x"', counts, 0.0)]))
+    (family,) = text_string_to_metric_families(text)
+    return [(float(s.labels["le"]), s.value) for s in family.samples if s.name.endswith("_bucket")]
+
+
+@given(COUNTS.filter(any))
 def test_buckets_are_cumulative_doublings_that_end_with_everything(counts: tuple[int, ...]) -> None:
-    buckets = telemetry._buckets(counts)
-    bounds = [float(bound) for bound, _ in buckets]
+    found = buckets(counts)
+    bounds = [bound for bound, _ in found]
     assert bounds[0] == (1 << BUCKET_SHIFT) / 1e9
     assert all(math.isclose(after, 2 * before) for before, after in itertools.pairwise(bounds[:-1]))
     assert bounds[-1] == math.inf
-    assert [count for _, count in buckets] == sorted(count for _, count in buckets)
-    assert buckets[-1][1] == sum(counts)
+    assert [count for _, count in found] == sorted(count for _, count in found)
+    assert found[-1][1] == sum(counts)
 
 
 def test_one_event_of_each_slot_is_counted_once_in_each_bucket_above_it() -> None:
-    assert [count for _, count in telemetry._buckets((1,) * 16)] == list(range(1, 17))
-
-
-@given(st.lists(st.fixed_dictionaries({"opened": st.integers(0, 2**40), "closed": st.tuples(*[st.integers(0, 2**40)] * 3)}), min_size=1))
-def test_the_counters_of_every_cpu_are_added_up(parts: list[dict[str, Any]]) -> None:
-    total = telemetry._sum(parts)
-    assert total["opened"] == sum(p["opened"] for p in parts)
-    assert total["closed"] == tuple(sum(p["closed"][i] for p in parts) for i in range(3))
+    assert [count for _, count in buckets((1,) * 16)] == list(range(1, 17))
 
 
 def labels(tmp_path: Path, **names: tuple[str, str]) -> dict[str, str]:
-    ids = Ids(tmp_path / "ids.json")
-    key: dict[str, int] = {"source": 0, "target": 0, "service": 0, "port": 6379, "direction": Direction.OUTBOUND}
-    key |= {member: ids.number(kind, name) for member, (kind, name) in names.items()}
-    collector = MeshCollector(cast("Any", None), ids, cast("Any", None))
-    return dict(zip(telemetry._LABELS, collector._labels(key), strict=True))
+    ids = Ids(tmp_path / "ids")
+    pair = Pair(0, 0, 0, 6379, Direction.OUTBOUND, socket.IPPROTO_TCP)
+    pair = pair._replace(**{member: ids.number(kind, name) for member, (kind, name) in names.items()})
+    return dict(zip(telemetry._LABELS, telemetry.pair_labels(ids, pair), strict=True))
 
 
 def test_labels_are_the_names_behind_the_numbers(tmp_path: Path) -> None:
@@ -77,6 +82,76 @@ def test_whom_the_mesh_does_not_know_is_unknown(tmp_path: Path) -> None:
 def test_a_connection_to_the_waypoint_has_a_service_and_no_workload_yet(tmp_path: Path) -> None:
     found = labels(tmp_path, source=("workload", "shop/frontend"), service=("service", "shop/cart:80"))
     assert (found["destination_workload"], found["destination_namespace"], found["destination_service"]) == ("", "shop", "shop/cart")
+
+
+def test_what_found_no_room_in_the_kernels_table_is_other(tmp_path: Path) -> None:
+    assert set(telemetry.pair_labels(Ids(tmp_path / "ids"), Pair(0, 0, 0, 0, 0, 0))) == {"other"}
+
+
+class Node:
+    """Tables, numbers and living connections as a test says."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.stats, self.verdicts = tables.stats(), tables.verdicts()
+        self.ids = Ids(tmp_path / "ids")
+        maps = {"mesh_stats": self.stats, "mesh_verdicts": self.verdicts, **tables.of_sockets()}
+        self.page = FlowMetrics(cast("Any", SimpleNamespace(maps=maps)), self.ids, Enrolled)
+
+    def samples(self) -> dict[str, dict[str, float]]:
+        """Sums by sample name and by some of the labels."""
+        found: dict[str, Counter[str]] = {}
+        seen = set()
+        for family in text_string_to_metric_families("".join(self.page.text())):
+            for s in (s for s in family.samples if "le" not in s.labels):
+                assert (s.name, *s.labels.items()) not in seen, "a sample is there twice"
+                seen.add((s.name, *s.labels.items()))
+                which = (s.labels.get(name, "") for name in ("destination_workload", "port", "errno", "rule"))
+                found.setdefault(s.name, Counter())[" ".join(filter(None, which))] += int(s.value)
+        return {name: dict(values) for name, values in found.items()}
+
+    def number(self, name: str, kind: str = "workload") -> int:
+        return self.ids.number(kind, name)
+
+
+def test_failures_are_by_errno_and_refusals_by_the_mesh_are_among_them(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    a, b, service, rule = node.number("d/a"), node.number("d/b"), node.number("d/s:80", "service"), node.number("d/p[0]", "rule")
+    node.stats.add({"source": a, "target": b, "service": service, "port": 80, "protocol": 6}, closed=(0, 0, 1, 2, 4))
+    refused = {"source": a, "target": b, "service": service, "verdict": Verdict.DENY, "protocol": 6}
+    node.verdicts.add({**refused, "rule": rule, "reason": Reason.POLICY}, {"": 8})
+    node.verdicts.add({**refused, "reason": Reason.NO_BACKEND}, {"": 16})
+    node.verdicts.add({**refused, "reason": Reason.NO_BACKEND, "protocol": 17}, {"": 32})
+    node.verdicts.add({**refused, "reason": Reason.NO_ENTRY, "direction": Direction.INBOUND}, {"": 64})
+    assert node.samples()["mesh_tcp_connections_failed_total"] == {
+        "b 80 ECANCELED": 1, "b 80 ECONNREFUSED": 2 + 16, "b 80 ETIMEDOUT": 4, "b 80 EPERM": 8,
+    }  # fmt: skip
+
+
+def test_what_an_audited_policy_would_deny_is_no_verdict(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    rule = node.number("d/audit[0]", "rule")
+    node.verdicts.add({"rule": rule, "verdict": Verdict.ALLOW, "reason": Reason.AUDIT, "protocol": 6}, {"": 3})
+    assert node.samples()["mesh_policy_audit_would_deny_total"] == {"unknown d/audit[0]": 3}
+    assert "mesh_policy_verdicts_total" not in node.samples()
+
+
+def test_datagram_flows_are_no_connections(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    node.stats.add({"target": node.number("d/dns"), "port": 53, "protocol": 17}, opened=5)
+    assert node.samples() == {"mesh_udp_flows_opened_total": {"dns 53": 5}}
+
+
+def test_pairs_whose_names_are_forgotten_are_one_sample(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    for number in (1001, 1002):
+        node.stats.add({"source": number, "target": number, "port": 80, "protocol": 6}, opened=5, sent_bytes=7)
+    assert node.samples()["mesh_tcp_connections_opened_total"] == {"unknown 80": 10}
+    assert node.samples()["mesh_tcp_sent_bytes_total"] == {"unknown 80": 14}
+
+
+def test_what_a_page_says_packed_is_what_it_says() -> None:
+    pieces = [b"a\n" * 1000, b"", b"b\n"]
+    assert gzip.decompress(b"".join(telemetry._compressed(iter(pieces)))) == b"".join(pieces)
 
 
 def test_a_port_that_is_taken_is_said_at_once() -> None:

@@ -1,0 +1,209 @@
+"""Closes living connections that a changed policy forbids: what the kernel would refuse now must not go on because it began earlier.
+
+Every connection of the enrolled namespaces is decided again as `agent.policy` says, at the caller and at the receiver. Where the request decides
+(WAYPOINT) a connection stays, also one that never went through the waypoint: it is decided by request when it is opened again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from agent import addresses
+from agent.bpf.datapath import DataPath
+from agent.bpf.manifest import Direction
+from agent.bpf.manifest import Verdict as Row
+from agent.bpf.sockets import LiveSocket, Sockets
+from agent.config import Config
+from agent.enrolment import Enrolled
+from agent.errors import KernelRefused
+from agent.ids import Ids
+from agent.model import LocalWorkload, Snapshot, Workload
+from agent.policy import Caller, Decision, Verdict, decide, protecting
+
+_log = logging.getLogger(__name__)
+
+SETTLE_S = 3.0
+"""How long after the first look a second one follows: a handshake that was under way was decided by the old policy and had no connection yet."""
+PAUSE_S = 0.5
+"""Between two looks, however quickly changes follow: a look takes about 10 us a connection."""
+_NAMED = 20
+"""Connections that are named in the log; of the others only their number."""
+
+
+class Forbidden(NamedTuple):
+    """A living connection that may not be opened any more."""
+
+    socket: LiveSocket
+    source: str
+    destination: str
+    rule: str
+
+
+class Judge:
+    """Decides living connections by one snapshot. Pure, but for `who`."""
+
+    def __init__(self, snapshot: Snapshot, enrolled: Enrolled, config: Config, ids: Ids, who: Callable[[bytes], str]) -> None:
+        """`who` names the workload that the kernel knows at an address; "" for nobody."""
+        self._snapshot = snapshot
+        self._local = {local.workload.name for local in enrolled.local}
+        self._config = config
+        self._ids = ids
+        self._who = who
+        self._decided: dict[tuple[str, Caller, int], Decision] = {}
+
+    def forbidden(self, found: LiveSocket, local: LocalWorkload) -> Forbidden | None:
+        """What is wrong with a connection of the workload `local`; None if it may stay."""
+        record, (here, there) = found.record, found.ends
+        if record.direction == Direction.INBOUND:
+            name = self._ids.name(record.source)
+            known = self._snapshot.workloads.get(name or self._remote(there[0]))
+            source, destination = name or addresses.text(there[0]), local.workload.name
+            caller, port = self._caller(known, there[0]), here[1]
+        elif record.direction == Direction.FROM_WAYPOINT or record.redirected or record.verdict == Row.DENY:
+            return None  # decided by request; or a kernel thread's, which the caller's end never refuses (bpf_src/mesh_connect.c)
+        else:
+            source, destination = local.workload.name, self._who(there[0])
+            caller, port = self._caller(local.workload, there[0]), there[1]
+        target = self._snapshot.workloads.get(destination)
+        if target is None or source == destination:  # nobody protects it; a pod may reach itself
+            return None
+        decision = self._decide(target, caller, port)
+        return Forbidden(found, source, destination, decision.rule) if decision.verdict is Verdict.DENY else None
+
+    def _remote(self, address: bytes) -> str:
+        """Who a caller without a name is, by its address: never a workload of this node, for which its namespace vouches."""
+        name = self._who(address)
+        return "" if name in self._local else name
+
+    def _caller(self, workload: Workload | None, address: bytes) -> Caller:
+        if workload is None:
+            return Caller(addresses=(addresses.text(address),))
+        if workload.node == self._config.node and workload.name not in self._local:  # as in agent.bpf.tables: nobody vouches for it
+            return Caller(addresses=workload.addresses)
+        return Caller.of(workload, self._config.trust_domain)
+
+    def _decide(self, target: Workload, caller: Caller, port: int) -> Decision:
+        key = (target.name, caller, port)
+        if key not in self._decided:
+            self._decided[key] = decide(protecting(target, self._snapshot), caller, port)
+        return self._decided[key]
+
+
+class Revocation:
+    """See the module. `changed` and `run` belong to the event loop; the looking is done in a worker thread."""
+
+    def __init__(self, config: Config, datapath: DataPath, ids: Ids) -> None:
+        """Look at nothing yet."""
+        self._config = config
+        self._ids = ids
+        self._addresses = datapath.maps["mesh_address"]
+        self._sockets = Sockets(datapath.maps)
+        self._wanted = asyncio.Event()
+        self._snapshot: Snapshot | None = None
+        self._enrolled = Enrolled()
+        self.closed = 0
+        """Connections closed since the agent started."""
+        self.problem = ""
+        """Why connections that are forbidden may go on, for people; "" if they do not."""
+
+    def changed(self, snapshot: Snapshot, enrolled: Enrolled) -> None:
+        """Say what is in force now. Cheap: connections are looked at only if this may forbid one."""
+        before, self._snapshot, self._enrolled = self._snapshot, snapshot, enrolled
+        if not self._config.keep_connections and affects(before, snapshot):
+            self._wanted.set()
+
+    async def run(self) -> None:
+        """Close what is forbidden after each change."""
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            await asyncio.to_thread(self.close_forbidden)
+            await asyncio.sleep(PAUSE_S)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wanted.wait(), SETTLE_S)
+                continue
+            await asyncio.to_thread(self.close_forbidden)
+
+    def close_forbidden(self) -> int:
+        """Look at every connection once; returns how many were closed."""
+        snapshot, enrolled = self._snapshot, self._enrolled
+        if snapshot is None:
+            return 0
+        judge = Judge(snapshot, enrolled, self._config, self._ids, self._who)
+        seen: set[frozenset[tuple[bytes, int]]] = set()
+        self.problem = ""
+        for local in enrolled.local:
+            try:
+                found = [f for s in self._sockets.dump(Path(local.netns_path)) if (f := judge.forbidden(s, local))]
+                for one in self._close(Path(local.netns_path), found):
+                    ends = frozenset(one.socket.ends)
+                    if ends in seen:  # the other end, which a reset has not reached yet
+                        continue
+                    seen.add(ends)
+                    if len(seen) <= _NAMED:
+                        _log.warning(
+                            "a connection was closed: a policy forbids it now",
+                            extra={"source": one.source, "destination": one.destination, "connection": str(one.socket), "rule": one.rule},
+                        )
+            except KernelRefused as error:
+                self.problem = f"living connections that a policy forbids go on: {error}; restart their pods"
+            except OSError as error:  # the namespace is going away, and its connections with it
+                _log.debug("connections of a namespace were not looked at", extra={"workload": local.workload.name, "reason": str(error)})
+        if self.problem:
+            _log.error(self.problem)
+        if len(seen) > _NAMED:
+            _log.warning(
+                "more connections were closed: a policy forbids them now", extra={"all": len(seen), "not_named": len(seen) - _NAMED}
+            )
+        self.closed += len(seen)
+        return len(seen)
+
+    def _close(self, namespace: Path, found: list[Forbidden]) -> Iterator[Forbidden]:
+        """Those that were closed."""
+        if not found:
+            return
+        destroyer = self._sockets.destroyer(namespace)
+        try:
+            yield from (one for one in found if destroyer.destroy(one.socket))
+        finally:
+            destroyer.close()
+
+    def _who(self, address: bytes) -> str:
+        rows = self._addresses.get(address)
+        return self._ids.name(self._addresses.layout.value.unpack(rows[0])["id"]) if rows else ""
+
+
+def affects(before: Snapshot | None, after: Snapshot) -> bool:
+    """True if a decision about a connection that lives may differ: another policy, or other labels, identities or addresses of a workload."""
+    if before is None:
+        return True
+    if after is before:
+        return False
+    delta = after.delta
+    if delta is None or delta.base != before.version or delta.policies:
+        return True
+    changed = [
+        after.workloads[name]
+        for name in delta.workloads
+        if name in after.workloads and _standing(before.workloads.get(name)) != _standing(after.workloads[name])
+    ]
+    return bool(changed) and (bool(after.policies) or any(w.policies for w in changed))
+
+
+def _standing(workload: Workload | None) -> object:
+    """What policies ask about a workload. One that went away takes its connections with it."""
+    if workload is None:
+        return None
+    return (
+        workload.policies,
+        workload.labels,
+        workload.service_account,
+        workload.addresses,
+        workload.enrolled,
+        workload.network_namespace,
+    )

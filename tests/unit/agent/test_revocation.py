@@ -1,0 +1,137 @@
+"""Which living connections a snapshot forbids, and which changes make the agent look. Real ones are closed in tests/kernel/test_live.py."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agent import addresses
+from agent.bpf.manifest import Direction, Verdict
+from agent.bpf.sockets import LiveSocket, Record
+from agent.config import Config
+from agent.enrolment import Enrolled
+from agent.ids import Ids
+from agent.model import Action, Delta, LocalWorkload, Operation, Policy, PolicyRule, Snapshot, Source, Workload
+from agent.revocation import Judge, affects
+
+POLICY = Policy("d/p", Action.ALLOW, (PolicyRule((Source(service_accounts=("d/friend",)),), (Operation(ports=(80,)),)),))
+L7 = Policy("d/l7", Action.ALLOW, (PolicyRule((), (Operation(methods=("GET",)),)),))
+
+
+def workload(name: str, address: str, *, policies: tuple[str, ...] = (), node: str = "here", enrolled: bool = True) -> Workload:
+    return Workload(f"d/{name}", name, node, {}, (address,), "", enrolled, ready=True, policies=policies)
+
+
+FRIEND, FOE = workload("friend", "10.0.0.1"), workload("foe", "10.0.0.2")
+SERVER, REQUESTS = workload("server", "10.0.0.3", policies=("d/p",)), workload("requests", "10.0.0.4", policies=("d/l7",))
+FAR, PLAIN = workload("far", "10.0.1.1", node="there"), workload("plain", "10.0.1.2", node="there", enrolled=False)
+ALL = (FRIEND, FOE, SERVER, REQUESTS, FAR, PLAIN)
+SNAPSHOT = Snapshot("1", {w.name: w for w in ALL}, policies={p.name: p for p in (POLICY, L7)})
+
+
+class Node:
+    def __init__(self, tmp_path: Path, local: tuple[Workload, ...] = (FRIEND, FOE, SERVER, REQUESTS)) -> None:
+        self.ids = Ids(tmp_path / "ids")
+        self.known = {addresses.packed(a): w.name for w in ALL for a in w.addresses}
+        enrolled = Enrolled(tuple(LocalWorkload(w, i, "") for i, w in enumerate(local)))
+        self.judge = Judge(SNAPSHOT, enrolled, Config("here", "unix:x"), self.ids, lambda raw: self.known.get(raw, ""))
+
+    def rule(
+        self,
+        at: Workload,
+        remote: str,
+        port: int = 80,
+        *,
+        source: str = "",
+        direction: int = Direction.OUTBOUND,
+        redirected: int = 0,
+        verdict: int = 0,
+    ) -> str:
+        """The rule that forbids a connection of `at`, or ""; `port` is the server's."""
+        number = self.ids.number("workload", source) if source else 0
+        record = Record(1, 1, number, 0, 0, 0, port, direction, verdict, redirected, 6, 0)
+        ports = (port, 50000) if direction == Direction.INBOUND else (50000, port)
+        ident = struct.pack("!HH", *ports) + socket.inet_aton(at.addresses[0]).ljust(16, b"\0") + socket.inet_aton(remote).ljust(16, b"\0")
+        found = self.judge.forbidden(LiveSocket(socket.AF_INET, 1, ident.ljust(48, b"\0"), 0, 0, 0, 0, record), LocalWorkload(at, 1, ""))
+        return found.rule if found else ""
+
+
+NO = "d/p: no rule matches"
+
+
+@pytest.mark.parametrize(
+    ("at", "remote", "port", "rule"),
+    [
+        pytest.param(FRIEND, "10.0.0.3", 80, "", id="allowed"),
+        pytest.param(FRIEND, "10.0.0.3", 81, NO, id="another-port"),
+        pytest.param(FOE, "10.0.0.3", 80, NO, id="denied"),
+        pytest.param(FOE, "10.0.0.1", 80, "", id="unprotected"),
+        pytest.param(FOE, "192.0.2.1", 80, "", id="outside"),
+        pytest.param(FOE, "10.0.0.4", 80, "", id="the-request-decides"),
+        pytest.param(SERVER, "10.0.0.3", 80, "", id="itself"),
+    ],
+)
+def test_the_callers_end_is_decided_by_the_real_address_and_port(tmp_path: Path, at: Workload, remote: str, port: int, rule: str) -> None:
+    assert Node(tmp_path).rule(at, remote, port) == rule
+
+
+@pytest.mark.parametrize(
+    ("source", "remote", "rule"),
+    [
+        pytest.param("d/friend", "10.0.0.1", "", id="allowed"),
+        pytest.param("d/foe", "10.0.0.2", NO, id="denied"),
+        pytest.param("d/far", "10.0.1.1", NO, id="of-another-node"),
+        pytest.param("", "192.0.2.1", NO, id="stranger"),
+        pytest.param("", "10.0.0.1", NO, id="an-address-of-this-node-that-nobody-vouched-for"),
+        pytest.param("d/gone", "10.0.0.9", NO, id="workload-that-is-gone"),
+    ],
+)
+def test_the_receivers_end_is_decided_by_who_was_seen_to_call(tmp_path: Path, source: str, remote: str, rule: str) -> None:
+    assert Node(tmp_path).rule(SERVER, remote, source=source, direction=Direction.INBOUND) == rule
+
+
+def test_a_caller_of_this_node_that_is_in_no_namespace_is_a_stranger(tmp_path: Path) -> None:
+    node = Node(tmp_path, (SERVER,))
+    assert node.rule(SERVER, "10.0.0.1", source="d/friend", direction=Direction.INBOUND) == NO
+
+
+def test_what_somebody_else_decides_is_left_alone(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    assert node.rule(FOE, "10.0.0.3", redirected=1) == "", "the waypoint, request by request"
+    assert node.rule(FOE, "10.0.0.3", direction=Direction.FROM_WAYPOINT) == "", "the waypoint has decided"
+    assert node.rule(FOE, "10.0.0.3", verdict=Verdict.DENY) == "", "a kernel thread's: its end refuses nothing"
+
+
+def after(delta: Delta | None, *changed: Workload, policies: tuple[Policy, ...] = (POLICY, L7)) -> Snapshot:
+    workloads = {**SNAPSHOT.workloads, **{w.name: w for w in changed}}
+    return Snapshot("2", workloads, policies={p.name: p for p in policies}, delta=delta)
+
+
+@pytest.mark.parametrize(
+    ("now", "looks"),
+    [
+        pytest.param(after(Delta("1", policies=frozenset({"d/p"}))), True, id="policy"),
+        pytest.param(after(Delta("1", services=frozenset({"d/s"}), routes=frozenset({"d/r"}))), False, id="service-and-route"),
+        pytest.param(after(Delta("1", workloads=frozenset({"d/foe"})), replace(FOE, labels={"a": "b"})), True, id="labels"),
+        pytest.param(after(Delta("1", workloads=frozenset({"d/foe"})), replace(FOE, service_account="x")), True, id="identity"),
+        pytest.param(after(Delta("1", workloads=frozenset({"d/foe"})), replace(FOE, ready=False)), False, id="readiness"),
+        pytest.param(after(Delta("1", workloads=frozenset({"d/new"})), workload("new", "10.0.0.9")), True, id="new-workload"),
+        pytest.param(
+            after(Delta("1", workloads=frozenset({"d/new"})), workload("new", "10.0.0.9"), policies=()), False, id="without-policies"
+        ),
+        pytest.param(after(Delta("1", workloads=frozenset({"d/gone"}))), False, id="workload-that-went"),
+        pytest.param(after(None), True, id="not-known-what-changed"),
+        pytest.param(after(Delta("0")), True, id="changed-since-another-version"),
+        pytest.param(SNAPSHOT, False, id="the-same"),
+    ],
+)
+def test_connections_are_looked_at_only_after_changes_that_may_forbid_one(now: Snapshot, *, looks: bool) -> None:
+    assert affects(SNAPSHOT, now) is looks
+
+
+def test_connections_are_looked_at_when_an_agent_starts() -> None:
+    assert affects(None, SNAPSHOT)
