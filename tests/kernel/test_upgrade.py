@@ -103,6 +103,7 @@ def test_agents_that_are_killed_23_times_fail_no_request_and_let_nobody_in(lab: 
 
 def test_a_changed_layout_fails_no_request_lets_nobody_in_and_counters_go_on(lab: Lab, tmp_path: Path) -> None:
     larger = version(tmp_path, LARGER)
+    assert shop.codes(lab, "frontend", "http://cart/items?[1-23]") == {"200": 23}  # both nodes have something to lose
     kept, envoys, counts = maps("node-1"), pids(lab), opened(lab)
     for script in (larger, None):  # there and back again
         if script is not None:
