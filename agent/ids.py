@@ -24,9 +24,9 @@ class Ids:
         self._path = path
         self._lock = threading.Lock()
         self._numbers: dict[str, dict[str, int]] = defaultdict(dict)
-        self._names: dict[int, tuple[str, str]] = {}
+        self._names: dict[int, str] = {}
         self._next = 1
-        self._unsaved: list[str] = []
+        self._unsaved: list[int] = []
         if path.exists():
             for line in path.read_text().rpartition("\n")[0].splitlines():
                 number, _, rest = line.partition(" ")
@@ -40,11 +40,13 @@ class Ids:
 
     def _remember(self, number: int, kind: str, name: str) -> None:
         self._numbers[kind][name] = number
-        self._names[number] = (kind, name)
+        self._names[number] = name
 
     def _forget(self, number: int) -> None:
-        kind, name = self._names.pop(number, ("", ""))
-        self._numbers[kind].pop(name, None)
+        name = self._names.pop(number, "")
+        for numbers in self._numbers.values():
+            if numbers.get(name) == number:
+                del numbers[name]
 
     def start_above(self, number: int) -> None:
         """Give no number up to this one to a new name: the kernel still holds it, and the file that said what it means may be lost."""
@@ -62,12 +64,12 @@ class Ids:
                 found = self._next
                 self._next += 1
                 self._remember(found, kind, name)
-                self._unsaved.append(f"{found} {kind}:{name}\n")
+                self._unsaved.append(found)
             return found
 
     def name(self, number: int) -> str:
         """The name of a number; "" for 0 and for numbers of names that were forgotten."""
-        return self._names.get(number, ("", ""))[1]
+        return self._names.get(number, "")
 
     def names(self, kind: str) -> tuple[str, ...]:
         """Every name of a kind that has a number."""
@@ -81,7 +83,7 @@ class Ids:
                 number = self._numbers[kind].get(name)
                 if number is not None:
                     self._forget(number)
-                    self._unsaved.append(f"{number}\n")
+                    self._unsaved.append(number)
 
     def keep(self, kind: str, names: Iterable[str]) -> None:
         """Forget the names of a kind that are not listed."""
@@ -97,11 +99,17 @@ class Ids:
                 self._rewrite()
                 return
             with self._path.open("a") as file:
-                file.writelines(self._unsaved)
+                file.writelines(map(self._line, self._unsaved))
             self._unsaved.clear()
 
+    def _line(self, number: int) -> str:
+        """What the file says of a number; one that was forgotten stands alone."""
+        name = self._names.get(number, "")
+        kind = next((kind for kind, numbers in self._numbers.items() if numbers.get(name) == number), "")
+        return f"{number} {kind}:{name}\n" if kind else f"{number}\n"
+
     def _rewrite(self) -> None:
-        lines = [f"{number} {kind}:{name}\n" for number, (kind, name) in self._names.items()]
+        lines = [f"{number} {kind}:{name}\n" for kind, numbers in self._numbers.items() for name, number in numbers.items()]
         # The highest number stays known although its name is forgotten.
         files.write(self._path, "".join([*lines, f"{self._next - 1}\n" if self._next - 1 not in self._names else ""]).encode())
         self._lines = len(lines)

@@ -208,6 +208,14 @@ class Classes:
         self._index = {source: number for number, source in enumerate(self.sources)}
         self._labels = frozenset(name for s in self.sources for name, _ in s.labels)
         self._names = tuple(self._labels)
+        self._asking: dict[tuple[int, str], list[int]] = {}
+        """Sources that ask for exact names, by each of them: nobody else need be compared with those."""
+        self._open: list[int] = []
+        for number, source in enumerate(self.sources):
+            for name in _exact_names(source):
+                self._asking.setdefault(name, []).append(number)
+            if not _exact_names(source):
+                self._open.append(number)
         self._by_blocks = any(s.ip_blocks or s.not_ip_blocks for s in self.sources)
         self._known: dict[Caller, frozenset[int]] = {}
         self._by_workload: dict[tuple[object, ...], frozenset[int]] = {}
@@ -225,7 +233,9 @@ class Classes:
         )
         found = self._known.get(plain)
         if found is None:
-            matching = frozenset(i for i, source in enumerate(self.sources) if source_matches(source, plain))
+            names = enumerate((plain.principal, f"{plain.namespace}/{plain.service_account}", plain.namespace))
+            likely = {*self._open, *(i for name in names for i in self._asking.get(name, ()))}
+            matching = frozenset(i for i in likely if source_matches(self.sources[i], plain))
             found = self._interned.setdefault(matching, matching)
             self._known[plain] = found
         return found
@@ -266,6 +276,14 @@ class Classes:
                 and not any(str(block(b)) in inside for b in s.not_ip_blocks)
             )
         return found
+
+
+def _exact_names(source: Source) -> list[tuple[int, str]]:
+    """(kind, name) of which a caller must have one to match: principals, service accounts or namespaces; none if patterns may match."""
+    for kind, wanted in enumerate((source.principals, source.service_accounts, source.namespaces)):
+        if wanted and not any("*" in name for name in wanted):
+            return [(kind, name) for name in wanted]
+    return []
 
 
 def _covers(outer: str, inner: str) -> bool:

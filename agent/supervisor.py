@@ -71,6 +71,7 @@ class Supervisor:
         self._configured = asyncio.Event()
         self._relaxable = asyncio.Event()
         self._enforced_inbound: frozenset[str] = frozenset()
+        self._held_back = False
         self._beat = time.monotonic()
         self._tracer = Tracer(config.node, self._trace_changed)
         self._probe = probe.Probe(config)
@@ -115,7 +116,7 @@ class Supervisor:
             self._probe.prepare()
         except OSError as error:  # the probe then says that its namespace is missing; pods do not depend on it
             _log.error("the live probe has no network namespace", extra={"reason": str(error)})
-        self._waypoint = envoy.Envoy(config, self.datapath.layout)
+        self._waypoint = envoy.Envoy(config, self.datapath.generation)
         self._xds = XdsServer(config.xds_socket, self._tracer.on_record)
         self._discovery = Discovery(config, self.apply)
         # Before anything is attached: a port that is taken must not leave a half-started agent behind.
@@ -132,12 +133,22 @@ class Supervisor:
         last_good = self._discovery.load_last_good()
         if last_good is not None:
             await self.apply(last_good)
-        self.datapath.attach(config.waypoint_cgroup)
-        self.datapath.forget_other_versions()
+        self._held_back = last_good is None and self.datapath.awaits_tables
+        if self._held_back:
+            _log.warning(
+                "the previous programs stay in force until the controller has sent a configuration: these would start with empty tables"
+            )
+            return
+        self._attach()
         _log.info(
             "data path in force",
             extra={"node": config.node, "took_s": round(time.monotonic() - started, 3), "loader_s": self.datapath.loader_s},
         )
+
+    def _attach(self) -> None:
+        self.datapath.attach(self._config.waypoint_cgroup)
+        self.datapath.forget_other_versions()
+        self._held_back = False
 
     async def _serve(self) -> None:
         events = Events(self.datapath.maps["mesh_events"], self.ids, self._tracer.on_event, expected=probe.NAME)
@@ -168,6 +179,8 @@ class Supervisor:
         """Bring a new `snapshot` into force; on failure the previous one stays. Called by the discovery client."""
         async with self._enforcing:
             await self._bring_into_force(snapshot)
+            if self._held_back:
+                await asyncio.to_thread(self._attach)
 
     async def _bring_into_force(self, snapshot: Snapshot) -> None:
         # What the receiver has enforced so far it goes on to enforce until Envoy has the rules that make that needless (`_relax`).

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from agent.bpf.manifest import BUCKETS, Close, Direction, Manifest
 from agent.bpf.maps import Map
+from agent.errors import KernelRefused
 from agent.ids import Ids
 from bench.controller import Controller
 from bench.main import run
@@ -51,6 +52,7 @@ IDLE_S = 5.0
 """Of one round."""
 CHANGES = 10
 """In one round."""
+PATIENCE = 1000
 READY_S = 90.0
 QUIET = 0.2
 """An agent that uses less of a core than this has done what the last change asked for."""
@@ -251,9 +253,19 @@ def fill(model: Model) -> None:
                 direction=Direction.OUTBOUND,
                 protocol=_TCP,
             )
-            table.put(key, counts)
+            _put(table, key, counts)
     finally:
         table.close()
+
+
+def _put(table: Map, key: bytes, value: bytes) -> None:
+    """Write a row; the kernel refills what new rows are made of in the background (kernel/bpf/memalloc.c) and may have nothing for a moment."""
+    for _ in range(PATIENCE):
+        with contextlib.suppress(KernelRefused):
+            table.put(key, value)
+            return
+        time.sleep(0.001)
+    raise LabError(f"the kernel refuses a row of {table.name} again and again")
 
 
 def scrape(node: Node, encoding: str) -> tuple[float, bytes]:

@@ -1,10 +1,12 @@
 """The loader child: compiles the programs, loads and pins them and their maps, writes the manifest, and ends.
 
 Started by `agent.bpf.datapath` as `python -m agent.bpf.loader`; the only module that imports bcc, which keeps 70 to 140 MB in a process that lives
-for a second. It attaches nothing: the agent fills the maps first.
+for a few seconds. It attaches nothing: the agent fills the maps first.
 
-Input: arguments. Output: the manifest file; on failure one line on standard error and exit code 1. All programs are loaded before any is pinned,
-so a verifier refusal leaves the previous complete set in force.
+Input: a `source.Job` as JSON, the only argument. Output: the manifest file; on failure one line on standard error and exit code 1. Everything is made
+under names that end in "-new" and gets its own name at the end: a verifier refusal leaves the previous complete set in force, and nothing else.
+
+A map that is the same to the programs in force is pinned once more in the new directory, where bcc finds and uses it.
 """
 
 from __future__ import annotations
@@ -12,88 +14,207 @@ from __future__ import annotations
 import ctypes as ct
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from agent import files
-from agent.bpf import libbpf, shim, source
+from agent.bpf import bridge, libbpf, migrate, shim, source
 from agent.bpf.manifest import PROGRAMS
+from agent.bpf.migrate import Fate
 from agent.errors import MeshError
 
 _FORMATS = {1: "B", 2: "H", 4: "I", 8: "Q"}
+_PIN = re.compile(r':" MESH_PIN "/(?:" #_name|\w+")')
+_NOTHING = "\nint mesh_nothing(void *ctx) { return 0; }\n"  # without a program bcc loads no BTF, which socket storage needs
 
 
 def main(arguments: list[str]) -> int:
-    """Arguments: directory for maps, directory for programs, manifest file, then compiler flags."""
-    maps_dir, programs_dir, manifest = (Path(a) for a in arguments[:3])
+    """Do the job in the first argument."""
     try:
-        load(maps_dir, programs_dir, manifest, tuple(arguments[3:]))
+        load(source.Job(**json.loads(arguments[0])))
     except (MeshError, OSError) as error:
         sys.stderr.write(f"loader: {error}\n")
         return 1
     return 0
 
 
-def load(maps_dir: Path, programs_dir: Path, manifest: Path, flags: tuple[str, ...]) -> None:
-    """Compile, load, pin; `maps_dir` may hold maps of an earlier run with the same layout, which are used again."""
-    code = source.read(flags=flags)
+def load(job: source.Job) -> None:
+    """Compile, load, pin."""
+    code = source.read(Path(job.source), tuple(job.flags), job.capacities)
     with tempfile.TemporaryDirectory(prefix="meshagent-shim-") as tree:
         shim.build(Path(tree))
         os.environ["BCC_KERNEL_SOURCE"] = tree
-        from bcc import BPF  # noqa: PLC0415  needs the variable, and only this child may pay for it
-
-        maps_dir.mkdir(parents=True, exist_ok=True)
-        # helpers.h of bcc and the UAPI headers both define a few macros
-        cflags = [f'-DMESH_PIN="{maps_dir}"', "-Wno-macro-redefined", "-Werror=implicit-function-declaration", *flags]
+        work = _Work(job, code)
         try:
-            module = BPF(text=code.text.encode(), cflags=cflags)
-        except Exception as error:
-            raise MeshError(f"the programs do not compile, or a map could not be made in {maps_dir}: {error}") from error
+            work.maps()
+            work.programs()
+            work.finish()
+        finally:
+            work.clean()
+
+
+@dataclass
+class _Work:
+    """The steps of one job."""
+
+    job: source.Job
+    code: source.Source
+    fates: dict[str, Fate] = field(default_factory=dict)
+    bridged: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Start with empty directories."""
+        self._maps, self._programs, self._bridge = (Path(path) for path in (self.job.maps, self.job.programs, self.job.bridge))
+        self._fresh = not self._maps.is_dir() or bool(self.job.before_maps)
+        self._old: dict[str, Any] = {}
+        self.clean()
+        for path in (self._maps, self._programs):
+            _new(path).mkdir(parents=True)
+
+    def clean(self) -> None:
+        """Remove what is not finished."""
+        for path in (self._maps, self._programs, self._bridge):
+            shutil.rmtree(_new(path), ignore_errors=True)
+
+    def maps(self) -> None:
+        """Decide which maps are used again, and pin those where the programs will look for them."""
+        if not self.job.before_maps:
+            return
+        self._old = json.loads(Path(self.job.before_manifest).read_text())["maps"]
+        for name, document in self._old.items():
+            document.update(_made(Path(self.job.before_maps) / name))
+        layouts = _layouts(self.code)
+        self.fates = migrate.fates(self._old, layouts)
+        self.bridged = bridge.bridged(self.fates, self._old, layouts, self.code.records)
+        for name, fate in self.fates.items():
+            if fate is Fate.KEPT:
+                _pin_again(Path(self.job.before_maps) / name, _new(self._maps) / name)
+
+    def programs(self) -> None:
+        """Compile and load all programs, then pin them."""
+        pins = _new(self._maps) if self._fresh else self._maps
+        module = _compile(self.code.text, pins, self.job.flags)
+        functions = _load(module)
+        self._layouts = {name: _map(module, name) for name in _names(self.code)}
+        if self.bridged:
+            for name in self.bridged:
+                _pin_again(Path(self.job.before_maps) / name, pins / (name + bridge.SUFFIX))
+            text = bridge.weave(self.code.text, self.bridged, self._old, self._layouts, self.code.records)
+            between = _load(_compile(text, pins, self.job.flags))
+            for name in self.bridged:
+                (pins / (name + bridge.SUFFIX)).unlink()
+            _new(self._bridge).mkdir()
+            _pin(between, _new(self._bridge))
+        _pin(functions, _new(self._programs))
+
+    def finish(self) -> None:
+        """Write the manifest and give everything its name."""
+        before = json.loads(Path(self.job.before_manifest).read_text())["programs"] if self.job.before_manifest else ""
+        document = {
+            "layout": self.code.layout,
+            "programs": self.code.programs,
+            "enums": self.code.enums,
+            "before": before,
+            "fates": {name: fate.value for name, fate in self.fates.items()},
+            "maps": self._layouts,
+        }
+        files.write(Path(self.job.manifest), json.dumps(document, indent=1).encode())
+        for path in (self._maps, self._bridge, self._programs):  # programs last: with them the set counts as complete
+            if _new(path).is_dir() and (path is not self._maps or self._fresh):
+                shutil.rmtree(path, ignore_errors=True)
+                _new(path).rename(path)
+
+
+def _new(path: Path) -> Path:
+    return path.with_name(f"{path.name}-new")  # a BPF file system allows no dots in names
+
+
+def _pin_again(old: Path, new: Path) -> None:
+    descriptor = libbpf.open_pin(old)
+    libbpf.pin(descriptor, new)
+    os.close(descriptor)
+
+
+def _made(pin: Path) -> dict[str, int]:
+    """Kind, capacity and flags of a pinned map, asked of the kernel; earlier manifests do not have them."""
+    descriptor = libbpf.open_pin(pin)
+    try:
+        return _described(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _described(descriptor: int) -> dict[str, int]:
+    kind, _, _, capacity = libbpf.map_info(descriptor)
+    return {"kind": kind, "capacity": capacity, "flags": libbpf.map_flags(descriptor)}
+
+
+def _module(text: str, flags: list[str]) -> Any:
+    from bcc import BPF  # noqa: PLC0415  needs BCC_KERNEL_SOURCE, and only this child may pay for it
+
+    # helpers.h of bcc and the UAPI headers both define a few macros
+    return BPF(text=text.encode(), cflags=["-Wno-macro-redefined", "-Werror=implicit-function-declaration", *flags])
+
+
+def _compile(text: str, pins: Path, flags: list[str]) -> Any:
+    try:
+        return _module(text, [f'-DMESH_PIN="{pins}"', *flags])
+    except Exception as error:
+        raise MeshError(f"the programs do not compile, or a map could not be made in {pins}: {error}") from error
+
+
+def _load(module: Any) -> dict[str, Any]:
     functions = {}
     for program in PROGRAMS:
         try:
-            attach = {} if program.kind in {"sock_ops", "sk_msg"} else {"attach_type": libbpf.ATTACH_TYPES[program.attach_type]}
+            attach = {} if program.kind == "sock_ops" else {"attach_type": libbpf.ATTACH_TYPES[program.attach_type]}
             functions[program.name] = module.load_func(program.name.encode(), program.type_number, **attach)
         except Exception as error:
             raise MeshError(f"the kernel refuses {program.name}: {error}") from error
-    # a BPF file system allows no dots in names
-    staging = programs_dir.with_name(programs_dir.name + "-new")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    return functions
+
+
+def _pin(functions: Mapping[str, Any], directory: Path) -> None:
     for name, function in functions.items():
-        libbpf.pin(function.fd, staging / name)
-    document = {
-        "layout": code.layout,
-        "programs": code.programs,
-        "enums": code.enums,
-        "maps": {pin.name: _map(module, pin.name) for pin in maps_dir.iterdir()},
-    }
-    files.write(manifest, json.dumps(document, indent=1).encode())
-    shutil.rmtree(programs_dir, ignore_errors=True)
-    staging.rename(programs_dir)
+        libbpf.pin(function.fd, directory / name)
+
+
+def _layouts(code: source.Source) -> dict[str, dict[str, Any]]:
+    """Every map as the compiler lays it out and the kernel makes it; these are not pinned and vanish."""
+    try:
+        module = _module(_PIN.sub('"', code.declarations) + _NOTHING, [])
+    except Exception as error:
+        raise MeshError(f"the maps do not compile, or the kernel refuses one: {error}") from error
+    return {name: _map(module, name) for name in _names(code)}
+
+
+def _names(code: source.Source) -> list[str]:
+    return [*code.records, *re.findall(r"^struct \w+_table_t (mesh_\w+) = ", code.declarations, re.MULTILINE)]
 
 
 def _map(module: Any, name: str) -> dict[str, Any]:
-    if name in {"mesh_sock", "mesh_joined"}:  # bcc has no table of this kind in Python, but it knows the record
-        key: Any = ct.c_int
-        value = _storage(module, name)
-    elif name in {"mesh_listener", "mesh_peers"}:  # sockets: no records that user space reads
-        return {"key": [], "value": [], "key_size": 0, "value_size": 0}
-    else:
-        table = module[name.encode()]
-        key, value = table.Key, getattr(table, "sLeaf", table.Leaf)  # of one CPU
-    return {"key": _fields(key), "value": _fields(value), "key_size": ct.sizeof(key), "value_size": ct.sizeof(value)}
+    from bcc import lib  # noqa: PLC0415  see `_module`
 
-
-def _storage(module: Any, name: str) -> Any:
-    """The record of a socket storage map as a ctypes class, made as `BPF.get_table` makes those of other maps."""
-    from bcc import lib  # noqa: PLC0415  see `load`
-
-    description = lib.bpf_table_leaf_desc(module.module, name.encode())
-    return module._decode_table_type(json.loads(description))  # noqa: SLF001  has no public name
+    raw = name.encode()
+    descriptor = lib.bpf_table_fd(module.module, raw)
+    # as BPF.get_table does, which knows neither sockets nor socket storage
+    key, value = (
+        module._decode_table_type(json.loads(describe(module.module, raw)))  # noqa: SLF001  has no public name
+        for describe in (lib.bpf_table_key_desc, lib.bpf_table_leaf_desc)
+    )
+    return {
+        **_described(descriptor),
+        "key": _fields(key),
+        "value": _fields(value),
+        "key_size": ct.sizeof(key),
+        "value_size": ct.sizeof(value),
+    }
 
 
 def _fields(record: Any) -> list[list[Any]]:

@@ -10,7 +10,7 @@ import enum
 import json
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,7 @@ class Codec:
     def __init__(self, fields: list[list[Any]], size: int) -> None:
         """`fields` are [name, offset in bytes, struct format]; padding is zero."""
         self.size = size
+        self.fields: tuple[tuple[str, int, str], ...] = tuple((str(name), int(offset), str(form)) for name, offset, form in fields)
         self._fields = [(str(name), int(offset), struct.Struct("=" + form)) for name, offset, form in fields]
 
     def pack(self, **values: int | bytes | tuple[int, ...]) -> bytes:
@@ -208,15 +209,19 @@ class Manifest:
     layout: str
     programs: str
     maps: Mapping[str, MapLayout]
+    before: str = ""
+    """The programs that were in force when these were loaded."""
+    fates: Mapping[str, str] = field(default_factory=dict)
+    """What becomes of the maps of those before (agent.bpf.migrate, Fate)."""
 
     @staticmethod
-    def read(path: Path) -> Manifest:
-        """Read what the loader wrote. Raises LayoutMismatch if the enums of this agent are not those that were compiled."""
+    def read(path: Path, *, own: bool = True) -> Manifest:
+        """Read what the loader wrote. Raises LayoutMismatch if the enums of this agent are not those that were compiled, unless it is not its `own`."""
         document = json.loads(path.read_text())
-        for name, (prefix, kind) in _ENUMS.items():
+        for name, (prefix, kind) in _ENUMS.items() if own else ():
             compiled = {k.removeprefix(prefix): v for k, v in document["enums"][name].items()}
             expected = {member.name: member.value for member in kind}
             if compiled != expected:
                 raise LayoutMismatch(f"enum {name}: the programs say {compiled}, this agent {expected}: install matching bpf_src and agent")
         maps = {name: MapLayout(Codec(m["key"], m["key_size"]), Codec(m["value"], m["value_size"])) for name, m in document["maps"].items()}
-        return Manifest(document["layout"], document["programs"], maps)
+        return Manifest(document["layout"], document["programs"], maps, document.get("before", ""), document.get("fates", {}))

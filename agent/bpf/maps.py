@@ -96,7 +96,8 @@ class Mirror:
         """Raise KernelRefused if that many rows do not fit."""
         if needed > self.map.capacity:
             raise KernelRefused(
-                f"map {self.map.name} holds at most {self.map.capacity} rows, {needed} are needed: the previous state stays in force"
+                f"map {self.map.name} holds at most {self.map.capacity} rows, {needed} are needed: the previous state stays in force; raise it with"
+                f" --map-capacity {self.map.name}=N"
             )
 
     def write(self, rows: Mapping[bytes, bytes]) -> int:

@@ -75,7 +75,8 @@ class Tables:
         self._local: dict[str, Namespace] = {}
         self._flags: Mapping[str, int] = {}
         self._zones: Counter[str] = Counter()
-        self._endpoints: dict[tuple[str, int, str], dict[str, Endpoint]] = {}
+        self._endpoints: dict[tuple[str, int, str], dict[str, int]] = {}
+        """Target port of each ready endpoint by its name; by service, port and protocol."""
         self._claims: dict[bytes, str | tuple[str, ...]] = {}
         self._held: dict[str, dict[bytes, tuple[int, int]]] = {}
         """Number and length of the list of each row of a service."""
@@ -117,18 +118,18 @@ class Tables:
     def _everything(self, snapshot: Snapshot, here: Mapping[str, Namespace], flags: Mapping[str, int]) -> int:
         self._index(snapshot, here)
         policies, policy_rows, blocks = self._compile_policies(snapshot)
+        backend: Rows = {}
+        member: Rows = {}
+        service: Rows = {}
+        self._held, self._list_users, self._members = {}, Counter(), {}
+        for item in snapshot.services.values():
+            self._service(item, snapshot.workloads, service, backend, member)
         address: dict[bytes, Known] = {}
         for raw in self._claims:
             row = self._address(raw, snapshot, here, policies, flags)
             if row:
                 address[raw] = row
         workload = {self._rows.cookie(n.local.netns_cookie): self._known(n.local.workload, n, policies, flags) for n in here.values()}
-        backend: Rows = {}
-        member: Rows = {}
-        service: Rows = {}
-        self._held, self._list_users, self._members = {}, Counter(), {}
-        for item in snapshot.services.values():
-            self._service(item, service, backend, member)
         mirrors = self.mirrors
         plain = {"mesh_backend": backend, "mesh_member": member, "mesh_policy": policy_rows, "mesh_service": service}
         needed = {name: len(rows) for name, rows in plain.items()}
@@ -174,6 +175,8 @@ class Tables:
     def _add(self, workload: Workload, namespace: Namespace | None) -> None:
         if workload.zone and workload.node == self._node:
             self._zones[workload.zone] += 1
+        # Now, before any row: what stays must not lie between what goes again, or the memory of that could not be given back.
+        self._ids.number("workload", workload.name)
         for raw in _addresses(workload, namespace):
             claimed = self._claims.get(raw)
             if claimed is None:
@@ -184,7 +187,7 @@ class Tables:
             for backing in workload.backing:
                 for protocol in (TCP, UDP):
                     for port, target in backing.targets(protocol).items():
-                        self._endpoints.setdefault((backing.service, port, protocol), {})[workload.name] = (workload, target)
+                        self._endpoints.setdefault((backing.service, port, protocol), {})[workload.name] = target
 
     @property
     def _zone(self) -> str:
@@ -287,7 +290,7 @@ class Tables:
             return None
         return self._known(snapshot.workloads[names[0]], here.get(names[0]), policies, flags)
 
-    def _service(self, service: Service, rows: Rows, backend: Rows, member: Rows) -> None:
+    def _service(self, service: Service, workloads: Mapping[str, Workload], rows: Rows, backend: Rows, member: Rows) -> None:
         """Rows of a service; its lists are remembered."""
         held = self._held[service.name] = {}
         for address in service.addresses:
@@ -297,7 +300,7 @@ class Tables:
             for port in service.ports:
                 key = self._rows.service_key(raw, port.port, _PROTOCOLS[port.protocol])
                 found = self._endpoints.get((service.name, port.port, port.protocol), {})
-                endpoints = [found[name] for name in sorted(found)]
+                endpoints = [(workloads[name], found[name]) for name in sorted(found)]
                 chosen = preferred(endpoints, service.traffic_distribution, self._node, self._zone)
                 ways = self._ways(chosen, ipv4=addresses.is_ipv4(raw))
                 keeps = bool(service.affinity_s) or port.protocol == UDP
@@ -405,7 +408,7 @@ class Tables:
             self._list_users[listing] -= 1
         for name in replaced:
             if name in snapshot.services:
-                self._service(snapshot.services[name], service, backend, member)
+                self._service(snapshot.services[name], snapshot.workloads, service, backend, member)
         gone = [key for held in replaced.values() for key in held if key not in service]
         unused = {listing: count for held in replaced.values() for listing, count in held.values() if self._list_users[listing] <= 0}
         old_members = [key for listing in unused for key in self._members.pop(listing, ())]

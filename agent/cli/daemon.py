@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from agent import features, logs
+from agent.bpf import source
 from agent.config import METRICS_PORT, Config, TlsFiles
+from agent.errors import MeshError
 from agent.names.dnsmasq import kubernetes_node
 from agent.uninstall import uninstall as remove_everything
+
+if TYPE_CHECKING:
+    from agent.bpf import upgrade
 
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -33,6 +40,31 @@ def _places(command: Callable[..., Any]) -> Callable[..., Any]:
     ):
         command = option(command)
     return command
+
+
+def _capacities(_context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, int]:
+    """NAME=ROWS of each --map-capacity, looked through before the agent starts."""
+    known = source.default_capacities()
+    found = {}
+    for text in given:
+        name, _, number = text.partition("=")
+        if not number.isdigit():
+            raise click.BadParameter(f"{text!r} is not MAP=ROWS, as in mesh_flow=131072")
+        try:
+            source.check_capacity(name, int(number), known)
+        except MeshError as error:
+            raise click.BadParameter(str(error).removeprefix("--map-capacity ")) from error
+        found[name] = int(number)
+    return found
+
+
+_map_capacity = click.option(
+    "--map-capacity",
+    multiple=True,
+    callback=_capacities,
+    metavar="MAP=ROWS",
+    help="Rows that a kernel map can hold; may be given several times.  [default: as in bpf_src/mesh_maps.h]",
+)
 
 
 def _cgroup(given: Path | None) -> Path:
@@ -60,6 +92,7 @@ def _cgroup(given: Path | None) -> Path:
 )
 @click.option("--cluster-domain", default="cluster.local", show_default=True, help="What the whole names of services end in.")
 @click.option("--keep-denied-connections", is_flag=True, help="Let living connections go on that a changed policy forbids.")
+@_map_capacity
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
 def run(  # noqa: PLR0913  one parameter for each option
     *,
@@ -80,6 +113,7 @@ def run(  # noqa: PLR0913  one parameter for each option
     names: bool | None,
     cluster_domain: str,
     keep_denied_connections: bool,
+    map_capacity: dict[str, int],
     log_level: str,
 ) -> None:
     """Run the agent of this node until it is told to stop. The data path stays in force when it ends."""
@@ -107,8 +141,53 @@ def run(  # noqa: PLR0913  one parameter for each option
         names=not kubernetes_node() if names is None else names,
         cluster_domain=cluster_domain,
         keep_connections=keep_denied_connections,
+        map_capacities=map_capacity,
     )
     asyncio.run(Supervisor(config).run())
+
+
+@click.command()
+@_places
+@_map_capacity
+@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def upgrade_check(*, cgroup: Path | None, pin_dir: Path, run_dir: Path, state_dir: Path, map_capacity: dict[str, int], output: str) -> None:
+    """Say what it would mean to start this version here: run it from the new version while the old agent runs.
+
+    Exit code 0: no connection and no counter is lost; 1: the kernel refuses something, nothing would change; 2: possible, with the losses named.
+    """
+    from agent.bpf import upgrade  # noqa: PLC0415  as above
+
+    config = Config(
+        node="", controller="", cgroup=_cgroup(cgroup), pin_dir=pin_dir, run_dir=run_dir, state_dir=state_dir, map_capacities=map_capacity
+    )
+    report = upgrade.check(config)
+    if output == "json":
+        click.echo(json.dumps(asdict(report)))
+    else:
+        for line in _in_words(report):
+            click.echo(line)
+    sys.exit(report.code)
+
+
+def _in_words(report: upgrade.Report) -> list[str]:
+    if report.kernel:
+        return [f"impossible: {report.kernel}", "what is in force would stay in force"]
+    lines = ["the kernel accepts every program and map", *report.notes]
+    changed = [f"{name} {word}" for name, word in report.programs.items() if word != "same"]
+    if report.in_force and report.programs:
+        lines.append(f"programs: {', '.join(changed) or 'none changes'}")
+    for change in report.maps:
+        if change.fate != "kept":
+            why = f" ({'; '.join(change.why)})" if change.why else ""
+            lines.append(f"map {change.name} {change.words}{why}")
+    kept = sum(change.fate == "kept" for change in report.maps)
+    if report.maps:
+        lines.append(f"{kept} of {len(report.maps)} maps are used again")
+    return [
+        *lines,
+        *(f"loss: {loss}" for loss in report.losses),
+        "possible, with the losses above" if report.losses else "safe: nothing is lost",
+    ]
 
 
 @click.command()

@@ -61,7 +61,7 @@ def completion(shell: str) -> None:
     click.echo(kind(main, {}, "meshagent", "_MESHAGENT_COMPLETE").source())
 
 
-for command in (daemon.run, daemon.uninstall, observe.status, observe.trace, *resources.commands):
+for command in (daemon.run, daemon.uninstall, daemon.upgrade_check, observe.status, observe.trace, *resources.commands):
     main.add_command(command)
 
 if __name__ == "__main__":

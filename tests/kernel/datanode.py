@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
 import time
@@ -10,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from agent.bpf import libbpf
+import pytest
+
+from agent.bpf import libbpf, source
 from agent.bpf.datapath import DataPath
 from agent.bpf.events import Event, Events
 from agent.bpf.manifest import Close, Direction
@@ -179,6 +182,13 @@ class DataNode:
         uninstall(self.config)
 
 
+def compile_from(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Have data paths that are opened from now on use another copy of the C source."""
+    read, job = source.read, source.Job
+    monkeypatch.setattr(source, "read", lambda _directory=None, flags=(), capacities=None: read(directory, flags, capacities))
+    monkeypatch.setattr(source, "Job", functools.partial(job, source=str(directory)))
+
+
 def until(condition: object, timeout: float = 3.0) -> bool:
     """Poll a condition that no event announces (a counter in the kernel); False if it does not come true."""
     assert callable(condition)
@@ -219,5 +229,15 @@ def program_ids(node: DataNode) -> list[int]:
     for pin in pins:
         fd = libbpf.open_pin(pin)
         found.append(libbpf.program_id(fd))
+        os.close(fd)
+    return found
+
+
+def running_programs(node: DataNode) -> dict[str, int]:
+    """Ids of the programs that the links run."""
+    found = {}
+    for pin in (node.config.pin_dir / "links").iterdir():
+        fd = libbpf.open_pin(pin)
+        found[pin.name] = libbpf.link_program_id(fd)
         os.close(fd)
     return found

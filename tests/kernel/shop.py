@@ -185,6 +185,25 @@ def program_ids(node: str) -> list[int]:
     return found
 
 
+def object_id(pin: Path) -> int:
+    """Kernel id of what is pinned."""
+    descriptor = libbpf.open_pin(pin)
+    try:
+        return libbpf.object_id(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def running_ids(node: str) -> set[int]:
+    """Ids of the programs that a node's links run."""
+    found = set()
+    for pin in (paths.agent_pins(node) / "links").iterdir():
+        descriptor = libbpf.open_pin(pin)
+        found.add(libbpf.link_program_id(descriptor))
+        os.close(descriptor)
+    return found
+
+
 def alive(pid: int) -> bool:
     """True if a process runs; an ended one that nobody has waited for does not (proc(5), /proc/PID/stat)."""
     try:

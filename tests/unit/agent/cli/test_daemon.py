@@ -130,3 +130,16 @@ def test_uninstall_says_what_it_removed(monkeypatch: pytest.MonkeyPatch, done: l
     result = CliRunner().invoke(main, ["uninstall", "--run-dir", "/r", "--pin-dir", "/p", "--state-dir", "/s", "--cgroup", "/c"])
     assert (result.exit_code, result.stdout) == (0, said)
     assert [(c.run_dir, c.pin_dir, c.state_dir, c.cgroup) for c in asked] == [(Path("/r"), Path("/p"), Path("/s"), Path("/c"))]
+
+
+def test_capacities_of_maps_reach_the_agent(started: list[Config]) -> None:
+    result = run("--node", "n", "--map-capacity", "mesh_flow=131072", "--map-capacity", "mesh_stats=23")
+    assert result.exit_code == 0, result.output
+    assert started[0].map_capacities == {"mesh_flow": 131072, "mesh_stats": 23}
+
+
+@pytest.mark.parametrize("given", ["mesh_flow", "mesh_flow=many", "mesh_flow=0", "mesh_nothing=5", "mesh_flow=99999999999"])
+def test_a_capacity_that_cannot_be_is_misuse(started: list[Config], given: str) -> None:
+    result = run("--node", "n", "--map-capacity", given)
+    assert (result.exit_code, started) == (2, [])
+    assert given.partition("=")[0] in result.output

@@ -1,0 +1,170 @@
+"""Maps that are full: a table refuses the new state as a whole, a counter folds, an LRU map forgets and so closes; a denial stays one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from agent import addresses
+from agent.bpf.datapath import DataPath
+from agent.bpf.manifest import Direction, EventKind
+from agent.errors import EnvironmentUnfit, KernelRefused
+from agent.model import Action, Policy, PolicyRule, Snapshot, Source
+from tests.kernel import datanode
+from tests.kernel.datanode import VIP4, DataNode, address_of, snapshot, workload
+from tests.kernel.programs import open_program, receive
+
+CALLERS = Policy("default/callers", Action.ALLOW, (PolicyRule((Source(service_accounts=("default/caller",)),)),))
+OTHERS = Policy("default/others", Action.ALLOW, (PolicyRule((Source(service_accounts=("default/other",)),)),))
+LINKS = PolicyRule((Source(ip_blocks=("192.0.2.0/24",)), Source(ip_blocks=("198.51.100.0/24",))))
+BLOCKS = Policy("default/callers", Action.ALLOW, (*CALLERS.rules, LINKS))
+FEW = snapshot(workload("caller"), workload("other"), workload("server-a", policies=("default/callers",)), policies=(CALLERS,))
+MORE = snapshot(
+    *(workload(name) for name in ("caller", "other", "remote", "stranger")),
+    workload("server-a", policies=("default/callers",)),
+    workload("server-b", policies=("default/others",)),
+    policies=(BLOCKS, OTHERS),
+)
+DENIALS = 40
+"""More than a ring buffer of one page can hold events about."""
+
+
+def large() -> Snapshot:
+    """More of everything that FEW has."""
+    service = MORE.services["default/echo"]
+    again = replace(service, name="default/again", addresses=("10.96.0.77",))
+    return replace(MORE, services={**MORE.services, again.name: again})
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[DataNode]:
+    with datanode.running() as running:
+        running.enforce(FEW)
+        yield running
+
+
+def resize(node: DataNode, **capacities: int) -> None:
+    """Take over with maps of other capacities, as an agent that is started with --map-capacity."""
+    for table in node.datapath.maps.values():
+        table.close()
+    node.config = replace(node.config, map_capacities=capacities)
+    node.open()
+    node.enforce(FEW)
+    node.datapath.forget_other_versions()
+
+
+def in_force(node: DataNode) -> bool:
+    server = address_of("server-a")
+    return node.connect("caller", server, 8080).startswith("ok") and node.connect("other", server, 8080) == "EPERM"
+
+
+@pytest.mark.parametrize("name", ["mesh_workload", "mesh_address", "mesh_service", "mesh_backend", "mesh_policy", "mesh_block"])
+def test_a_table_that_is_too_small_keeps_the_previous_state_in_force(node: DataNode, name: str) -> None:
+    rows = max(1, len(node.enrolment.tables.mirrors[name].read()))
+    resize(node, **{name: rows})
+    assert node.datapath.maps[name].capacity == rows
+    assert in_force(node)
+    held = {n: mirror.read() for n, mirror in node.enrolment.tables.mirrors.items()}
+    with pytest.raises(
+        KernelRefused, match=rf"map {name} holds at most {rows} rows, .* the previous state stays in force.*--map-capacity {name}=N"
+    ):
+        node.enrolment.enforce(large(), frozenset())
+    assert {n: mirror.read() for n, mirror in node.enrolment.tables.mirrors.items()} == held
+    assert in_force(node)
+
+
+def test_a_start_with_a_table_too_small_for_what_is_in_force_changes_nothing(node: DataNode) -> None:
+    resize(node)
+    programs = datanode.running_programs(node)
+    config, node.config = node.config, replace(node.config, map_capacities={"mesh_policy": 1})
+    node.open()
+    with pytest.raises(KernelRefused, match="mesh_policy holds at most 1 rows"):
+        node.enrolment.enforce(FEW, frozenset())
+    assert datanode.running_programs(node) == programs
+    assert in_force(node)
+    node.config = config
+    node.open()
+    node.enforce(FEW)
+
+
+def test_full_counters_fold_and_say_so_and_denials_stay(node: DataNode) -> None:
+    resize(node, mesh_stats=1, mesh_verdicts=1)
+    before = node.datapath.counters()
+    for _ in range(3):
+        assert in_force(node)
+        assert node.connect("stranger", address_of("server-a"), 8080) == "ECONNREFUSED"
+    counters = {name: value - before[name] for name, value in node.datapath.counters().items()}
+    assert counters["stats_folded"] > 0
+    assert counters["verdict_folded"] > 0
+    table = node.datapath.maps["mesh_stats"]
+    ((key, values),) = list(table.items())
+    assert key == bytes(table.layout.key.size)
+    assert sum(table.layout.value.unpack(value)["opened"] for value in values) >= 3
+
+
+def test_a_flow_that_was_pushed_out_is_refused_by_a_protected_receiver(node: DataNode) -> None:
+    resize(node, mesh_flow=64)
+    table, program = (
+        node.datapath.maps["mesh_flow"],
+        open_program(node.config.pin_dir / f"programs-{node.datapath.programs}", "mesh_sk_lookup"),
+    )
+    caller, server = address_of("caller"), address_of("server-a")
+    local = next(n for n in node.enrolment.enforce(FEW, frozenset()).local if n.workload.name == "default/caller")
+
+    def flow(port: int) -> None:
+        key = table.layout.key.pack(
+            source=addresses.packed(caller), destination=addresses.packed(server), source_port=port, destination_port=8080, protocol=6
+        )
+        table.put(key, table.layout.value.pack(netns_cookie=local.netns_cookie, workload=1))
+
+    flow(1000)  # not looked at: what was looked at is kept longer
+    for port in range(2000, 2000 + 64 * 64):
+        flow(port)
+    assert table.count() <= 64
+    assert receive(program, 6, (caller, port), (server, 8080))
+    assert not receive(program, 6, (caller, 1000), (server, 8080)), "closed: the address alone is no proof"
+    assert in_force(node)
+
+
+def test_a_full_map_of_loads_is_counted_and_balancing_goes_on(node: DataNode) -> None:
+    resize(node, mesh_load=1)
+    service = replace(FEW.services["default/echo"], load_balancing="least-connections")
+    both = snapshot(workload("caller"), workload("server-a"), workload("server-b"))
+    node.enforce(replace(both, services={**both.services, service.name: service}))
+    before = node.datapath.counters()["load_failed"]
+    for _ in range(DENIALS):
+        assert node.connect("caller", VIP4, 80).startswith("ok")
+    assert node.datapath.counters()["load_failed"] > before
+    node.enforce(FEW)
+
+
+def test_a_full_ring_buffer_drops_events_counts_them_and_denials_stay(node: DataNode) -> None:
+    resize(node, mesh_events=4096)
+    before = node.datapath.counters()["event_dropped"]
+    with node.events() as events:
+        for _ in range(DENIALS):
+            assert node.connect("other", address_of("server-a"), 8080) == "EPERM"
+    dropped = node.datapath.counters()["event_dropped"] - before
+    assert dropped > 0
+    assert len([event for event in events if event.kind is EventKind.DENIED]) + dropped >= DENIALS
+
+
+def test_rows_and_counters_go_on_when_capacities_change(node: DataNode) -> None:
+    resize(node)
+    for _ in range(3):
+        assert in_force(node)
+    stats = {d: node.stats("default/caller", "default/server-a", d) for d in (Direction.OUTBOUND, Direction.INBOUND)}
+    verdicts = node.verdicts()
+    assert stats[Direction.OUTBOUND]["opened"] >= 3
+    resize(node, mesh_stats=1024, mesh_verdicts=1024, mesh_flow=1024)
+    assert {d: node.stats("default/caller", "default/server-a", d) for d in stats} == stats
+    assert node.verdicts() == verdicts
+
+
+def test_a_capacity_that_cannot_be_is_refused_before_anything_is_touched(node: DataNode) -> None:
+    for name, rows in (("mesh_nothing", 5), ("mesh_flow", 0), ("mesh_flow", 1 << 30), ("mesh_events", 5000), ("mesh_config", 2)):
+        node_config = replace(node.config, map_capacities={name: rows})
+        with pytest.raises(EnvironmentUnfit, match=f"--map-capacity {name}={rows}"):
+            DataPath(node_config)
