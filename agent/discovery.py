@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import gc
 import itertools
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
+from agent import memory
 from agent.compact import Table
 from agent.errors import EnvironmentUnfit, MeshError
 from agent.journal import DROP, PUT, Journal
@@ -67,7 +66,8 @@ class DiscoveryState:
 class _Changes:
     """What is about to happen to the model, decoded. By kind and name; None: it goes."""
 
-    def __init__(self) -> None:
+    def __init__(self, node: str) -> None:
+        self._node = node
         self._entities: dict[str, dict[str, Any]] = {kind: {} for kind in _KINDS}
         self._versions: dict[str, dict[str, str | bytes | None]] = {kind: {} for kind in _KINDS}
 
@@ -81,7 +81,7 @@ class _Changes:
     def put(self, resource: pb.Resource) -> None:
         """Add or replace a resource. Raises ValueError if it is none."""
         try:
-            entity = decode(resource.entity)
+            entity = decode(resource.entity, self._node)
         except ValueError as error:
             raise ValueError(f"{resource.name}: {error}") from error
         kind, _, name = resource.name.partition("/")
@@ -135,9 +135,9 @@ class _Model:
         return b"".join(parts)
 
 
-def _after(before: _Model, response: pb.DiscoveryResponse) -> _Model:
-    """Return the model after `response`. Raises ValueError if anything in it cannot be decoded."""
-    changes = _Changes()
+def _after(before: _Model, response: pb.DiscoveryResponse, node: str) -> _Model:
+    """Return the model of an agent of `node` after `response`. Raises ValueError if anything in it cannot be decoded."""
+    changes = _Changes(node)
     for name in response.removed:
         changes.remove(name)
     for resource in response.resources:
@@ -145,9 +145,9 @@ def _after(before: _Model, response: pb.DiscoveryResponse) -> _Model:
     return changes.made_to(before, response.version)
 
 
-def _after_bulk(before: _Model, response: pb.DiscoveryResponse) -> _Model:
-    with _long_lived():
-        return _after(before, response)
+def _after_bulk(before: _Model, response: pb.DiscoveryResponse, node: str) -> _Model:
+    with memory.long_lived():
+        return _after(before, response, node)
 
 
 class Discovery:
@@ -180,7 +180,7 @@ class Discovery:
         """
         extra = {"path": str(self._journal.path)}
         try:
-            with _long_lived():
+            with memory.long_lived():
                 self._replay()
         except FileNotFoundError:
             return None
@@ -196,14 +196,14 @@ class Discovery:
 
     def _replay(self) -> None:
         """Bring `_held` to the newest state that the journal vouches for. Raises ValueError or OSError, with `_held` at the one before."""
-        changes = _Changes()
+        changes = _Changes(self._config.node)
         for kind, content in self._journal.read():
             if kind == PUT:
                 changes.put(_resource(content))
             elif kind == DROP:
                 changes.remove(content.decode())
             else:
-                self._held, changes = changes.made_to(self._held, content.decode()), _Changes()
+                self._held, changes = changes.made_to(self._held, content.decode()), _Changes(self._config.node)
 
     async def run(self) -> None:
         """Connect, follow, reconnect, for ever. Ends only by cancellation, or by an error in `apply` that is no MeshError."""
@@ -240,7 +240,7 @@ class Discovery:
         while True:
             if self._unsettled >= UNSETTLED:
                 self._unsettled = 0
-                await asyncio.to_thread(_settle)
+                await asyncio.to_thread(memory.settle)
             await self._to_store.wait()
             self._to_store.clear()
             if not await asyncio.to_thread(self._store):
@@ -295,7 +295,8 @@ class Discovery:
             _log.info("controller connected", extra={"version": response.version, "changed": len(response.resources)})
         try:
             bulk = len(response.resources) >= BULK
-            held = await asyncio.to_thread(_after_bulk, self._held, response) if bulk else _after(self._held, response)
+            node = self._config.node
+            held = await asyncio.to_thread(_after_bulk, self._held, response, node) if bulk else _after(self._held, response, node)
             changed = bool(response.resources or response.removed or response.version != self._held.snapshot.version)
             if changed or response.version != self._applied:
                 await self._apply(held.snapshot)
@@ -326,31 +327,6 @@ def _resource(content: bytes) -> pb.Resource:
         return pb.Resource.FromString(content)
     except Exception as error:
         raise ValueError(f"not an encoded Resource: {error}") from error
-
-
-@contextlib.contextmanager
-def _long_lived() -> Iterator[None]:
-    """Keep what is made here out of every look for cycles (gc.freeze); reference counting still frees it.
-
-    It has no cycles, and to look for them takes 67 ms with 100,000 workloads (CPython 3.11), in which nothing else happens.
-    """
-    was = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if was:
-            gc.enable()
-
-
-def _settle() -> None:
-    """After many changes: see `_long_lived`, and give back the memory between what stays (malloc_trim(3), which only glibc has)."""
-    gc.collect()
-    gc.freeze()
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _packed(version: str) -> str | bytes:

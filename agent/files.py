@@ -1,9 +1,11 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and descriptors that are closed again."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -26,3 +28,12 @@ def write(path: Path, content: bytes, *, durable: bool = False, mode: int = 0o60
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def closing(descriptor: int) -> Iterator[int]:
+    """A descriptor that is closed after the block."""
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from agent import netlink
 from agent.errors import EnvironmentUnfit
 
 SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h, Linux 5.14
@@ -80,34 +81,22 @@ def _global(found: list[tuple[str, int]]) -> tuple[str, ...]:
     return tuple(address for address, scope in found if scope == 0)
 
 
-_RTM_NEWADDR, _RTM_GETADDR = 20, 22  # include/uapi/linux/rtnetlink.h
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3  # include/uapi/linux/netlink.h
-_NLM_F_REQUEST_DUMP = 0x301
+_RTM_GETADDR = 22  # include/uapi/linux/rtnetlink.h
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2  # include/uapi/linux/if_addr.h
 _RTMGRP_IFADDR = 0x10 | 0x100  # RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
-_NETLINK_DUMP_BYTES = 1 << 16  # the kernel fills at most 32 KiB at a time (net/netlink/af_netlink.c, netlink_dump)
 _ANSWER_S = 5
 
 
 def _addresses_here() -> list[tuple[str, int]]:
-    """Every address and its scope. Asks the kernel directly: pyroute2 takes 1.6 ms for it, this 0.2 ms."""
+    """Every address and its scope."""
     found: list[tuple[str, int]] = []
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as route:
         route.settimeout(_ANSWER_S)
         route.bind((0, 0))
-        route.send(struct.pack("=IHHIIB7x", 24, _RTM_GETADDR, _NLM_F_REQUEST_DUMP, 1, 0, socket.AF_UNSPEC))
-        while True:
-            answer, at = route.recv(_NETLINK_DUMP_BYTES), 0
-            while at < len(answer):
-                length, kind = struct.unpack_from("=IH", answer, at)
-                if kind == _NLMSG_DONE:
-                    return found
-                if kind == _NLMSG_ERROR:
-                    code = -struct.unpack_from("=i", answer, at + 16)[0]
-                    raise OSError(code, f"read the addresses of a network namespace: {os.strerror(code)}")
-                if kind == _RTM_NEWADDR:
-                    found += _address(answer[at + 16 : at + length])
-                at += (length + 3) & ~3
+        request = struct.pack("=B7x", socket.AF_UNSPEC)  # struct ifaddrmsg
+        for start, end, buffer in netlink.exchange(route, "read the addresses of a network namespace", _RTM_GETADDR, netlink.DUMP, request):
+            found += _address(bytes(buffer[start:end]))
+    return found
 
 
 def _address(message: bytes) -> list[tuple[str, int]]:

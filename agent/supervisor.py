@@ -12,12 +12,13 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import replace
 from typing import Any
 
-from agent import drift, features, lock, probe
+from agent import drift, features, lock, memory, probe
 from agent.api import Api
+from agent.balancing import node_zone
 from agent.bpf.acceleration import failing
 from agent.bpf.datapath import DataPath
 from agent.bpf.events import Events
@@ -29,9 +30,9 @@ from agent.errors import EnvironmentUnfit, KernelRefused, MeshError
 from agent.ids import Ids
 from agent.l7 import envoy
 from agent.l7.resources import Resources
-from agent.l7.snapshot import build, needs_inbound
+from agent.l7.snapshot import Builder, tracing
 from agent.l7.xds import XdsServer
-from agent.model import Snapshot
+from agent.model import Snapshot, Workload
 from agent.names.service import Names
 from agent.report import (
     AccelerationStatus,
@@ -66,7 +67,11 @@ class Supervisor:
         """Touch nothing yet."""
         self._config = config
         self._snapshot: Snapshot | None = None
+        self._residents: Mapping[str, Workload] = {}
+        """The workloads of this node, enrolled or not."""
         self._enrolled = Enrolled()
+        self._builder = Builder(config.node, config.trust_domain)
+        self._built: Resources = {}
         self._enforcing = asyncio.Lock()
         self._configured = asyncio.Event()
         self._relaxable = asyncio.Event()
@@ -83,6 +88,7 @@ class Supervisor:
         """Start everything and keep it running."""
         config = self._config
         features.check(config)
+        memory.one_heap()
         envoy.find(config.envoy)
         for directory in (config.run_dir, config.state_dir, config.netns_dir):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -184,9 +190,10 @@ class Supervisor:
 
     async def _bring_into_force(self, snapshot: Snapshot) -> None:
         # What the receiver has enforced so far it goes on to enforce until Envoy has the rules that make that needless (`_relax`).
-        needed = needs_inbound(snapshot)
+        needed = await asyncio.to_thread(self._builder.needs_inbound, snapshot)
         strict = needed | self._enforced_inbound
         await self._enforce(snapshot, strict)
+        self._residents = residents(self._config.node, snapshot, self.snapshot, self._residents)
         self._snapshot = snapshot
         self._revocation.changed(snapshot, self.enrolled)
         await self._configure_waypoint()
@@ -214,22 +221,20 @@ class Supervisor:
             async with self._enforcing:
                 if not self._relaxable.is_set():
                     try:
-                        await self._enforce(self.snapshot, needs_inbound(self.snapshot))
+                        await self._enforce(self.snapshot, await asyncio.to_thread(self._builder.needs_inbound, self.snapshot))
                     except MeshError as error:
                         _log.error("the receiver goes on to enforce what the waypoint does already", extra={"reason": str(error)})
 
-    def _built(self, pairs: frozenset[Pair]) -> Resources:
-        traced = frozenset(pair.source for pair in pairs)
-        return build(self.snapshot, self.enrolled.local, trust_domain=self._config.trust_domain, traced=traced)
-
     async def _configure_waypoint(self) -> None:
         """Build Envoy's configuration in a thread: with many workloads it takes longer than the event loop may stand still."""
-        while True:
-            pairs = self._tracer.pairs
-            built = await asyncio.to_thread(self._built, pairs)
-            if self._tracer.pairs == pairs:  # otherwise a trace has begun or ended meanwhile
-                break
-        self._xds.set(built)
+        zone = node_zone(self._residents.values(), self._config.node)
+        built = await asyncio.to_thread(self._builder.build, self.snapshot, self.enrolled.local, zone)
+        if built is not self._built:
+            self._built = built
+            self._serve_to_waypoint(self._tracer.pairs)
+
+    def _serve_to_waypoint(self, pairs: frozenset[Pair]) -> None:
+        self._xds.set({**self._built, **tracing(frozenset(pair.source for pair in pairs))})
 
     async def _serve_waypoint(self) -> None:
         """Serve Envoy once there is something to say: an adopted Envoy must not be told that nothing exists."""
@@ -323,7 +328,7 @@ class Supervisor:
 
     def _trace_changed(self, pairs: frozenset[Pair]) -> None:
         self._set_tracing(pairs)
-        self._xds.set(self._built(pairs))
+        self._serve_to_waypoint(pairs)
 
     def _set_tracing(self, pairs: frozenset[Pair]) -> None:
         """Write the kernel's filter: rows first, then the count that makes the programs look."""
@@ -379,7 +384,7 @@ class Supervisor:
         problems += [
             f"{counters[c]} times {c} in the kernel programs: see mesh_datapath_events in /metrics" for c in _TROUBLE if counters[c]
         ]
-        if snapshot.workloads and all(w.node != config.node for w in snapshot.workloads.values()):
+        if snapshot.workloads and not self._residents:
             problems.append(f"no Workload names node {config.node}: is --node spelled as the resources spell it?")
         workloads = tuple(
             WorkloadStatus(
@@ -390,8 +395,7 @@ class Supervisor:
                 w.identity(config.trust_domain) if w.enrolled else "",
                 w.name in missing,
             )
-            for w in sorted(snapshot.workloads.values(), key=lambda w: w.name)
-            if w.node == config.node
+            for _, w in sorted(self._residents.items())
         )
         return Status(
             ready=(
@@ -413,6 +417,16 @@ class Supervisor:
             ),
             foreign_programs=tuple(ForeignProgram(f.id, f.name, f.attach_type, f.place) for f in self._drift.foreign),
         )
+
+
+def residents(node: str, snapshot: Snapshot, before: Snapshot, known: Mapping[str, Workload]) -> Mapping[str, Workload]:
+    """The workloads of a node by name. `known` are those of `before`: if it is known what differs, nothing else is looked at."""
+    delta = snapshot.since(before)
+    if delta is None:
+        return {name: workload for name, workload in snapshot.workloads.items() if workload.node == node}
+    changed = {name: snapshot.workloads.get(name) for name in delta.workloads}
+    kept = {name: workload for name, workload in known.items() if name not in changed}
+    return kept | {name: workload for name, workload in changed.items() if workload is not None and workload.node == node}
 
 
 _TROUBLE = ("storage_failed", "flow_failed", "origdst_failed", "listener_failed", "stats_folded", "verdict_folded")

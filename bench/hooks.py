@@ -1,14 +1,13 @@
 """`make bench-hooks`: what one run of each kernel program takes, counted by the kernel itself (kernel.bpf_stats_enabled).
 
 The kernel reads a clock before and after each run and adds the difference (kernel/bpf/trampoline.c and include/linux/filter.h, __bpf_prog_run); reading it
-is part of what it finds. `hook-empty` is that of a program that only allows, attached for these runs to a cgroup that no program of the mesh serves: the
-floor on this machine. Nothing is subtracted. A value is the mean over the runs of one round: every connection of a round is new, and so are its sockets.
+is part of what it finds. `hook-empty` is that of a program that only allows, `hook-record` that of one that only makes a socket storage as large as ours
+(bench.floor), attached for these runs to a cgroup that no program of the mesh serves: the floors on this machine. Nothing is subtracted. A value is the
+mean over the runs of one round: every connection of a round is new, and so are its sockets.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes as ct
 import os
 import struct
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from agent.bpf import libbpf
 from agent.bpf.manifest import PROGRAMS
+from bench import floor
 from bench.main import run
 from bench.result import Result, Target, rounds
 from bench.testbed import CALLER, NODE, PLAIN_CALLER, PLAIN_SERVER, SERVER, VIP, Testbed, seat, testbed
@@ -31,7 +31,6 @@ PORT = 8080
 ROUNDS = 7
 CONNECTIONS, DATAGRAMS = 500, 3000
 SWITCH = Path("/proc/sys/kernel/bpf_stats_enabled")
-EMPTY = "empty"
 WITHIN = Target(1.0, at_least=False)
 _INFO_BYTES = 256
 _RUNS = struct.Struct("=192xQQ")  # struct bpf_prog_info in include/uapi/linux/bpf.h: run_time_ns, run_cnt
@@ -126,21 +125,30 @@ QUESTIONS = (
 
 def measure(progress: Callable[[str], None]) -> list[Result]:
     """Bring the lab up and let every case take its turn."""
-    with testbed(DOCUMENTS, progress) as bed, _empty_program(seat(PLAIN_CALLER).cgroup) as empty, counting():
+    with testbed(DOCUMENTS, progress) as bed, floor.attached(seat(PLAIN_CALLER).cgroup, _record_bytes()) as least, counting():
         for pod in (SERVER, PLAIN_SERVER):
             bed.start(f"serve-{pod.name}", pod, bed.cpus.far, ["python3", "-c", _SERVE, str(PORT)], PORT)
         cases = _cases()
-        fds = {**_programs(), EMPTY: empty}
+        fds = {**_programs(), **least}
         try:
             found = rounds({case.name: partial(_once, bed, case, fds) for case in cases}, ROUNDS, progress)
         finally:
-            for name in fds.keys() - {EMPTY}:
+            for name in fds.keys() - least.keys():
                 os.close(fds[name])
         where = f"client on CPU {bed.cpus.near}, server on CPU {bed.cpus.far}; SCHED_RR, CPUs kept awake"
     by_case = {case.name: case for case in cases}
-    floor = [one[EMPTY][EMPTY] for one in found]
+    empty = [one[floor.EMPTY][floor.EMPTY] for one in found]
+    record = [one[floor.EMPTY][floor.RECORD] for one in found]
+    text = f"mean of {CONNECTIONS} runs; {where}"
     results = [
-        Result("hook-empty", "ns", "one ns", tuple((value, 1.0) for value in floor), f"the floor; mean of {CONNECTIONS} runs; {where}")
+        Result("hook-empty", "ns", "one ns", tuple((value, 1.0) for value in empty), f"the floor; {text}"),
+        Result(
+            "hook-record",
+            "ns",
+            "empty program",
+            tuple(zip(record, empty, strict=True)),
+            f"the floor of a connect() that leaves a record on its socket; {text}",
+        ),
     ]
     for question in QUESTIONS:
         try:
@@ -148,7 +156,7 @@ def measure(progress: Callable[[str], None]) -> list[Result]:
         except KeyError:
             raise LabError(f"{question.program} did not run in the case {question.case}") from None
         bound = question.bound_ns
-        values = [(value, bound or least) for value, least in zip(ours, floor, strict=True)]
+        values = [(value, bound or least) for value, least in zip(ours, empty, strict=True)]
         text = f"closed loop, one at a time; mean over {by_case[question.case].times} operations; {where}"
         results.append(
             Result(f"hook-{question.name}", "ns", "target" if bound else "empty program", tuple(values), text, WITHIN if bound else None)
@@ -167,7 +175,7 @@ def _cases() -> list[Case]:
         Case("loopback", server, "127.0.0.1"),
         Case("unenrolled", stranger, PLAIN_SERVER.addresses[0]),
         Case("udp", caller, VIP, _SEND, DATAGRAMS),
-        Case(EMPTY, seat(PLAIN_CALLER), PLAIN_SERVER.addresses[0]),
+        Case(floor.EMPTY, seat(PLAIN_CALLER), PLAIN_SERVER.addresses[0]),
     ]
 
 
@@ -181,6 +189,15 @@ def means(before: Stats, after: Stats, least: int) -> dict[str, float]:
     """Nanoseconds a run between two looks, by program; one that has run less often than `least` ran by chance."""
     runs = {name: after[name][1] - before[name][1] for name in after}
     return {name: (after[name][0] - before[name][0]) / number for name, number in runs.items() if number >= least}
+
+
+def _record_bytes() -> int:
+    """Size of what the mesh leaves on a socket."""
+    descriptor = libbpf.open_pin(next(paths.agent_pins(NODE).glob("maps-*/mesh_sock")))
+    try:
+        return libbpf.map_info(descriptor)[2]
+    finally:
+        os.close(descriptor)
 
 
 def _programs() -> dict[str, int]:
@@ -208,31 +225,6 @@ def counting() -> Iterator[None]:
         yield
     finally:
         SWITCH.write_text(before)
-
-
-class _LoadOptions(ct.Structure):
-    """The beginning of struct bpf_prog_load_opts (tools/lib/bpf/bpf.h)."""
-
-    _fields_ = (("sz", ct.c_size_t), ("attempts", ct.c_int), ("expected_attach_type", ct.c_int))
-
-
-@contextmanager
-def _empty_program(place: Path) -> Iterator[int]:
-    """Attach a program that allows every connect() below a cgroup; yields its descriptor. Nothing pins it: it goes with the last descriptor."""
-    attach_type = "cgroup_inet4_connect"
-    kind = next(program.type_number for program in PROGRAMS if program.attach_type == attach_type)
-    code = struct.pack("=BBhi", 0xB7, 0, 0, 1) + struct.pack("=BBhi", 0x95, 0, 0, 0)  # r0 = 1; exit
-    options = _LoadOptions(ct.sizeof(_LoadOptions), 0, libbpf.ATTACH_TYPES[attach_type])
-    library = ct.CDLL("libbpf.so.1", use_errno=True)
-    with contextlib.ExitStack() as stack:
-        program = library.bpf_prog_load(kind, b"empty", b"GPL", code, ct.c_size_t(2), ct.byref(options))
-        if program < 0:
-            raise LabError(f"the kernel refuses an empty program: {os.strerror(ct.get_errno())}")
-        stack.callback(os.close, program)
-        directory = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(os.close, directory)
-        stack.callback(os.close, libbpf.link_create(program, directory, attach_type))
-        yield program
 
 
 if __name__ == "__main__":

@@ -1,6 +1,48 @@
 /* Which endpoint a new connection goes to. */
 #pragma once
 
+/* What a row says of a service port. */
+struct mesh_known_service {
+	u32 id;
+	u32 list;
+	u32 count;
+	u32 flags;
+	u64 affinity_ns;
+};
+
+/* False if the row has become another's while it was read: then it has no endpoint. */
+static __always_inline bool mesh_read_service(const struct mesh_service *row, u32 owner, struct mesh_known_service *known)
+{
+	u64 list;
+
+	known->id = row->id;
+	known->count = row->count;
+	known->flags = row->flags;
+	known->affinity_ns = row->affinity_ns;
+	list = *(volatile const u64 *)&row->list;
+	known->list = list;
+	if (list >> 32 == owner)
+		return true;
+	known->count = 0;
+	return false;
+}
+
+/* The service at an address and port; false if there is none. */
+static __always_inline bool mesh_know_service(const struct mesh_addr *address, u16 port, u8 protocol, struct mesh_known_service *known)
+{
+	struct mesh_service_key key = { .address = *address, .port = port, .protocol = protocol };
+	u32 owner = mesh_owner(address) ^ (port | (u32)protocol << 16);
+	struct mesh_service *row = mesh_service.lookup(&key);
+
+	if (row && mesh_read_service(row, owner, known))
+		return true;
+	if (row)
+		row = mesh_service.lookup(&key);
+	if (row)
+		mesh_read_service(row, owner, known);
+	return row != NULL;
+}
+
 /* One endpoint at random, each by its weight: an even draw of a slot, then that slot or its alias. */
 static __always_inline struct mesh_backend *mesh_draw(u32 list, u32 count)
 {
@@ -35,7 +77,7 @@ static __always_inline struct mesh_backend *mesh_member_of(u32 list, const struc
 }
 
 /* An endpoint for a new connection of the caller with this cookie, or NULL if the service has none. */
-static __always_inline struct mesh_backend *mesh_choose(struct mesh_service *service, u64 netns_cookie, bool ipv4, u64 now)
+static __always_inline struct mesh_backend *mesh_choose(const struct mesh_known_service *service, u64 netns_cookie, bool ipv4, u64 now)
 {
 	struct mesh_affinity_key client = { .netns_cookie = netns_cookie, .service = service->id, .ipv4 = ipv4 };
 	struct mesh_backend *backend, *other;

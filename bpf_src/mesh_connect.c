@@ -49,6 +49,15 @@ static __always_inline void mesh_account(struct mesh_sock *sock, const struct me
 	}
 }
 
+/* Refuses a call that nobody could answer. */
+static __always_inline int mesh_refuse(struct mesh_sock *sock, u8 reason)
+{
+	struct mesh_decision decision = { .verdict = MESH_VERDICT_DENY, .reason = reason };
+
+	mesh_account(sock, &decision);
+	return MESH_REFUSE;
+}
+
 /* Is this the kernel itself, which uses the network of an enrolled namespace (a network file system, say)? Worker threads live in the root cgroup,
  * where nobody inside a container can go. Denying them has frozen nodes. */
 static __always_inline bool mesh_is_kernel(void)
@@ -86,23 +95,21 @@ static __always_inline bool mesh_is_service(const struct mesh_addr *address)
 static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_addr *destination, u16 *port, u8 protocol)
 {
 	u64 netns_cookie = bpf_get_netns_cookie(ctx), now;
-	struct mesh_workload *self = mesh_workload.lookup(&netns_cookie), *target = NULL;
-	struct mesh_service_key service_key = {};
+	u32 zero = 0, epoch = mesh_current_epoch();
+	struct mesh_known self, target = {};
+	struct mesh_known_service service;
 	struct mesh_decision decision = {};
-	struct mesh_service *service = NULL;
 	struct mesh_backend *backend;
 	struct mesh_config *config;
 	struct bpf_sock *sk = ctx->sk;
 	struct mesh_sock *sock;
-	bool waypoint = false;
-	u32 zero = 0, epoch;
+	bool waypoint = false, served = false;
 
-	if (!self)
+	if (!mesh_know_namespace(netns_cookie, epoch, &self))
 		return MESH_PASS;
 	if (!sk)
 		return MESH_REFUSE;
 	config = mesh_config.lookup(&zero);
-	epoch = mesh_current_epoch();
 	waypoint = mesh_is_waypoint(config);
 	if (mesh_addr_is_loopback(destination) && (waypoint || !mesh_is_query(netns_cookie, destination, *port))) {
 		mesh_sock.sk_storage_delete(sk); /* of an earlier connect() of this socket */
@@ -117,7 +124,7 @@ static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_a
 	__builtin_memset(sock, 0, sizeof(*sock)); /* a socket may be connected again after it failed: what it dialled before must not stay */
 	now = bpf_ktime_get_ns();
 	sock->start_ns = now;
-	sock->source = self->id;
+	sock->source = self.id;
 	sock->protocol = protocol;
 	sock->dialled = *destination;
 	sock->dialled_port = *port;
@@ -132,39 +139,29 @@ static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_a
 		sock->remote = *destination;
 		sock->remote_port = *port;
 		return MESH_REWRITE;
-	} else {
-		service_key.address = *destination;
-		service_key.port = *port;
-		service_key.protocol = protocol;
-		service = mesh_service.lookup(&service_key);
-		if (service) {
-			sock->service = service->id;
-			sock->traced = mesh_traced(config, sock->source, 0, sock->service);
-			waypoint = service->flags & MESH_SERVICE_WAYPOINT;
-			if (!waypoint) {
-				backend = mesh_choose(service, netns_cookie, mesh_addr_is4(destination), now);
-				if (!backend) {
-					decision.reason = MESH_REASON_NO_BACKEND;
-					decision.verdict = MESH_VERDICT_DENY;
-					mesh_account(sock, &decision);
-					return MESH_REFUSE;
-				}
-				*destination = backend->address;
-				*port = backend->port;
-				if (service->flags & MESH_SERVICE_LEAST)
-					sock->load_port = backend->port;
-			}
+	} else if (mesh_know_service(destination, *port, protocol, &service)) {
+		served = true;
+		sock->service = service.id;
+		sock->traced = mesh_traced(config, sock->source, 0, sock->service);
+		waypoint = service.flags & MESH_SERVICE_WAYPOINT;
+		if (!waypoint) {
+			backend = mesh_choose(&service, netns_cookie, mesh_addr_is4(destination), now);
+			if (!backend)
+				return mesh_refuse(sock, MESH_REASON_NO_BACKEND);
+			*destination = backend->address;
+			*port = backend->port;
+			if (service.flags & MESH_SERVICE_LEAST)
+				sock->load_port = *port;
 		}
 	}
 
 	if (!waypoint) {
-		target = mesh_address.lookup(destination);
-		if (target) {
-			sock->target = target->id;
-			if (!service)
+		if (mesh_know_address(destination, epoch, &target)) {
+			sock->target = target.id;
+			if (!served)
 				sock->traced = mesh_traced(config, sock->source, sock->target, 0);
-			if (sock->direction == MESH_OUTBOUND && target->netns_cookie != netns_cookie) { /* a pod may reach itself */
-				decision = mesh_decide(target->policy[epoch], self->identity[epoch], *port, protocol);
+			if (sock->direction == MESH_OUTBOUND && target.netns_cookie != netns_cookie) { /* a pod may reach itself */
+				decision = mesh_decide(target.policy, self.identity, *port, protocol);
 				sock->rule = decision.rule;
 				sock->verdict = decision.verdict;
 				if (decision.verdict == MESH_VERDICT_DENY && mesh_is_kernel()) {
@@ -177,11 +174,8 @@ static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_a
 					return MESH_FORBID;
 				waypoint = decision.verdict == MESH_VERDICT_WAYPOINT;
 			}
-		} else if (!service && mesh_is_service(destination)) {
-			decision.reason = MESH_REASON_NO_PORT;
-			decision.verdict = MESH_VERDICT_DENY;
-			mesh_account(sock, &decision);
-			return MESH_REFUSE;
+		} else if (!served && mesh_is_service(destination)) {
+			return mesh_refuse(sock, MESH_REASON_NO_PORT);
 		}
 	}
 	if (waypoint) {
@@ -193,13 +187,13 @@ static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_a
 	}
 	sock->remote = *destination;
 	sock->remote_port = *port;
-	if (target && target->netns_cookie && !sock->redirected && sock->direction == MESH_OUTBOUND && protocol == IPPROTO_TCP)
-		sock->accelerated = self->flags & target->flags & MESH_WORKLOAD_ACCELERATE ? 1 : 0;
+	if (target.netns_cookie && !sock->redirected && sock->direction == MESH_OUTBOUND && protocol == IPPROTO_TCP)
+		sock->accelerated = self.flags & target.flags & MESH_WORKLOAD_ACCELERATE ? 1 : 0;
 	if (protocol == IPPROTO_UDP)
-		mesh_datagrams_begin(ctx, sock, netns_cookie, target);
+		mesh_datagrams_begin(ctx, sock, netns_cookie, &target);
 	if (sock->traced)
 		mesh_report_call(MESH_EVENT_CONNECT, sock, &decision, bpf_get_socket_cookie(ctx));
-	return sock->redirected || service ? MESH_REWRITE : MESH_PASS;
+	return sock->redirected || served ? MESH_REWRITE : MESH_PASS;
 }
 
 /* 1 lets the call go on, 0 makes it fail: with EPERM unless another errno is set (kernel/bpf/cgroup.c, bpf_prog_run_array_cg). */
@@ -222,54 +216,65 @@ static __always_inline u8 mesh_protocol_of(struct bpf_sock_addr *ctx)
 	return type == SOCK_DGRAM && protocol == IPPROTO_UDP ? IPPROTO_UDP : 0;
 }
 
-/* Writes an IPv6 address into a context. */
-#define mesh_addr_to6(_words, _address) \
-	do { \
-		(_words)[0] = (_address)->word[0]; \
-		(_words)[1] = (_address)->word[1]; \
-		(_words)[2] = (_address)->word[2]; \
-		(_words)[3] = (_address)->word[3]; \
-	} while (0)
+/* Address and port in a context, and what becomes of them. One of each for a family: the fields differ. */
+static __always_inline u16 mesh_take4(struct bpf_sock_addr *ctx, struct mesh_addr *address)
+{
+	mesh_addr_from4(address, ctx->user_ip4);
+	return bpf_ntohs((__be16)ctx->user_port);
+}
+
+static __always_inline u16 mesh_take6(struct bpf_sock_addr *ctx, struct mesh_addr *address)
+{
+	mesh_addr_from6(address, ctx->user_ip6);
+	return bpf_ntohs((__be16)ctx->user_port);
+}
+
+static __always_inline int mesh_give4(struct bpf_sock_addr *ctx, const struct mesh_addr *address, u16 port)
+{
+	ctx->user_ip4 = address->word[3];
+	ctx->user_port = bpf_htons(port);
+	return 1;
+}
+
+static __always_inline int mesh_give6(struct bpf_sock_addr *ctx, const struct mesh_addr *address, u16 port)
+{
+	ctx->user_ip6[0] = address->word[0];
+	ctx->user_ip6[1] = address->word[1];
+	ctx->user_ip6[2] = address->word[2];
+	ctx->user_ip6[3] = address->word[3];
+	ctx->user_port = bpf_htons(port);
+	return 1;
+}
 
 int mesh_connect4(struct bpf_sock_addr *ctx)
 {
 	struct mesh_addr destination;
-	u16 port = bpf_ntohs((__be16)ctx->user_port);
+	u16 port = mesh_take4(ctx, &destination);
 	u8 protocol = mesh_protocol_of(ctx);
 	int outcome;
 
 	if (!protocol)
 		return 1;
-	mesh_addr_from4(&destination, ctx->user_ip4);
 	outcome = mesh_connect(ctx, &destination, &port, protocol);
 	if (outcome >= MESH_FORBID)
 		return mesh_refused(outcome);
-	if (outcome == MESH_REWRITE) {
-		ctx->user_ip4 = destination.word[3];
-		ctx->user_port = bpf_htons(port);
-	}
-	return 1;
+	return outcome == MESH_REWRITE ? mesh_give4(ctx, &destination, port) : 1;
 }
 
 /* Also sees IPv4 destinations of IPv6 sockets, as ::ffff:a.b.c.d. */
 int mesh_connect6(struct bpf_sock_addr *ctx)
 {
 	struct mesh_addr destination;
-	u16 port = bpf_ntohs((__be16)ctx->user_port);
+	u16 port = mesh_take6(ctx, &destination);
 	u8 protocol = mesh_protocol_of(ctx);
 	int outcome;
 
 	if (!protocol)
 		return 1;
-	mesh_addr_from6(&destination, ctx->user_ip6);
 	outcome = mesh_connect(ctx, &destination, &port, protocol);
 	if (outcome >= MESH_FORBID)
 		return mesh_refused(outcome);
-	if (outcome == MESH_REWRITE) {
-		mesh_addr_to6(ctx->user_ip6, &destination);
-		ctx->user_port = bpf_htons(port);
-	}
-	return 1;
+	return outcome == MESH_REWRITE ? mesh_give6(ctx, &destination, port) : 1;
 }
 
 /* getpeername(): the application sees what it dialled, not where the mesh sent it. */
@@ -287,26 +292,16 @@ static __always_inline bool mesh_seen_peer(struct bpf_sock_addr *ctx, struct mes
 
 int mesh_getpeername4(struct bpf_sock_addr *ctx)
 {
-	u16 port = bpf_ntohs((__be16)ctx->user_port);
 	struct mesh_addr peer;
+	u16 port = mesh_take4(ctx, &peer);
 
-	mesh_addr_from4(&peer, ctx->user_ip4);
-	if (mesh_seen_peer(ctx, &peer, &port)) {
-		ctx->user_ip4 = peer.word[3];
-		ctx->user_port = bpf_htons(port);
-	}
-	return 1;
+	return mesh_seen_peer(ctx, &peer, &port) ? mesh_give4(ctx, &peer, port) : 1;
 }
 
 int mesh_getpeername6(struct bpf_sock_addr *ctx)
 {
-	u16 port = bpf_ntohs((__be16)ctx->user_port);
 	struct mesh_addr peer;
+	u16 port = mesh_take6(ctx, &peer);
 
-	mesh_addr_from6(&peer, ctx->user_ip6);
-	if (mesh_seen_peer(ctx, &peer, &port)) {
-		mesh_addr_to6(ctx->user_ip6, &peer);
-		ctx->user_port = bpf_htons(port);
-	}
-	return 1;
+	return mesh_seen_peer(ctx, &peer, &port) ? mesh_give6(ctx, &peer, port) : 1;
 }

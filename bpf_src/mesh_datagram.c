@@ -2,7 +2,7 @@
  * A flow (socket, what it dialled) keeps its endpoint as long as the service has it. Policy is asked for each datagram. */
 
 /* The endpoint of this flow: the one it had, or a new one. */
-static __always_inline struct mesh_backend *mesh_peer_of(struct mesh_service *service, u64 netns_cookie, u64 socket_cookie,
+static __always_inline struct mesh_backend *mesh_peer_of(const struct mesh_known_service *service, u64 netns_cookie, u64 socket_cookie,
 							 const struct mesh_addr *dialled, u16 port)
 {
 	struct mesh_peer_key key = { .socket_cookie = socket_cookie, .address = *dialled, .port = port };
@@ -41,22 +41,20 @@ static __always_inline void mesh_disguise(u64 socket_cookie, const struct mesh_s
 static __always_inline int mesh_sendmsg(struct bpf_sock_addr *ctx, struct mesh_addr *destination, u16 *port)
 {
 	u64 netns_cookie = bpf_get_netns_cookie(ctx), socket_cookie;
-	struct mesh_workload *self = mesh_workload.lookup(&netns_cookie), *target;
-	struct mesh_service_key service_key = {};
+	u32 zero = 0, epoch = mesh_current_epoch();
+	struct mesh_known self, target = {};
+	struct mesh_known_service service;
 	struct mesh_decision decision = {};
-	struct mesh_service *service = NULL;
 	struct mesh_backend *backend;
 	struct mesh_config *config;
 	struct bpf_sock *sk = ctx->sk;
 	struct mesh_sock sock = {};
 	struct mesh_parties who;
-	u32 zero = 0, epoch;
-	bool own;
+	bool own, served = false;
 
-	if (!self || !sk)
+	if (!mesh_know_namespace(netns_cookie, epoch, &self) || !sk)
 		return MESH_PASS;
 	config = mesh_config.lookup(&zero);
-	epoch = mesh_current_epoch();
 	own = mesh_is_waypoint(config);
 	socket_cookie = bpf_get_socket_cookie(ctx);
 	sock.dialled = *destination;
@@ -71,43 +69,29 @@ static __always_inline int mesh_sendmsg(struct bpf_sock_addr *ctx, struct mesh_a
 	}
 	if (mesh_addr_is_loopback(destination))
 		return MESH_PASS;
-	sock.source = self->id;
+	sock.source = self.id;
 	sock.protocol = IPPROTO_UDP;
 	sock.direction = own ? MESH_FROM_WAYPOINT : MESH_OUTBOUND;
-	if (!own) {
-		service_key.address = *destination;
-		service_key.port = *port;
-		service_key.protocol = IPPROTO_UDP;
-		service = mesh_service.lookup(&service_key);
-	}
-	if (service) {
-		sock.service = service->id;
-		backend = mesh_peer_of(service, netns_cookie, socket_cookie, destination, *port);
-		if (!backend) {
-			decision.reason = MESH_REASON_NO_BACKEND;
-			decision.verdict = MESH_VERDICT_DENY;
-			mesh_account(&sock, &decision);
-			return MESH_REFUSE;
-		}
+	if (!own && mesh_know_service(destination, *port, IPPROTO_UDP, &service)) {
+		served = true;
+		sock.service = service.id;
+		backend = mesh_peer_of(&service, netns_cookie, socket_cookie, destination, *port);
+		if (!backend)
+			return mesh_refuse(&sock, MESH_REASON_NO_BACKEND);
 		*destination = backend->address;
 		*port = backend->port;
 	}
 	sock.remote = *destination;
 	sock.remote_port = *port;
-	target = mesh_address.lookup(destination);
-	if (target)
-		sock.target = target->id;
+	if (mesh_know_address(destination, epoch, &target))
+		sock.target = target.id;
 	sock.traced = mesh_traced(config, sock.source, sock.target, sock.service);
-	if (!service && mesh_is_answer(netns_cookie, sk->src_port, destination, target, *port))
+	if (!served && mesh_is_answer(netns_cookie, sk->src_port, destination, &target, *port))
 		return MESH_PASS; /* whoever was let in is answered */
-	if (!target && !service && !own && mesh_is_service(destination)) {
-		decision.reason = MESH_REASON_NO_PORT;
-		decision.verdict = MESH_VERDICT_DENY;
-		mesh_account(&sock, &decision);
-		return MESH_REFUSE;
-	}
-	if (target && !own && target->netns_cookie != netns_cookie) {
-		decision = mesh_decide(target->policy[epoch], self->identity[epoch], *port, IPPROTO_UDP);
+	if (!sock.target && !served && !own && mesh_is_service(destination))
+		return mesh_refuse(&sock, MESH_REASON_NO_PORT);
+	if (sock.target && !own && target.netns_cookie != netns_cookie) {
+		decision = mesh_decide(target.policy, self.identity, *port, IPPROTO_UDP);
 		if (decision.verdict == MESH_VERDICT_DENY && mesh_is_kernel()) {
 			mesh_count(MESH_COUNT_KERNEL_SOCKET);
 			decision.verdict = MESH_VERDICT_NONE;
@@ -117,7 +101,7 @@ static __always_inline int mesh_sendmsg(struct bpf_sock_addr *ctx, struct mesh_a
 			return MESH_FORBID;
 		}
 	}
-	if (mesh_flow_begin(&sock, netns_cookie, target, sk->src_port)) {
+	if (mesh_flow_begin(&sock, netns_cookie, &target, sk->src_port)) {
 		mesh_parties_of(&sock, &who);
 		mesh_flow_count(&who);
 		if (decision.verdict != MESH_VERDICT_NONE || decision.audit)
@@ -125,7 +109,7 @@ static __always_inline int mesh_sendmsg(struct bpf_sock_addr *ctx, struct mesh_a
 		if (sock.traced)
 			mesh_report_call(MESH_EVENT_CONNECT, &sock, &decision, socket_cookie);
 	}
-	if (!service)
+	if (!served)
 		return MESH_PASS;
 	mesh_disguise(socket_cookie, &sock);
 	return MESH_REWRITE;
@@ -133,44 +117,35 @@ static __always_inline int mesh_sendmsg(struct bpf_sock_addr *ctx, struct mesh_a
 
 int mesh_sendmsg4(struct bpf_sock_addr *ctx)
 {
-	u16 port = bpf_ntohs((__be16)ctx->user_port);
 	struct mesh_addr destination;
-	int outcome;
+	u16 port = mesh_take4(ctx, &destination);
+	int outcome = mesh_sendmsg(ctx, &destination, &port);
 
-	mesh_addr_from4(&destination, ctx->user_ip4);
-	outcome = mesh_sendmsg(ctx, &destination, &port);
 	if (outcome >= MESH_FORBID)
 		return mesh_refused(outcome);
-	if (outcome == MESH_REWRITE) {
-		ctx->user_ip4 = destination.word[3];
-		ctx->user_port = bpf_htons(port);
-	}
-	return 1;
+	return outcome == MESH_REWRITE ? mesh_give4(ctx, &destination, port) : 1;
 }
 
 int mesh_sendmsg6(struct bpf_sock_addr *ctx)
 {
-	u16 port = bpf_ntohs((__be16)ctx->user_port);
 	struct mesh_addr destination;
-	int outcome;
+	u16 port = mesh_take6(ctx, &destination);
+	int outcome = mesh_sendmsg(ctx, &destination, &port);
 
-	mesh_addr_from6(&destination, ctx->user_ip6);
-	outcome = mesh_sendmsg(ctx, &destination, &port);
 	if (outcome >= MESH_FORBID)
 		return mesh_refused(outcome);
-	if (outcome == MESH_REWRITE) {
-		mesh_addr_to6(ctx->user_ip6, &destination);
-		ctx->user_port = bpf_htons(port);
-	}
-	return 1;
+	return outcome == MESH_REWRITE ? mesh_give6(ctx, &destination, port) : 1;
 }
 
 /* Whom a received datagram seems to come from: what this socket dialled, if that is why it came. */
 static __always_inline bool mesh_seen_source(struct bpf_sock_addr *ctx, struct mesh_addr *source, u16 *port)
 {
 	struct mesh_peer_key key = { .address = *source, .port = *port, .reverse = 1 };
+	u64 netns_cookie = bpf_get_netns_cookie(ctx);
 	struct mesh_peer *known;
 
+	if (!mesh_workload.lookup(&netns_cookie))
+		return false;
 	if (mesh_seen_peer(ctx, source, port))
 		return true;
 	key.socket_cookie = bpf_get_socket_cookie(ctx);
@@ -184,32 +159,16 @@ static __always_inline bool mesh_seen_source(struct bpf_sock_addr *ctx, struct m
 
 int mesh_recvmsg4(struct bpf_sock_addr *ctx)
 {
-	u16 port = bpf_ntohs((__be16)ctx->user_port);
-	u64 netns_cookie = bpf_get_netns_cookie(ctx);
 	struct mesh_addr source;
+	u16 port = mesh_take4(ctx, &source);
 
-	if (!mesh_workload.lookup(&netns_cookie))
-		return 1;
-	mesh_addr_from4(&source, ctx->user_ip4);
-	if (mesh_seen_source(ctx, &source, &port)) {
-		ctx->user_ip4 = source.word[3];
-		ctx->user_port = bpf_htons(port);
-	}
-	return 1;
+	return mesh_seen_source(ctx, &source, &port) ? mesh_give4(ctx, &source, port) : 1;
 }
 
 int mesh_recvmsg6(struct bpf_sock_addr *ctx)
 {
-	u16 port = bpf_ntohs((__be16)ctx->user_port);
-	u64 netns_cookie = bpf_get_netns_cookie(ctx);
 	struct mesh_addr source;
+	u16 port = mesh_take6(ctx, &source);
 
-	if (!mesh_workload.lookup(&netns_cookie))
-		return 1;
-	mesh_addr_from6(&source, ctx->user_ip6);
-	if (mesh_seen_source(ctx, &source, &port)) {
-		mesh_addr_to6(ctx->user_ip6, &source);
-		ctx->user_port = bpf_htons(port);
-	}
-	return 1;
+	return mesh_seen_source(ctx, &source, &port) ? mesh_give6(ctx, &source, port) : 1;
 }

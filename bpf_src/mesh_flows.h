@@ -1,17 +1,17 @@
 /* Flows of datagrams: UDP has no handshake, so who talks to whom is remembered here, from the first datagram on. */
 #pragma once
 
-/* How one end of a flow is named: an enrolled namespace by its cookie, anything else by its address. */
-static __always_inline void mesh_end_of(const struct mesh_addr *address, const struct mesh_workload *workload, struct mesh_addr *end)
+/* How one end of a flow is named: an enrolled namespace by its cookie, anything else by its address. Of a stranger nothing is known: all zero. */
+static __always_inline void mesh_end_of(const struct mesh_addr *address, const struct mesh_known *known, struct mesh_addr *end)
 {
-	if (workload && workload->netns_cookie)
-		mesh_addr_from_cookie(end, workload->netns_cookie);
+	if (known->netns_cookie)
+		mesh_addr_from_cookie(end, known->netns_cookie);
 	else
 		*end = *address;
 }
 
 /* Remembers that a socket of this namespace talks to `remote`. True if that is new. */
-static __always_inline bool mesh_flow_begin(const struct mesh_sock *sock, u64 netns_cookie, struct mesh_workload *target, u16 source_port)
+static __always_inline bool mesh_flow_begin(const struct mesh_sock *sock, u64 netns_cookie, const struct mesh_known *target, u16 source_port)
 {
 	struct mesh_flow_key key = { .source_port = source_port, .destination_port = sock->remote_port, .protocol = IPPROTO_UDP };
 	struct mesh_flow flow = {};
@@ -73,7 +73,7 @@ static __always_inline u16 mesh_bind(struct bpf_sock_addr *ctx)
 }
 
 /* A connected socket's flow. */
-static __always_inline void mesh_datagrams_begin(struct bpf_sock_addr *ctx, const struct mesh_sock *sock, u64 netns_cookie, struct mesh_workload *target)
+static __always_inline void mesh_datagrams_begin(struct bpf_sock_addr *ctx, const struct mesh_sock *sock, u64 netns_cookie, const struct mesh_known *target)
 {
 	u16 port = mesh_bind(ctx);
 	struct mesh_parties who;
@@ -87,7 +87,7 @@ static __always_inline void mesh_datagrams_begin(struct bpf_sock_addr *ctx, cons
 }
 
 /* Does a datagram to `remote` answer one that came from there? `self` is the cookie of the namespace that sends it. */
-static __always_inline bool mesh_is_answer(u64 self, u16 own_port, const struct mesh_addr *remote, struct mesh_workload *target, u16 port)
+static __always_inline bool mesh_is_answer(u64 self, u16 own_port, const struct mesh_addr *remote, const struct mesh_known *target, u16 port)
 {
 	struct mesh_flow_key key = { .source_port = port, .destination_port = own_port, .protocol = IPPROTO_UDP };
 

@@ -97,12 +97,79 @@ static __always_inline void mesh_addr_to_loopback(struct mesh_addr *address)
 	}
 }
 
-/* The slot that is in force. Read it once per decision. */
+/* The slot that is in force. Read it once per decision, and before any row that has slots: then all of them have what belongs to it. */
 static __always_inline u32 mesh_current_epoch(void)
 {
 	u32 zero = 0, *epoch = mesh_epoch.lookup(&zero);
 
 	return epoch ? *epoch & 1 : 0;
+}
+
+/* Whose row this is, in 32 bits: the owner in struct mesh_workload and struct mesh_service. */
+static __always_inline u32 mesh_owner(const struct mesh_addr *address)
+{
+	return address->word[3] ^ address->word[2] * 0x9e3779b1u ^ address->word[1] * 0x85ebca77u ^ address->word[0] * 0xc2b2ae3du;
+}
+
+/* What a row says of a workload in one epoch. */
+struct mesh_known {
+	u64 netns_cookie; /* 0 = not enrolled on this node */
+	u32 id;
+	u32 flags;
+	u32 identity;
+	u32 policy;
+};
+
+/* False if the row has become another's while it was read: then nothing is known but that it is closed. */
+static __always_inline bool mesh_know(const struct mesh_workload *row, u32 owner, u32 epoch, struct mesh_known *known)
+{
+	u64 identity, policy;
+
+	known->netns_cookie = row->netns_cookie;
+	known->id = row->id;
+	known->flags = row->flags;
+	identity = *(volatile const u64 *)&row->identity[epoch];
+	policy = *(volatile const u64 *)&row->policy[epoch];
+	known->identity = identity;
+	known->policy = policy;
+	if (identity >> 32 == owner && policy >> 32 == owner)
+		return true;
+	known->identity = MESH_IDENTITY_UNKNOWN;
+	known->policy = MESH_POLICY_CLOSED;
+	return false;
+}
+
+/* Who is in a namespace; false, and all zero, if it is not enrolled. */
+static __always_inline bool mesh_know_namespace(u64 netns_cookie, u32 epoch, struct mesh_known *known)
+{
+	struct mesh_workload *row = mesh_workload.lookup(&netns_cookie);
+
+	if (row && mesh_know(row, netns_cookie, epoch, known))
+		return true;
+	if (row)
+		row = mesh_workload.lookup(&netns_cookie);
+	if (row)
+		mesh_know(row, netns_cookie, epoch, known);
+	else
+		__builtin_memset(known, 0, sizeof(*known));
+	return row != NULL;
+}
+
+/* Who has an address; false, and all zero, if it is no workload's. */
+static __always_inline bool mesh_know_address(const struct mesh_addr *address, u32 epoch, struct mesh_known *known)
+{
+	struct mesh_addr key = *address;
+	struct mesh_workload *row = mesh_address.lookup(&key);
+
+	if (row && mesh_know(row, mesh_owner(&key), epoch, known))
+		return true;
+	if (row)
+		row = mesh_address.lookup(&key);
+	if (row)
+		mesh_know(row, mesh_owner(&key), epoch, known);
+	else
+		__builtin_memset(known, 0, sizeof(*known));
+	return row != NULL;
 }
 
 /* The identity of somebody who is known by an address only. */

@@ -57,7 +57,7 @@ static __always_inline int mesh_steer(struct bpf_sk_lookup *ctx, u64 netns_cooki
 }
 
 /* Does a datagram answer one that this namespace sent? */
-static __always_inline bool mesh_was_asked(struct mesh_flow_key *ends, struct mesh_workload *self, struct mesh_workload *peer)
+static __always_inline bool mesh_was_asked(struct mesh_flow_key *ends, const struct mesh_known *self, const struct mesh_known *peer)
 {
 	struct mesh_flow_key key = {
 		.source_port = ends->destination_port, .destination_port = ends->source_port, .protocol = IPPROTO_UDP,
@@ -69,7 +69,7 @@ static __always_inline bool mesh_was_asked(struct mesh_flow_key *ends, struct me
 }
 
 /* The flow that a datagram belongs to. */
-static __always_inline struct mesh_flow *mesh_flow_of_datagram(struct mesh_flow_key *ends, struct mesh_workload *self, struct mesh_workload *peer)
+static __always_inline struct mesh_flow *mesh_flow_of_datagram(struct mesh_flow_key *ends, const struct mesh_known *self, const struct mesh_known *peer)
 {
 	struct mesh_flow_key key = {
 		.source_port = ends->source_port, .destination_port = ends->destination_port, .protocol = IPPROTO_UDP,
@@ -81,7 +81,7 @@ static __always_inline struct mesh_flow *mesh_flow_of_datagram(struct mesh_flow_
 }
 
 /* Remembers a caller outside this node, so that it gets its answer. */
-static __always_inline void mesh_flow_from_outside(struct mesh_flow_key *ends, struct mesh_workload *self, u32 source)
+static __always_inline void mesh_flow_from_outside(struct mesh_flow_key *ends, const struct mesh_known *self, u32 source)
 {
 	struct mesh_flow_key key = {
 		.source = ends->source, .source_port = ends->source_port, .destination_port = ends->destination_port, .protocol = IPPROTO_UDP,
@@ -98,9 +98,9 @@ int mesh_sk_lookup(struct bpf_sk_lookup *ctx)
 	struct mesh_decision decision = {};
 	struct mesh_flow_key ends = {};
 	struct mesh_parties who = { .direction = MESH_INBOUND };
-	struct mesh_workload *self, *peer, *caller;
+	struct mesh_known self, peer, caller;
 	struct mesh_flow *flow;
-	u32 epoch, identity = MESH_IDENTITY_UNKNOWN;
+	u32 epoch = mesh_current_epoch(), identity = MESH_IDENTITY_UNKNOWN;
 	bool traced = false, from_waypoint = false, begins = true;
 
 	if (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_UDP)
@@ -126,16 +126,14 @@ int mesh_sk_lookup(struct bpf_sk_lookup *ctx)
 	if (mesh_addr_is_loopback(&ends.source) || mesh_addr_equal(&ends.source, &ends.destination))
 		return SK_PASS; /* within the pod: the application's own, or the waypoint's last step */
 
-	self = mesh_address.lookup(&ends.destination); /* bpf_get_netns_cookie does not exist here */
-	if (!self || !self->netns_cookie)
+	if (!mesh_know_address(&ends.destination, epoch, &self) || !self.netns_cookie) /* bpf_get_netns_cookie does not exist here */
 		return mesh_refuse_inbound(&ends, &who, MESH_REASON_UNKNOWN_ADDRESS);
-	who.target = self->id;
-	epoch = mesh_current_epoch();
-	peer = mesh_address.lookup(&ends.source);
+	who.target = self.id;
+	mesh_know_address(&ends.source, epoch, &peer);
 	if (ends.protocol == IPPROTO_UDP) {
-		if (mesh_was_asked(&ends, self, peer))
+		if (mesh_was_asked(&ends, &self, &peer))
 			return SK_PASS; /* an answer */
-		flow = mesh_flow_of_datagram(&ends, self, peer);
+		flow = mesh_flow_of_datagram(&ends, &self, &peer);
 	} else {
 		flow = mesh_flow.lookup(&ends);
 	}
@@ -144,15 +142,14 @@ int mesh_sk_lookup(struct bpf_sk_lookup *ctx)
 		who.service = flow->service;
 		traced = flow->flags & MESH_FLOW_TRACED;
 		from_waypoint = flow->flags & MESH_FLOW_WAYPOINT;
-		caller = mesh_workload.lookup(&flow->netns_cookie);
-		if (caller)
-			identity = caller->identity[epoch];
-	} else if (peer && peer->netns_cookie) {
-		who.source = peer->id;
-		return self->policy[epoch] ? mesh_refuse_inbound(&ends, &who, MESH_REASON_SPOOFED) : SK_PASS;
-	} else if (peer) {
-		who.source = peer->id;
-		identity = peer->identity[epoch]; /* on another node: its address is all there is without mTLS */
+		if (mesh_know_namespace(flow->netns_cookie, epoch, &caller))
+			identity = caller.identity;
+	} else if (peer.netns_cookie) {
+		who.source = peer.id;
+		return self.policy ? mesh_refuse_inbound(&ends, &who, MESH_REASON_SPOOFED) : SK_PASS;
+	} else if (peer.id) {
+		who.source = peer.id;
+		identity = peer.identity; /* on another node: its address is all there is without mTLS */
 	} else {
 		identity = mesh_stranger(&ends.source, epoch);
 	}
@@ -160,9 +157,9 @@ int mesh_sk_lookup(struct bpf_sk_lookup *ctx)
 		begins = !(flow->flags & MESH_FLOW_ARRIVED);
 		flow->flags |= MESH_FLOW_ARRIVED;
 	}
-	decision = mesh_decide(self->policy[epoch], identity, ends.destination_port, ends.protocol);
-	if (decision.verdict == MESH_VERDICT_WAYPOINT && (!from_waypoint || self->flags & MESH_WORKLOAD_ENFORCE_INBOUND)) {
-		if (ends.protocol == IPPROTO_UDP || mesh_steer(ctx, self->netns_cookie, ctx->family == AF_INET)) {
+	decision = mesh_decide(self.policy, identity, ends.destination_port, ends.protocol);
+	if (decision.verdict == MESH_VERDICT_WAYPOINT && (!from_waypoint || self.flags & MESH_WORKLOAD_ENFORCE_INBOUND)) {
+		if (ends.protocol == IPPROTO_UDP || mesh_steer(ctx, self.netns_cookie, ctx->family == AF_INET)) {
 			decision.verdict = MESH_VERDICT_DENY;
 			decision.reason = MESH_REASON_NO_LISTENER;
 		}
@@ -173,7 +170,7 @@ int mesh_sk_lookup(struct bpf_sk_lookup *ctx)
 		return SK_DROP;
 	if (ends.protocol == IPPROTO_UDP && begins) {
 		if (!flow)
-			mesh_flow_from_outside(&ends, self, who.source);
+			mesh_flow_from_outside(&ends, &self, who.source);
 		mesh_flow_count(&who);
 	}
 	return SK_PASS;

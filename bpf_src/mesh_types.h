@@ -93,13 +93,17 @@ struct mesh_config {
 /* Who somebody is to the policies, and what protects it, has two slots: a change of policies fills the slot that is not in force and then turns
  * mesh_epoch, so that the new policies hold everywhere at once and no moment mixes old and new.
  *
+ * The kernel gives the memory of a row to the next one as soon as the row is replaced or removed (kernel/bpf/hashtab.c, htab_elem_free), while a
+ * program that has found it is still reading. So what decides stands in one word with its owner, a digest of the row's key (mesh_owner), and a
+ * program that reads somebody else's looks again.
+ *
  * A workload by netns cookie (enrolled on this node), or by address (on any node: an address is all that mesh_sk_lookup can see). */
 struct mesh_workload {
 	__u64 netns_cookie; /* 0 = not enrolled on this node */
 	__u32 id;    /* of the workload, for metrics; never 0 */
 	__u32 flags; /* MESH_WORKLOAD_* */
-	__u32 identity[2]; /* by epoch: class of callers that no policy tells apart; 0 = like a stranger */
-	__u32 policy[2];   /* by epoch: policy set; 0 = none */
+	__u64 identity[2]; /* by epoch: owner << 32 | class of callers that no policy tells apart; 0 = like a stranger */
+	__u64 policy[2];   /* by epoch: owner << 32 | policy set; 0 = none */
 };
 
 /* A stranger by CIDR block: the longest prefix that holds its address. */
@@ -120,10 +124,11 @@ struct mesh_service_key {
 };
 
 struct mesh_service {
+	__u64 list;  /* owner << 32 | list of backends */
 	__u32 id;    /* service port, for metrics; never 0 */
-	__u32 list;  /* of backends */
 	__u32 count; /* rows in that list */
 	__u32 flags; /* MESH_SERVICE_* */
+	__u32 pad;
 	__u64 affinity_ns; /* how long a caller stays with its endpoint after its last new connection; 0 = none */
 };
 
@@ -174,6 +179,7 @@ struct mesh_load_key {
 /* Looked up as (policy, identity, port), (policy, identity, 0), (policy, ANY, port), (policy, ANY, 0). */
 #define MESH_IDENTITY_UNKNOWN 0u
 #define MESH_IDENTITY_ANY 0xffffffffu
+#define MESH_POLICY_CLOSED 0xffffffffu /* the set without rows */
 struct mesh_policy_key {
 	__u32 policy;
 	__u32 identity;

@@ -75,7 +75,7 @@ def attach(programs: Path, maps: Path) -> None:
     sock_map_release_progs). Connections that are accelerated at that moment stay so until they close: each socket holds the program, and that the map.
     """
     try:
-        with _fd(libbpf.open_pin(programs / _MSG_PROGRAM)) as code, _fd(libbpf.open_pin(maps / _PEERS)) as peers:
+        with files.closing(libbpf.open_pin(programs / _MSG_PROGRAM)) as code, files.closing(libbpf.open_pin(maps / _PEERS)) as peers:
             libbpf.program_attach(code, peers, "sk_msg_verdict")
     except OSError as error:
         raise KernelRefused(
@@ -116,9 +116,9 @@ def place(programs: Path, cgroup: Path) -> Iterator[Path]:
     made.mkdir(exist_ok=True)
     try:
         with (
-            _fd(libbpf.open_pin(programs / _TEST_PROGRAM)) as code,
-            _fd(os.open(made, os.O_RDONLY | os.O_CLOEXEC)) as target,
-            _fd(libbpf.link_create(code, target, "cgroup_sock_ops")),  # not pinned: it goes with this process
+            files.closing(libbpf.open_pin(programs / _TEST_PROGRAM)) as code,
+            files.closing(os.open(made, os.O_RDONLY | os.O_CLOEXEC)) as target,
+            files.closing(libbpf.link_create(code, target, "cgroup_sock_ops")),  # not pinned: it goes with this process
         ):
             yield made
             time.sleep(_LAST_PACKETS_S)
@@ -167,14 +167,6 @@ def _remove(place: Path) -> None:
             time.sleep(0.01)
         else:
             return
-
-
-@contextlib.contextmanager
-def _fd(number: int) -> Iterator[int]:
-    try:
-        yield number
-    finally:
-        os.close(number)
 
 
 # The child.
@@ -430,7 +422,7 @@ def _half_close(bed: Bed) -> str:
 def _splice(bed: Bed) -> str:
     with bed.pair() as pair:
         source, sink = os.pipe()
-        with _fd(source), _fd(sink):
+        with files.closing(source), files.closing(sink):
             pair.caller.sendall(bytes(5003))
             pair.receiver.setblocking(False)  # a blocking socket hangs where this fails
             try:
@@ -446,7 +438,7 @@ def _splice(bed: Bed) -> str:
 def _splice_to(bed: Bed) -> str:
     with bed.pair() as pair:
         source, sink = os.pipe()
-        with _fd(source), _fd(sink):
+        with files.closing(source), files.closing(sink):
             os.write(sink, b"ab" * 2503)
             moved = os.splice(source, pair.caller.fileno(), 5006)
             _expect(_read(pair.receiver, moved) == (b"ab" * 2503)[:moved], "other bytes")
@@ -456,7 +448,7 @@ def _splice_to(bed: Bed) -> str:
 def _sendfile(bed: Bed) -> str:
     size = (1 << 20) + 7
     content = os.urandom(size)
-    with bed.pair() as pair, _fd(os.memfd_create("selftest")) as file:
+    with bed.pair() as pair, files.closing(os.memfd_create("selftest")) as file:
         os.write(file, content)
 
         def send() -> None:

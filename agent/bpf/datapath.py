@@ -17,7 +17,6 @@ two layouts is pinned in both directories.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -25,11 +24,11 @@ import shutil
 import sys
 import time
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from agent import features
+from agent import features, files
 from agent.bpf import acceleration, libbpf, source
 from agent.bpf.manifest import HOOKED, PROGRAMS, Counter, Manifest, Program
 from agent.bpf.maps import Map
@@ -223,16 +222,19 @@ class DataPath:
     def _link(programs: Path, program: Program, pin: Path, target: Path) -> None:
         """Have `pin` be a link of a program to `target`; whatever it was before stays until the new one is in force."""
         try:
-            with _fd(libbpf.open_pin(programs / program.name)) as code, _fd(os.open(target, os.O_RDONLY | os.O_CLOEXEC)) as place:
+            with (
+                files.closing(libbpf.open_pin(programs / program.name)) as code,
+                files.closing(os.open(target, os.O_RDONLY | os.O_CLOEXEC)) as place,
+            ):
                 if pin.exists():
-                    with _fd(libbpf.open_pin(pin)) as link:
+                    with files.closing(libbpf.open_pin(pin)) as link:
                         if libbpf.link_target(link) == os.fstat(place).st_ino:
-                            if libbpf.link_program_id(link) != libbpf.program_id(code):
+                            if libbpf.link_program_id(link) != libbpf.object_id(code):
                                 libbpf.link_update(link, code)
                             return
                 fresh = pin.with_name(f"{pin.name}-new")  # `pin` is free, or a link to something else that may be gone
                 fresh.unlink(missing_ok=True)
-                with _fd(libbpf.link_create(code, place, program.attach_type)) as link:
+                with files.closing(libbpf.link_create(code, place, program.attach_type)) as link:
                     libbpf.pin(link, fresh)
                 pin.unlink(missing_ok=True)
                 fresh.rename(pin)
@@ -266,7 +268,7 @@ class DataPath:
         found = []
         places = {"node": self._config.cgroup, "waypoint": self._config.waypoint_cgroup}
         for program in HOOKED:
-            number = self._pinned_id(self._programs_dir / program.name, libbpf.program_id)
+            number = self._pinned_id(self._programs_dir / program.name, libbpf.object_id)
             if program.where == "namespace":
                 linked = [
                     self._pinned_id(self._links_dir / f"netns-{c}", libbpf.link_program_id) == number for c in tuple(self._namespaces)
@@ -285,7 +287,7 @@ class DataPath:
         """True if the kernel runs the receiver's check for what arrives in a network namespace."""
         program = next(p for p in PROGRAMS if p.name == _NAMESPACE_PROGRAM)
         try:
-            with _fd(os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+            with files.closing(os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)) as fd:
                 return self._own_id(program.name) in libbpf.namespace_programs(fd, program.attach_type)
         except OSError:
             return False
@@ -304,13 +306,13 @@ class DataPath:
     def _own_id(self, program: str) -> int | None:
         """Kernel id of a program of ours; the pins do not change while the agent runs."""
         if program not in self._ids:
-            self._ids[program] = self._pinned_id(self._programs_dir / program, libbpf.program_id)
+            self._ids[program] = self._pinned_id(self._programs_dir / program, libbpf.object_id)
         return self._ids[program]
 
     @staticmethod
     def _pinned_id(pin: Path, read: Callable[[int], int]) -> int | None:
         try:
-            with _fd(libbpf.open_pin(pin)) as fd:
+            with files.closing(libbpf.open_pin(pin)) as fd:
                 return read(fd)
         except OSError:
             return None
@@ -380,22 +382,14 @@ def _ids(directory: Path) -> set[int]:
     """Kernel ids of the programs pinned in a directory; empty if there is none."""
     found = set()
     for pin in directory.glob("mesh_*"):
-        with _fd(libbpf.open_pin(pin)) as fd:
-            found.add(libbpf.program_id(fd))
+        with files.closing(libbpf.open_pin(pin)) as fd:
+            found.add(libbpf.object_id(fd))
     return found
 
 
 def _effective(cgroup: Path, attach_type: str) -> list[int]:
     try:
-        with _fd(os.open(cgroup, os.O_RDONLY | os.O_CLOEXEC)) as fd:
+        with files.closing(os.open(cgroup, os.O_RDONLY | os.O_CLOEXEC)) as fd:
             return libbpf.effective_programs(fd, attach_type)
     except OSError:
         return []
-
-
-@contextlib.contextmanager
-def _fd(number: int) -> Iterator[int]:
-    try:
-        yield number
-    finally:
-        os.close(number)

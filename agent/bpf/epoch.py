@@ -63,18 +63,17 @@ class Epoch:
     def _known(self, name: str, wanted: Mapping[bytes, Known]) -> _Change:
         held = self._mirrors[name].read()
         self._mirrors[name].check(len(held.keys() | wanted.keys()))
-        unpack = self._layouts.unpack(name)
         change = _Change(stale=held.keys() - wanted.keys())
         for key, known in wanted.items():
-            row, before = self._layouts.known(known, known), held.get(key)
+            row, before = self._layouts.known(key, known), held.get(key)
             if before == row:
                 continue
             change.after[key] = row
             if before is not None:
-                old = unpack(before)
-                now = known._replace(identity=old["identity"][self.current], policy=old["policy"][self.current])
+                identity, policy = self._layouts.known_at(name, before, self.current)
+                now = known._replace(identity=identity, policy=policy)
                 if now != known:
-                    change.before[key] = self._layouts.known(*self._slots(now, known))
+                    change.before[key] = self._layouts.known(key, *self._slots(now, known))
         return change
 
     def _blocks(self, wanted: Mapping[bytes, int]) -> _Change:

@@ -109,11 +109,6 @@ def object_info(fd: int, size: int = 256) -> bytes:
     return info.raw[: length.value]
 
 
-def program_id(fd: int) -> int:
-    """Kernel id of a program."""
-    return int(struct.unpack_from("=II", object_info(fd))[1])
-
-
 def program_tag(fd: int) -> bytes:
     """The kernel's hash of a program's instructions, the same for the same ones whatever maps they use (struct bpf_prog_info: type, id, tag)."""
     return object_info(fd)[8:16]

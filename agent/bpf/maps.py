@@ -115,8 +115,6 @@ class Mirror:
 
     def remove(self, keys: Iterable[bytes]) -> int:
         """Remove rows; returns how many were named. One that is not there is no error."""
-        number = 0
-        for key in keys:
-            libbpf.delete(self.map.fd, key)
-            number += 1
-        return number
+        named = list(keys)
+        self.map.remove(named)
+        return len(named)

@@ -1,7 +1,11 @@
-"""How rows of the configuration maps are packed: quick packers made from the layouts that the compiler gave."""
+"""How rows of the configuration maps are packed: quick packers made from the layouts that the compiler gave.
+
+Numbers that decide stand in one word with the owner of their row (bpf_src/mesh_types.h, struct mesh_workload): made here, and taken apart here.
+"""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +13,9 @@ from agent.bpf import manifest as m
 from agent.bpf.maps import Map
 
 Rows = dict[bytes, bytes]
+_NUMBER = 0xFFFFFFFF
+"""The part of a word that is not the owner."""
+_COOKIE, _ADDRESS, _PORT = struct.Struct("=Q"), struct.Struct("=4I"), struct.Struct("=HB")
 _NUMBERED = frozenset({"id", "identity", "policy", "rule", "audit", "list", "workload"})
 """Members of rows that hold a number given by `agent.ids`."""
 
@@ -34,7 +41,7 @@ class Layouts:
         self._known = value["mesh_address"]("netns_cookie", "id", "flags", "identity", "policy")
         self.cookie = key["mesh_workload"]("")
         self.service_key = key["mesh_service"]("address", "port", "protocol")
-        self.service = value["mesh_service"]("id", "list", "count", "flags", "affinity_ns")
+        self._service = value["mesh_service"]("list", "id", "count", "flags", "affinity_ns")
         self.backend_key = key["mesh_backend"]("list", "slot")
         self.backend = value["mesh_backend"]("address", "workload", "port", "threshold", "alias")
         self.member_key = key["mesh_member"]("list", "port", "address")
@@ -46,9 +53,20 @@ class Layouts:
         self.resolver_key = key["mesh_resolver"]("netns_cookie", "address")
         self.resolver = value["mesh_resolver"]("")
 
-    def known(self, zero: Known, one: Known) -> bytes:
-        """A row of mesh_address or mesh_workload that says this in epochs 0 and 1; cookie, number and flags have one slot only."""
-        return self._known(*zero[:3], zero.identity, one.identity, zero.policy, one.policy)
+    def known(self, key: bytes, zero: Known, one: Known | None = None) -> bytes:
+        """The row of `key` in mesh_address or mesh_workload that says this in epochs 0 and 1 (the same if None); the rest has one slot only."""
+        one = one or zero
+        owner = _owner(key) << 32
+        return self._known(*zero[:3], owner | zero.identity, owner | one.identity, owner | zero.policy, owner | one.policy)
+
+    def known_at(self, name: str, row: bytes, epoch: int) -> tuple[int, int]:
+        """Identity and policy that a row of mesh_address or mesh_workload has in an epoch."""
+        found = self.unpack(name)(row)
+        return found["identity"][epoch] & _NUMBER, found["policy"][epoch] & _NUMBER
+
+    def service(self, key: bytes, number: int, listing: int, count: int, flags: int, affinity_ns: int) -> bytes:
+        """The row of `key` in mesh_service."""
+        return self._service(_owner(key) << 32 | listing, number, count, flags, affinity_ns)
 
     def unpack(self, name: str) -> Callable[[bytes], dict[str, Any]]:
         """Unpacks values of a map."""
@@ -65,4 +83,13 @@ class Layouts:
         for key, values in self._maps[name].items():
             for member, found in (*layout.key.unpack(key).items(), *layout.value.unpack(values[0]).items()):
                 if member in _NUMBERED:
-                    yield from (n for n in (found if isinstance(found, tuple) else (found,)) if n != m.IDENTITY_ANY)
+                    yield from (n & _NUMBER for n in (found if isinstance(found, tuple) else (found,)) if n != m.IDENTITY_ANY)
+
+
+def _owner(key: bytes) -> int:
+    """Whose row it is, in 32 bits: mesh_owner in bpf_src/mesh_helpers.h."""
+    if len(key) == _COOKIE.size:
+        return int(_COOKIE.unpack(key)[0]) & _NUMBER
+    zero, one, two, three = _ADDRESS.unpack_from(key)
+    port, protocol = _PORT.unpack_from(key, _ADDRESS.size) if len(key) > _ADDRESS.size else (0, 0)
+    return int(three ^ two * 0x9E3779B1 ^ one * 0x85EBCA77 ^ zero * 0xC2B2AE3D ^ port ^ protocol << 16) & _NUMBER

@@ -7,21 +7,18 @@ that counting what lives costs the data path nothing. Closing a connection from 
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from agent import addresses, netns
+from agent import addresses, netlink, netns
 from agent.bpf.manifest import Direction
 from agent.bpf.maps import Map
 from agent.errors import KernelRefused
 
-_NETLINK_SOCK_DIAG = 4  # include/uapi/linux/netlink.h, as all NLM* and NLA* here
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP, _NLM_F_DUMP_INTR = 0x1, 0x4, 0x300, 0x10
+_NETLINK_SOCK_DIAG = 4  # include/uapi/linux/netlink.h, as all NLA* here
 _NLA_F_NESTED, _NLA_TYPE_MASK = 0x8000, 0x3FFF
 _SOCK_DIAG_BY_FAMILY, _SOCK_DESTROY = 20, 21  # include/uapi/linux/sock_diag.h
 _SK_DIAG_BPF_STORAGE_REQ_MAP_FD = 1
@@ -29,7 +26,6 @@ _SK_DIAG_BPF_STORAGE_MAP_VALUE = 3
 _INET_DIAG_REQ_SK_BPF_STORAGES = 2  # include/uapi/linux/inet_diag.h
 _INET_DIAG_INFO, _INET_DIAG_SK_BPF_STORAGES = 2, 20
 
-_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 _REQUEST = struct.Struct("=BBBxI48s")  # struct inet_diag_req_v2: family, protocol, extensions, states, id
 _ATTRIBUTE = struct.Struct("=HH")
 _ENDS = struct.Struct("=BB2x48s")  # of struct inet_diag_msg: family, state, timer, retransmits, id
@@ -39,7 +35,6 @@ _MESSAGE = 72  # sizeof(struct inet_diag_msg)
 # Of struct tcp_info (include/uapi/linux/tcp.h): tcpi_rtt, tcpi_total_retrans, tcpi_bytes_acked, tcpi_bytes_received.
 _INFO = struct.Struct("=68xI28xI16xQQ")
 _PAIR_END = 12  # offsetof(struct mesh_pair_key, end); a byte of it is enough
-_BUFFER = 256 << 10
 _MAPPED = bytes(10) + b"\xff\xff"
 
 # include/net/tcp_states.h
@@ -125,13 +120,13 @@ class Sockets:
 
         Each is described as it is at some moment while this runs. One that begins or ends meanwhile may be missing.
         """
-        with _open(namespace) as netlink:
+        with _open(namespace) as diag:
             for family in (socket.AF_INET, socket.AF_INET6):
-                yield from self._ask(netlink, family)
+                yield from self._ask(diag, family)
 
-    def _ask(self, netlink: socket.socket, family: int) -> Iterator[LiveSocket]:
+    def _ask(self, diag: socket.socket, family: int) -> Iterator[LiveSocket]:
         request = _REQUEST.pack(family, socket.IPPROTO_TCP, 1 << (_INET_DIAG_INFO - 1), _STATES, bytes(48)) + self._wanted
-        for start, end, buffer in _exchange(netlink, _SOCK_DIAG_BY_FAMILY, _NLM_F_DUMP, request):
+        for start, end, buffer in netlink.exchange(diag, "list connections", _SOCK_DIAG_BY_FAMILY, netlink.DUMP, request):
             found = self._parse(buffer, start, end)
             if found:
                 yield found
@@ -177,26 +172,26 @@ class Sockets:
 class Destroyer:
     """Closes connections in one namespace: the application gets ECONNABORTED, the other end a reset (tcp_abort in net/ipv4/tcp.c)."""
 
-    def __init__(self, netlink: socket.socket) -> None:
+    def __init__(self, diag: socket.socket) -> None:
         """Own a socket of that namespace."""
-        self._netlink = netlink
+        self._diag = diag
 
     def close(self) -> None:
         """Close the socket: it keeps the namespace alive."""
-        self._netlink.close()
+        self._diag.close()
 
     def destroy(self, found: LiveSocket) -> bool:
         """Close one connection; False if it has ended by itself. Raises KernelRefused if the kernel cannot do this."""
         request = _REQUEST.pack(found.family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF, found.ident)
         try:
-            for _ in _exchange(self._netlink, _SOCK_DESTROY, _NLM_F_ACK, request):
+            for _ in netlink.exchange(self._diag, f"close connection {found}", _SOCK_DESTROY, netlink.ACK, request):
                 pass
         except OSError as error:
             if error.errno == errno.ENOENT:
                 return False
             if error.errno == errno.EOPNOTSUPP:
                 raise KernelRefused(CANNOT_DESTROY) from error
-            raise KernelRefused(f"the kernel refuses to close connection {found}: {error.strerror}") from error
+            raise KernelRefused(f"the kernel refuses to {error.strerror}") from error
         return True
 
 
@@ -208,24 +203,6 @@ def _open(namespace: Path) -> socket.socket:
         return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG)
 
     return netns.run_in(namespace, inside)
-
-
-def _exchange(netlink: socket.socket, kind: int, flags: int, request: bytes) -> Iterator[tuple[int, int, memoryview]]:
-    """(start, end, buffer) of the body of each message of the answer; the buffer is used again for the next ones. Raises OSError for a refusal."""
-    netlink.send(_HEADER.pack(_HEADER.size + len(request), kind, _NLM_F_REQUEST | flags, 1, 0) + request)
-    buffer = memoryview(bytearray(_BUFFER))
-    while True:
-        size = netlink.recv_into(buffer)
-        at = 0
-        while at < size:
-            length, found, _, _, _ = _HEADER.unpack_from(buffer, at)
-            if found in {_NLMSG_DONE, _NLMSG_ERROR}:
-                code = -struct.unpack_from("=i", buffer, at + _HEADER.size)[0] if length >= _HEADER.size + 4 else 0
-                if code:
-                    raise OSError(code, os.strerror(code))
-                return
-            yield at + _HEADER.size, at + length, buffer
-            at += (length + 3) & ~3
 
 
 def _attribute(kind: int, body: bytes) -> bytes:

@@ -4,18 +4,21 @@ Called by the supervisor with each new snapshot and each workload that comes or 
 with what the kernel holds; `_difference` touches only what a snapshot's delta names, as long as policies and classes of callers stay as they are.
 
 Policy sets and backend lists are named by their content and never change in place: new ones are written first, then whoever points to them is switched,
-one atomic row each, then the old ones go. Who is who to the policies has two slots in each row, and all rows change over at once (bpf_src/mesh_types.h).
+one atomic row each, and the old ones are retired: they stay until no program can be on its way to them. Who is who to the policies has two slots in
+each row, and all rows change over at once (bpf_src/mesh_types.h).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from agent import addresses
 from agent.balancing import preferred
+from agent.bpf import libbpf
 from agent.bpf import manifest as m
 from agent.bpf.epoch import Epoch
 from agent.bpf.maps import Map, Mirror
@@ -32,6 +35,8 @@ _VERDICTS = {
     Verdict.WAYPOINT: m.Verdict.WAYPOINT,
 }
 _ALWAYS = 0xFFFFFFFF
+_RETIREMENT_S = 1.0
+"""A program cannot sleep: by then it has ended."""
 Endpoint = tuple[Workload, int]
 
 
@@ -68,7 +73,8 @@ class Tables:
         self._epoch = Epoch(maps["mesh_epoch"], self.mirrors, self._rows)
         self._resolver = Mirror(maps["mesh_resolver"])
         ids.start_above(max((n for name in self.ORDER for n in self._rows.numbers(name)), default=0))
-        self._set_names: set[str] = set()
+        self._retired: deque[tuple[float, str, Sequence[bytes]]] = deque()
+        """When (monotonic), and which rows of which map."""
         # What is in force, for `_difference`.
         self._snapshot: Snapshot | None = None
         self._policies: _Policies
@@ -105,6 +111,18 @@ class Tables:
         self._snapshot, self._local, self._flags = snapshot, here, flags
         return changed
 
+    def remove_retired(self, *, now: bool = True) -> None:
+        """Remove rows that nothing points to any more; `now`: also those that a program may still be on its way to, after waiting for it."""
+        if now and self._retired:
+            libbpf.wait_for_programs()
+        while self._retired and (now or self._retired[0][0] + _RETIREMENT_S < time.monotonic()):
+            _, name, keys = self._retired.popleft()
+            self.mirrors[name].count -= self.mirrors[name].remove(keys)
+
+    def _retire(self, name: str, keys: Sequence[bytes]) -> None:
+        if keys:
+            self._retired.append((time.monotonic(), name, keys))
+
     def set_resolvers(self, wanted: Iterable[tuple[int, str]]) -> None:
         """Redirect queries from namespaces (by cookie) to resolvers (by address) to the mesh's name server there, and no others."""
         rows = {self._rows.resolver_key(cookie, addresses.packed(address)): self._rows.resolver(1) for cookie, address in wanted}
@@ -116,6 +134,7 @@ class Tables:
     # Everything.
 
     def _everything(self, snapshot: Snapshot, here: Mapping[str, Namespace], flags: Mapping[str, int]) -> int:
+        self.remove_retired()
         self._index(snapshot, here)
         policies, policy_rows, blocks = self._compile_policies(snapshot)
         backend: Rows = {}
@@ -147,12 +166,15 @@ class Tables:
         stale |= standing
         stale["mesh_service"], number = self._bring(mirrors["mesh_service"], service)
         changed += number
-        for name in reversed(self.ORDER):  # pointers first, then what they pointed to
+        for name in ("mesh_service", "mesh_workload", "mesh_address", "mesh_block"):
             changed += mirrors[name].remove(stale[name])
-        for name, number in needed.items():
-            mirrors[name].count = number
+            mirrors[name].count = needed[name]
+        for name in ("mesh_policy", "mesh_member", "mesh_backend"):  # what those point to
+            mirrors[name].count = needed[name] + len(stale[name])
+            self._retire(name, list(stale[name]))
+            changed += len(stale[name])
         self._policies = policies
-        self._ids.keep("policy-set", self._set_names)
+        self._ids.keep("policy-set", map(self._ids.name, policies.sets.values()))
         self._ids.keep("list", map(self._ids.name, self._list_users))
         return changed
 
@@ -162,7 +184,7 @@ class Tables:
         held = mirror.read()
         stale = held.keys() - wanted.keys()
         fresh = {key: row for key, row in wanted.items() if held.get(key) != row}
-        mirror.check(len(held) + sum(key not in held for key in fresh))
+        mirror.check(len(held.keys() | wanted.keys()))
         return stale, mirror.write(fresh)
 
     # What is known of the model, kept for the next difference.
@@ -231,11 +253,11 @@ class Tables:
             if workload.node == self._node:
                 present.add(classes.of(Caller(addresses=workload.addresses)))
         identities = {members: self._identity(classes, members) for members in present}
+        known = present - {classes.stranger}
         numbers: dict[tuple[str, ...], int] = {}
         rows: Rows = {}
-        self._set_names = set()
         for names, workload in {w.policies: w for w in snapshot.workloads.values()}.items():
-            compiled = compile_rows(protecting(workload, snapshot), classes, present - {classes.stranger})
+            compiled = compile_rows(protecting(workload, snapshot), classes, known)
             if not compiled:
                 numbers[names] = 0
                 continue
@@ -243,7 +265,6 @@ class Tables:
                 f"{m.IDENTITY_ANY if members is None else identities[members]} {protocol} {port} {decision}"
                 for (members, protocol, port), decision in compiled.items()
             )
-            self._set_names.add(name)
             number = numbers[names] = self._ids.number("policy-set", name)
             for (members, protocol, port), decision in compiled.items():
                 identity = m.IDENTITY_ANY if members is None else identities[members]
@@ -295,8 +316,9 @@ class Tables:
         held = self._held[service.name] = {}
         for address in service.addresses:
             raw = addresses.packed(address)
-            rows[self._rows.service_key(raw, 0, 0)] = self._rows.service(0, 0, 0, 0, 0)  # "there is a service here"
-            held[self._rows.service_key(raw, 0, 0)] = (0, 0)
+            key = self._rows.service_key(raw, 0, 0)
+            rows[key] = self._rows.service(key, 0, 0, 0, 0, 0)  # "there is a service here"
+            held[key] = (0, 0)
             for port in service.ports:
                 key = self._rows.service_key(raw, port.port, _PROTOCOLS[port.protocol])
                 found = self._endpoints.get((service.name, port.port, port.protocol), {})
@@ -313,7 +335,7 @@ class Tables:
                 held[key] = (listing, count)
                 self._list_users[listing] += 1
                 number = self._ids.number("service", f"{service.name}:{port_name(port.port, port.protocol)}")
-                rows[key] = self._rows.service(number, listing, count, flags, service.affinity_s * 1_000_000_000)
+                rows[key] = self._rows.service(key, number, listing, count, flags, service.affinity_s * 1_000_000_000)
 
     def _ways(self, endpoints: Iterable[Endpoint], *, ipv4: bool) -> list[tuple[bytes, int, int, int]]:
         """(address, workload, port, weight) of each endpoint that has an address of the family, in a stable order."""
@@ -362,12 +384,12 @@ class Tables:
         address, closed = {}, []
         for raw in raws:
             if row := self._address(raw, snapshot, here, policies, flags):
-                address[raw] = self._rows.known(row, row)
+                address[raw] = self._rows.known(raw, row)
             else:
                 closed.append(raw)
         workload_rows = {
-            self._rows.cookie(n.local.netns_cookie): self._rows.known(*[self._known(n.local.workload, n, policies, flags)] * 2)
-            for n in (here[name] for name in names if name in here)
+            key: self._rows.known(key, self._known(n.local.workload, n, policies, flags))
+            for key, n in ((self._rows.cookie(n.local.netns_cookie), n) for n in (here[name] for name in names if name in here))
         }
         cookies = {n.local.netns_cookie for n in here.values()}
         left = [self._rows.cookie(n.local.netns_cookie) for n in self._local.values() if n.local.netns_cookie not in cookies]
@@ -403,6 +425,7 @@ class Tables:
         service: Rows = {}
         backend: Rows = {}
         member: Rows = {}
+        self.remove_retired(now=False)
         replaced = {name: self._held.pop(name, {}) for name in affected}
         for listing, _ in (pair for held in replaced.values() for pair in held.values()):
             self._list_users[listing] -= 1
@@ -413,8 +436,10 @@ class Tables:
         unused = {listing: count for held in replaced.values() for listing, count in held.values() if self._list_users[listing] <= 0}
         old_members = [key for listing in unused for key in self._members.pop(listing, ())]
         old_backends = [self._rows.backend_key(listing, slot) for listing, count in unused.items() for slot in range(count)]
-        mirrors["mesh_backend"].check(mirrors["mesh_backend"].count + len(backend))
-        mirrors["mesh_member"].check(mirrors["mesh_member"].count + len(member))
+        for name, rows in (("mesh_backend", backend), ("mesh_member", member)):
+            if mirrors[name].count + len(rows) > mirrors[name].map.capacity:
+                self.remove_retired()
+            mirrors[name].check(mirrors[name].count + len(rows))
         mirrors["mesh_address"].check(len(self._claims))
         mirrors["mesh_workload"].check(len(workload) + len(left))
         mirrors["mesh_service"].check(sum(map(len, self._held.values())))
@@ -431,12 +456,13 @@ class Tables:
             ("mesh_service", gone),
             ("mesh_workload", left),
             ("mesh_address", closed),
-            ("mesh_member", old_members),
-            ("mesh_backend", old_backends),
         )
         changed += sum(mirrors[name].remove(keys) for name, keys in removed)
-        mirrors["mesh_backend"].count += len(backend) - len(old_backends)
-        mirrors["mesh_member"].count += len(member) - len(old_members)
+        mirrors["mesh_backend"].count += len(backend)
+        mirrors["mesh_member"].count += len(member)
+        self._retire("mesh_member", old_members)
+        self._retire("mesh_backend", old_backends)
+        changed += len(old_members) + len(old_backends)
         for listing in unused:
             self._ids.forget("list", [self._ids.name(listing)])
             del self._list_users[listing]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent import features
+from agent import features, files
 from agent.bpf import libbpf, source
 from agent.bpf.datapath import Predecessor, predecessor, run_loader
 from agent.bpf.manifest import Codec, MapLayout
@@ -159,7 +159,6 @@ def _programs(old: Path, new: Path) -> dict[str, str]:
 def _tags(directory: Path) -> dict[str, bytes]:
     found = {}
     for pin in directory.glob("mesh_*"):
-        descriptor = libbpf.open_pin(pin)
-        found[pin.name] = libbpf.program_tag(descriptor)
-        os.close(descriptor)
+        with files.closing(libbpf.open_pin(pin)) as descriptor:
+            found[pin.name] = libbpf.program_tag(descriptor)
     return found

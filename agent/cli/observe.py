@@ -10,9 +10,6 @@ from typing import Any
 
 import click
 import grpc
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from agent.errors import NotFound
 from agent.plan import qualified
@@ -73,6 +70,10 @@ def status(run_dir: Path, output: str) -> None:
 
 
 def _show_status(s: dict[str, Any]) -> None:
+    from rich.console import Console  # noqa: PLC0415 - the daemon imports this module and must not pay for it
+    from rich.markup import escape  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
     console = Console(highlight=False)
     waypoint, controller = s["waypoint"], s["controller"]
     console.print(f"[bold]{s['node']}[/bold]  {'ready' if s['ready'] else '[red]not ready[/red]'}")

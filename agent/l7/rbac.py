@@ -27,8 +27,8 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 
 from agent.l7 import names
 from agent.l7.resources import packed
-from agent.model import Action, Operation, Policy, Snapshot, Source, Workload
-from agent.policy import TCP, Caller, block, protecting, source_matches
+from agent.model import Action, Operation, Policy, Source, Workload
+from agent.policy import TCP, Caller, block, source_matches
 
 ANY_CALLER = rbac_pb2.Principal(any=True)
 ANY_REQUEST = rbac_pb2.Permission(any=True)
@@ -50,26 +50,27 @@ Principals = Callable[[Source, Action], "rbac_pb2.Principal | None"]
 """Turns a Source into a Principal; None = no caller can match."""
 
 
-def needs_request(workload: Workload, snapshot: Snapshot) -> bool:
-    """Return True if a policy of this workload can only be decided with the request in hand (method, path or host)."""
-    return any(op.l7 and _over_tcp(op) for policy in protecting(workload, snapshot) for rule in policy.rules for op in rule.operations)
+def needs_request(policy: Policy) -> bool:
+    """Return True if this policy can only be decided with the request in hand (method, path or host)."""
+    return any(op.l7 and _over_tcp(op) for rule in policy.rules for op in rule.operations)
 
 
-def at_caller(workload: Workload, port: int, snapshot: Snapshot, callers: LocalCallers) -> Authorization:
-    """Build what the outbound side enforces for one endpoint. `port` is the one it listens on: port conditions are decided here and now."""
-    return _authorization(protecting(workload, snapshot), callers.principal, port)
+def at_caller(policies: Sequence[Policy], port: int, callers: LocalCallers) -> Authorization:
+    """Build what the outbound side enforces for an endpoint with these policies. `port` is the one it listens on: conditions on it are decided now."""
+    return _authorization(policies, callers.principal, port)
 
 
-def likeness(workload: Workload, port: int, snapshot: Snapshot) -> Authorization:
+def likeness(policies: Sequence[Policy], port: int) -> Authorization:
     """What tells endpoints apart that are protected differently, the same on every node: who matches a Source is left open. Not for Envoy."""
-    return _authorization(protecting(workload, snapshot), _principal_by_content, port)
+    return _authorization(policies, _principal_by_content, port)
 
 
-def at_receiver(workload: Workload, snapshot: Snapshot, callers: Callers) -> Authorization:
-    """Build what the workload's own inbound listener enforces; port conditions are left to Envoy (`destination_port`)."""
-    return _authorization(protecting(workload, snapshot), callers.principal, None)
+def at_receiver(policies: Sequence[Policy], callers: Callers) -> Authorization:
+    """Build what the inbound listener of a workload with these policies enforces; port conditions are left to Envoy (`destination_port`)."""
+    return _authorization(policies, callers.principal, None)
 
 
+@dataclass(frozen=True, slots=True)
 class LocalCallers:
     """Who is behind an outbound listener: the one workload of this node whose it is.
 
@@ -78,18 +79,21 @@ class LocalCallers:
     the list yet is nobody's for ALLOW, and everybody's for DENY and AUDIT: what is not known never widens access.
     """
 
-    def __init__(self, workloads: Iterable[Workload], trust_domain: str) -> None:
+    known: Mapping[str, Caller]
+
+    @staticmethod
+    def of(workloads: Iterable[Workload], trust_domain: str) -> LocalCallers:
         """`workloads` are the enrolled ones of this node."""
-        self._callers = {workload.name: Caller.of(workload, trust_domain) for workload in workloads}
+        return LocalCallers({workload.name: Caller.of(workload, trust_domain) for workload in workloads})
 
     def principal(self, source: Source, action: Action) -> rbac_pb2.Principal | None:
         """Turn a Source into conditions on filter state."""
         if not (source.labels or source.ip_blocks or source.not_ip_blocks):
             return _principal_by_filter_state(source)
-        matching = {name for name, caller in self._callers.items() if source_matches(source, caller)}
+        matching = {name for name, caller in self.known.items() if source_matches(source, caller)}
         if action is Action.ALLOW:
             return _any_workload(matching) if matching else None
-        others = set(self._callers) - matching
+        others = set(self.known) - matching
         return rbac_pb2.Principal(not_id=_any_workload(others)) if others else ANY_CALLER
 
 

@@ -7,7 +7,7 @@ https://www.envoyproxy.io/docs/envoy/v1.37.0/api-v3/config/route/v3/route_compon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from envoy.config.core.v3 import base_pb2
 from envoy.config.route.v3 import route_components_pb2, route_pb2, scoped_route_pb2
@@ -28,15 +28,12 @@ OTHER_HOST_ATTEMPTS = 30
 """How often a retry asks the load balancer again while it proposes a host that was already tried: of two equally busy hosts it proposes
 each half of the time, so the usual 5 would send one retry in 64 to the host that just failed."""
 
-Authorize = Callable[[str, int], Authorization]
-"""(service, port) -> what the caller's side enforces for that backend."""
-Known = Callable[[str, int], bool]
-"""(service, port) -> whether that backend has a cluster."""
+Backends = Mapping[tuple[str, int], Authorization]
+"""What the caller's side enforces for each service port that has a cluster."""
 
 
-def scope(address: str, port: int, routes: str) -> scoped_route_pb2.ScopedRouteConfiguration:
-    """Say which RouteConfiguration serves a destination address. The scope's name is its key: an address that moves is an update."""
-    name = names.destination(address, port)
+def scope(name: str, routes: str) -> scoped_route_pb2.ScopedRouteConfiguration:
+    """Say which RouteConfiguration serves a destination (`names.destination`). The scope's name is its key: an address that moves is an update."""
     key = scoped_route_pb2.ScopedRouteConfiguration.Key(fragments=[scoped_route_pb2.ScopedRouteConfiguration.Key.Fragment(string_key=name)])
     return scoped_route_pb2.ScopedRouteConfiguration(name=name, route_configuration_name=routes, key=key)
 
@@ -50,7 +47,7 @@ def direct(name: str, cluster: str, route_name: str, authorization: Authorizatio
     return _configuration(name, [_virtual_host("*", [route])])
 
 
-def service(name: str, routes: Sequence[Route], known: Known, authorize: Authorize) -> route_pb2.RouteConfiguration:
+def service(name: str, routes: Sequence[Route], backends: Backends) -> route_pb2.RouteConfiguration:
     """Build the routes of a service port from the HTTPRoutes attached to it (at least one).
 
     A virtual host per hostname, each with every rule that applies to it in order of precedence; `*` exists only if a route has no
@@ -60,7 +57,7 @@ def service(name: str, routes: Sequence[Route], known: Known, authorize: Authori
     hosts = []
     for domain in domains:
         applying = [route for route in routes if not route.hostnames or any(covers(h, domain) for h in route.hostnames)]
-        hosts.append(_virtual_host(domain, [_route(route, r, match, known, authorize) for route, r, match in _ordered(applying, domain)]))
+        hosts.append(_virtual_host(domain, [_route(route, r, match, backends) for route, r, match in _ordered(applying, domain)]))
     return _configuration(name, hosts)
 
 
@@ -88,7 +85,7 @@ def _virtual_host(domain: str, routes: list[route_components_pb2.Route]) -> rout
     return route_components_pb2.VirtualHost(name=domain, domains=[domain], routes=routes)
 
 
-def _route(route: Route, index: int, match: RouteMatch, known: Known, authorize: Authorize) -> route_components_pb2.Route:
+def _route(route: Route, index: int, match: RouteMatch, known: Backends) -> route_components_pb2.Route:
     rule = route.rules[index]
     result = route_components_pb2.Route(name=f"{route.name} {rule.name or f'rule {index}'}", match=_match(match))
     _edit(result, rule.request_headers, rule.response_headers)
@@ -101,36 +98,36 @@ def _route(route: Route, index: int, match: RouteMatch, known: Known, authorize:
     action.cluster_not_found_response_code = route_components_pb2.RouteAction.INTERNAL_SERVER_ERROR
     if len(backends) == 1:
         # The cheap form of weight 1: the backend's own edits come after the rule's, as in the weighted form below.
-        _target_single(result, backends[0], known, authorize)
+        _target_single(result, backends[0], known)
     else:
         for backend in backends:
             weighted = action.weighted_clusters.clusters.add(name=_cluster(backend, known), weight={"value": backend.weight})
             _edit(weighted, backend.request_headers, backend.response_headers)
             if (host := _host(backend.request_headers)) is not None:
                 weighted.host_rewrite_literal = host
-            _authorize(weighted.typed_per_filter_config, backend, known, authorize)
+            _authorize(weighted.typed_per_filter_config, backend, known)
     if not action.HasField("host_rewrite_literal") and (host := _host(rule.request_headers)) is not None:
         action.host_rewrite_literal = host
     _time_and_retry(action, rule)
     return result
 
 
-def _target_single(result: route_components_pb2.Route, backend: Backend, known: Known, authorize: Authorize) -> None:
+def _target_single(result: route_components_pb2.Route, backend: Backend, known: Backends) -> None:
     result.route.cluster = _cluster(backend, known)
     _edit(result, backend.request_headers, backend.response_headers)
     if (host := _host(backend.request_headers)) is not None:
         result.route.host_rewrite_literal = host
-    _authorize(result.typed_per_filter_config, backend, known, authorize)
+    _authorize(result.typed_per_filter_config, backend, known)
 
 
-def _cluster(backend: Backend, known: Known) -> str:
-    usable = not backend.invalid and known(backend.service, backend.port)
+def _cluster(backend: Backend, known: Backends) -> str:
+    usable = not backend.invalid and (backend.service, backend.port) in known
     return names.service(backend.service, backend.port) if usable else names.INVALID_CLUSTER
 
 
-def _authorize(target: Mapping[str, AnyMessage], backend: Backend, known: Known, authorize: Authorize) -> None:
-    if not backend.invalid and known(backend.service, backend.port):
-        authorize(backend.service, backend.port).apply(target)
+def _authorize(target: Mapping[str, AnyMessage], backend: Backend, known: Backends) -> None:
+    if not backend.invalid and (backend.service, backend.port) in known:
+        known[backend.service, backend.port].apply(target)
 
 
 def _time_and_retry(action: route_components_pb2.RouteAction, rule: RouteRule) -> None:

@@ -54,8 +54,6 @@ class XdsState:
     """What `status` and `/metrics` show."""
 
     connected: bool
-    pending: int
-    """Resources that Envoy has not acknowledged in their present version (refused ones excepted)."""
     nacks: int
     """Resources that Envoy refused since this server started."""
     rejected: int
@@ -101,7 +99,7 @@ class XdsServer:
     @property
     def state(self) -> XdsState:
         """The state right now."""
-        return XdsState(self._stream is not None, len(self._pending()), self._nacks, len(self._refused), self._last_nack)
+        return XdsState(self._stream is not None, self._nacks, len(self._refused), self._last_nack)
 
     async def start(self) -> None:
         """Listen on the socket (0600; a stale one is replaced). Call `set` before: an Envoy that reconnects gets differences to it."""
@@ -162,6 +160,10 @@ class XdsServer:
         wanted = self._resources.get(kind, {})
         return {name: resource for name, resource in wanted.items() if self._refused.get((kind, name)) != resource.version}
 
+    def _offered(self, kind: str, name: str) -> bool:
+        """Return True if `of` has this resource."""
+        return self.exists(kind, name) and self._refused.get((kind, name)) != self._version(kind, name)
+
     def exists(self, kind: str, name: str) -> bool:
         """Return True if this resource is wanted, refused or not."""
         return name in self._resources.get(kind, {})
@@ -219,11 +221,11 @@ class XdsServer:
 
     def _reachable(self, kind: str, name: str, *, outbound: bool) -> bool:
         if kind == names.ENDPOINTS:
-            return name in self.of(names.CLUSTER)
+            return self._offered(names.CLUSTER, name)
         if kind == names.SCOPE:
             return outbound
         if kind == names.ROUTES:
-            return name in self.of(names.LISTENER) if name.startswith(names.INBOUND) else outbound
+            return self._offered(names.LISTENER, name) if name.startswith(names.INBOUND) else outbound
         return True
 
 

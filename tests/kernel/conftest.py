@@ -11,6 +11,8 @@ from lab import cgroup, paths, topology
 from lab.cli import SHOP
 from lab.errors import LabError, StartFailed
 from lab.lab import Lab
+from tests.kernel import datanode
+from tests.kernel.datanode import DataNode
 
 
 def _unfit() -> str:
@@ -32,6 +34,13 @@ def machine() -> None:
         pytest.fail(reason)
     if reason:
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[DataNode]:
+    """The data path of a node, without a mesh."""
+    with datanode.running() as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import socket
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from agent.bpf import libbpf, source
+from agent.bpf import source
 from agent.bpf.datapath import DataPath
 from agent.bpf.events import Event, Events
 from agent.bpf.manifest import Close, Direction
 from agent.config import Config
 from agent.enrolment import Enrolment
 from agent.ids import Ids
-from agent.model import Backing, Policy, Service, ServicePort, Snapshot, Workload
+from agent.model import Action, Backing, Policy, PolicyRule, Service, ServicePort, Snapshot, Source, Workload
 from agent.uninstall import uninstall
 from lab import mounts, paths
 from lab.lab import Lab
@@ -40,6 +40,33 @@ def talk(c):
 for port in (8080, 8081):
     s = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=64)
     threading.Thread(target=serve, args=(s,)).start()
+"""
+# getpeername() says what was dialled: proc(5), /proc/net/tcp, says where the segments go. State 01 is established: a port may have others in TIME_WAIT.
+REAL = """
+import ipaddress
+def real(s):
+    port = s.getsockname()[1]
+    for name in ("tcp", "tcp6"):
+        for line in open("/proc/net/" + name).readlines()[1:]:
+            local, remote, state = line.split()[1:4]
+            if int(local.rpartition(":")[2], 16) == port and state == "01":
+                raw = bytes.fromhex(remote.partition(":")[0])
+                return str(ipaddress.ip_address(b"".join(raw[i : i + 4][::-1] for i in range(0, len(raw), 4))))
+"""
+CALL = f"""{REAL}
+import errno, socket, sys
+address, port, size, timeout = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+try:
+    s = socket.create_connection((address, port), timeout=timeout)
+    assert s.getpeername()[:2] == (address, port), s.getpeername()
+    peer = real(s)
+    s.sendall(b"x" * size); s.shutdown(socket.SHUT_WR)
+    got = b""
+    while data := s.recv(65536): got += data
+    assert len(got) == size, got
+    print("ok", peer)
+except TimeoutError: print("timeout")
+except OSError as e: print(errno.errorcode.get(e.errno, e))
 """
 
 
@@ -62,6 +89,8 @@ PODS = (
 TOPOLOGY = Topology((Node("node-1", 1), Node("node-2", 2)), PODS, (Outside("client", ("10.77.255.200", "fd77:0:0:ff::200")),), Path("/"))
 ADDRESSES = {p.name: p.addresses for p in PODS}
 VIP4, VIP6, VIP_EMPTY = "10.96.0.10", "fd96::10", "10.96.0.20"
+FAMILIES = [pytest.param(socket.AF_INET, id="ipv4"), pytest.param(socket.AF_INET6, id="ipv6")]
+ALLOW_CALLER = Policy("default/p", Action.ALLOW, (PolicyRule((Source(service_accounts=("default/caller",)),)),))
 
 
 def workload(name: str, *, policies: tuple[str, ...] = (), ready: bool = True, enrolled: bool = True) -> Workload:
@@ -113,30 +142,27 @@ class DataNode:
 
     def connect(self, place: str, address: str, port: int, *, size: int = 5, timeout: float = 2.0) -> str:
         """Connect from inside a pod and exchange `size` bytes; "ok" and the address that the connection really went to, or the name of the errno."""
-        code = (
-            "import ipaddress,socket,errno,sys\n"
-            "def real(port):\n"  # getpeername() says what was dialled: proc(5), /proc/net/tcp, says where the segments go
-            "  for name in ('tcp','tcp6'):\n"
-            "    for line in open('/proc/net/'+name).readlines()[1:]:\n"
-            "      local,remote,state=line.split()[1:4]\n"
-            "      if int(local.rpartition(':')[2],16)==port and state=='01':\n"
-            "        raw=bytes.fromhex(remote.partition(':')[0]); raw=b''.join(raw[i:i+4][::-1] for i in range(0,len(raw),4))\n"
-            "        return ipaddress.ip_address(raw)\n"
-            "try:\n"
-            f"  s=socket.create_connection(({address!r},{port}),timeout={timeout})\n"
-            f"  assert s.getpeername()[:2]==({address!r},{port}), s.getpeername()\n"
-            "  peer=real(s.getsockname()[1])\n"
-            f"  s.sendall(b'x'*{size}); s.shutdown(socket.SHUT_WR)\n"
-            "  got=b''\n"
-            "  while data:=s.recv(65536): got+=data\n"
-            f"  assert len(got)=={size}, got\n"
-            "  print('ok',peer)\n"
-            "except TimeoutError: print('timeout')\n"
-            "except OSError as e: print(errno.errorcode.get(e.errno,e))\n"
-        )
-        run = self.lab.exec(place, ["python3", "-c", code])
+        run = self.lab.exec(place, ["python3", "-c", CALL, address, str(port), str(size), str(timeout)])
         assert run.returncode == 0, run.stderr
         return run.stdout.strip()
+
+    def in_force(self) -> bool:
+        """Does ALLOW_CALLER hold at server-a, for the one who may and for one who may not?"""
+        server = address_of("server-a")
+        return self.connect("caller", server, 8080).startswith("ok") and self.connect("other", server, 8080) == "EPERM"
+
+    @contextmanager
+    def program(self, place: str, argv: Sequence[str], says: str = "ready") -> Iterator[subprocess.Popen[str]]:
+        """A program in a pod, killed after the block; the block begins when it has printed a line with `says`, so nobody asks before it listens."""
+        process = self.lab.popen(place, argv)
+        try:
+            assert process.stdout is not None
+            while says not in (line := process.stdout.readline()):
+                assert line, process.communicate()[1]
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
 
     def stats(self, source: str, target: str, direction: Direction) -> dict[str, int]:
         """Sums of a pair's counters over services, ports and CPUs; `closed` and `failed` apart."""
@@ -220,24 +246,3 @@ def running() -> Iterator[DataNode]:
 def address_of(place: str, family: socket.AddressFamily = socket.AF_INET) -> str:
     """A pod's address of a family."""
     return ADDRESSES[place][0 if family == socket.AF_INET else 1]
-
-
-def program_ids(node: DataNode) -> list[int]:
-    """Ids of the pinned programs, in a stable order."""
-    pins = sorted(p for d in node.config.pin_dir.glob("programs-*") for p in d.iterdir())
-    found = []
-    for pin in pins:
-        fd = libbpf.open_pin(pin)
-        found.append(libbpf.program_id(fd))
-        os.close(fd)
-    return found
-
-
-def running_programs(node: DataNode) -> dict[str, int]:
-    """Ids of the programs that the links run."""
-    found = {}
-    for pin in (node.config.pin_dir / "links").iterdir():
-        fd = libbpf.open_pin(pin)
-        found[pin.name] = libbpf.link_program_id(fd)
-        os.close(fd)
-    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,15 +17,24 @@ from typing import Any
 import grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from agent.bpf import libbpf
 from lab import mesh, paths
 from lab.lab import Lab
 from meshapi import agent_pb2 as pb
 from meshapi import agent_pb2_grpc
+from tests.kernel import programs
 
 LOAD = Path(__file__).with_name("load.py")
 CONTROLLER = f"unix://{paths.CONTROLLER_SOCKET}"
 POLL_S = 0.01
+DENY_FRONTEND = """
+apiVersion: meshagent.io/v1alpha1
+kind: AuthorizationPolicy
+metadata: {{name: deny-frontend}}
+spec:
+  selector: {{matchLabels: {{app: {app}}}}}
+  action: DENY
+  rules: [{{from: [{{source: {{serviceAccounts: [default/frontend]}}}}]}}]
+"""
 ALL_MAY_READ = """
 apiVersion: meshagent.io/v1alpha1
 kind: AuthorizationPolicy
@@ -177,31 +185,18 @@ def dump(pin: Path) -> list[dict[str, Any]]:
 
 def program_ids(node: str) -> list[int]:
     """Ids of a node's pinned programs, in a stable order."""
-    found = []
-    for pin in sorted(paths.agent_pins(node).glob("programs-*/*")):
-        descriptor = libbpf.open_pin(pin)
-        found.append(libbpf.program_id(descriptor))
-        os.close(descriptor)
-    return found
+    return programs.pinned(paths.agent_pins(node))
 
 
-def object_id(pin: Path) -> int:
-    """Kernel id of what is pinned."""
-    descriptor = libbpf.open_pin(pin)
-    try:
-        return libbpf.object_id(descriptor)
-    finally:
-        os.close(descriptor)
+def map_ids(node: str) -> dict[str, int]:
+    """Ids of a node's pinned maps, by name."""
+    (directory,) = paths.agent_pins(node).glob("maps-*")
+    return programs.ids(directory)
 
 
 def running_ids(node: str) -> set[int]:
     """Ids of the programs that a node's links run."""
-    found = set()
-    for pin in (paths.agent_pins(node) / "links").iterdir():
-        descriptor = libbpf.open_pin(pin)
-        found.add(libbpf.link_program_id(descriptor))
-        os.close(descriptor)
-    return found
+    return set(programs.running(paths.agent_pins(node)).values())
 
 
 def alive(pid: int) -> bool:

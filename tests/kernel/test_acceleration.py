@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -17,11 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from agent import features
-from agent.bpf import acceleration, libbpf
+from agent import features, files
+from agent.bpf import acceleration, libbpf, source
+from agent.bpf.datapath import run_loader
 from agent.bpf.manifest import Direction
 from lab import cgroup, mounts
-from tests.kernel import datanode
+from tests.kernel import datanode, programs
 from tests.kernel.datanode import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,10 +51,15 @@ def pins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def load(directory: Path) -> None:
-    argv = [sys.executable, "-m", "agent.bpf.loader", *(str(directory / name) for name in ("maps", "programs"))]
-    manifest = directory.with_suffix(".json")
-    done = subprocess.run([*argv, str(manifest), *features.compile_flags()], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
+    job = source.Job(
+        maps=str(directory / "maps"),
+        programs=str(directory / "programs"),
+        bridge=str(directory / "bridge"),
+        manifest=str(directory.with_suffix(".json")),
+        flags=list(features.compile_flags()),
+        capacities={},
+    )
+    asyncio.run(run_loader(job, directory.with_suffix(".log")))
     acceleration.attach(directory / "programs", directory / "maps")
 
 
@@ -74,11 +81,8 @@ def kernel_log() -> Iterator[None]:
 
 
 def rows(pins: Path, name: str, key_size: int, value_size: int) -> int:
-    fd = libbpf.open_pin(pins / "maps" / name)
-    try:
+    with files.closing(libbpf.open_pin(pins / "maps" / name)) as fd:
         return len(list(libbpf.items(fd, key_size, value_size)))
-    finally:
-        os.close(fd)
 
 
 def agreements(pins: Path) -> tuple[int, int]:
@@ -241,9 +245,7 @@ def test_connections_go_on_when_every_pin_is_removed(tmp_path_factory: pytest.Te
     mounts.mount_bpffs(directory)
     try:
         load(directory)
-        fd = libbpf.open_pin(directory / "maps/mesh_peers")
-        number = int(struct.unpack_from("=II", libbpf.object_info(fd))[1])
-        os.close(fd)
+        number = programs.ids(directory / "maps")["mesh_peers"]
         assert in_place(directory, code, str(directory)) == ["b'beforeafter' 0"]
     finally:
         subprocess.run(["umount", str(directory)], check=True)

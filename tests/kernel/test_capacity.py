@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -12,9 +11,8 @@ from agent.bpf.datapath import DataPath
 from agent.bpf.manifest import Direction, EventKind
 from agent.errors import EnvironmentUnfit, KernelRefused
 from agent.model import Action, Policy, PolicyRule, Snapshot, Source
-from tests.kernel import datanode
 from tests.kernel.datanode import VIP4, DataNode, address_of, snapshot, workload
-from tests.kernel.programs import open_program, receive
+from tests.kernel.programs import open_program, receive, running
 
 CALLERS = Policy("default/callers", Action.ALLOW, (PolicyRule((Source(service_accounts=("default/caller",)),)),))
 OTHERS = Policy("default/others", Action.ALLOW, (PolicyRule((Source(service_accounts=("default/other",)),)),))
@@ -39,10 +37,9 @@ def large() -> Snapshot:
 
 
 @pytest.fixture(scope="module")
-def node() -> Iterator[DataNode]:
-    with datanode.running() as running:
-        running.enforce(FEW)
-        yield running
+def node(node: DataNode) -> DataNode:
+    node.enforce(FEW)
+    return node
 
 
 def resize(node: DataNode, **capacities: int) -> None:
@@ -55,35 +52,30 @@ def resize(node: DataNode, **capacities: int) -> None:
     node.datapath.forget_other_versions()
 
 
-def in_force(node: DataNode) -> bool:
-    server = address_of("server-a")
-    return node.connect("caller", server, 8080).startswith("ok") and node.connect("other", server, 8080) == "EPERM"
-
-
 @pytest.mark.parametrize("name", ["mesh_workload", "mesh_address", "mesh_service", "mesh_backend", "mesh_policy", "mesh_block"])
 def test_a_table_that_is_too_small_keeps_the_previous_state_in_force(node: DataNode, name: str) -> None:
     rows = max(1, len(node.enrolment.tables.mirrors[name].read()))
     resize(node, **{name: rows})
     assert node.datapath.maps[name].capacity == rows
-    assert in_force(node)
+    assert node.in_force()
     held = {n: mirror.read() for n, mirror in node.enrolment.tables.mirrors.items()}
     with pytest.raises(
         KernelRefused, match=rf"map {name} holds at most {rows} rows, .* the previous state stays in force.*--map-capacity {name}=N"
     ):
         node.enrolment.enforce(large(), frozenset())
     assert {n: mirror.read() for n, mirror in node.enrolment.tables.mirrors.items()} == held
-    assert in_force(node)
+    assert node.in_force()
 
 
 def test_a_start_with_a_table_too_small_for_what_is_in_force_changes_nothing(node: DataNode) -> None:
     resize(node)
-    programs = datanode.running_programs(node)
+    programs = running(node.config.pin_dir)
     config, node.config = node.config, replace(node.config, map_capacities={"mesh_policy": 1})
     node.open()
     with pytest.raises(KernelRefused, match="mesh_policy holds at most 1 rows"):
         node.enrolment.enforce(FEW, frozenset())
-    assert datanode.running_programs(node) == programs
-    assert in_force(node)
+    assert running(node.config.pin_dir) == programs
+    assert node.in_force()
     node.config = config
     node.open()
     node.enforce(FEW)
@@ -93,7 +85,7 @@ def test_full_counters_fold_and_say_so_and_denials_stay(node: DataNode) -> None:
     resize(node, mesh_stats=1, mesh_verdicts=1)
     before = node.datapath.counters()
     for _ in range(3):
-        assert in_force(node)
+        assert node.in_force()
         assert node.connect("stranger", address_of("server-a"), 8080) == "ECONNREFUSED"
     counters = {name: value - before[name] for name, value in node.datapath.counters().items()}
     assert counters["stats_folded"] > 0
@@ -125,7 +117,7 @@ def test_a_flow_that_was_pushed_out_is_refused_by_a_protected_receiver(node: Dat
     assert table.count() <= 64
     assert receive(program, 6, (caller, port), (server, 8080))
     assert not receive(program, 6, (caller, 1000), (server, 8080)), "closed: the address alone is no proof"
-    assert in_force(node)
+    assert node.in_force()
 
 
 def test_a_full_map_of_loads_is_counted_and_balancing_goes_on(node: DataNode) -> None:
@@ -154,7 +146,7 @@ def test_a_full_ring_buffer_drops_events_counts_them_and_denials_stay(node: Data
 def test_rows_and_counters_go_on_when_capacities_change(node: DataNode) -> None:
     resize(node)
     for _ in range(3):
-        assert in_force(node)
+        assert node.in_force()
     stats = {d: node.stats("default/caller", "default/server-a", d) for d in (Direction.OUTBOUND, Direction.INBOUND)}
     verdicts = node.verdicts()
     assert stats[Direction.OUTBOUND]["opened"] >= 3

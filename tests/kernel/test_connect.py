@@ -5,22 +5,13 @@ from __future__ import annotations
 import socket
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
 from agent.bpf.manifest import Direction, EventKind, Reason, Verdict
-from agent.model import Action, Operation, Policy, PolicyRule, Snapshot, Source
+from agent.model import Action, Operation, Policy, PolicyRule, Snapshot
 from tests.kernel import datanode
-from tests.kernel.datanode import VIP4, VIP6, VIP_EMPTY, DataNode, address_of, snapshot, workload
-
-ALLOW_CALLER = Policy("default/p", Action.ALLOW, (PolicyRule((Source(service_accounts=("default/caller",)),)),))
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[DataNode]:
-    with datanode.running() as running:
-        yield running
+from tests.kernel.datanode import ALLOW_CALLER, FAMILIES, VIP4, VIP6, VIP_EMPTY, DataNode, address_of, snapshot, workload
 
 
 def shop(*, policies: tuple[Policy, ...] = (), waypoint: bool = False, ready: bool = True) -> Snapshot:
@@ -47,12 +38,11 @@ def test_a_service_address_leads_to_each_backend(node: DataNode, address: str) -
 
 def test_the_server_sees_the_callers_own_address(node: DataNode) -> None:
     node.enforce(shop())
-    code = "import socket; s=socket.create_server(('',9000)); print('up',flush=True); print(s.accept()[1][0],flush=True)"
-    server = node.lab.popen("server-a", ["python3", "-c", code])
-    assert server.stdout is not None
-    assert server.stdout.readline() == "up\n"
-    node.lab.exec("caller", ["python3", "-c", f"import socket; socket.create_connection(('{address_of('server-a')}',9000))"], check=True)
-    out, _ = server.communicate(timeout=5)
+    code = "import socket; s=socket.create_server(('',9000)); print('ready',flush=True); print(s.accept()[1][0],flush=True)"
+    call = f"import socket; socket.create_connection(('{address_of('server-a')}',9000))"
+    with node.program("server-a", ["python3", "-c", code]) as server:
+        node.lab.exec("caller", ["python3", "-c", call], check=True)
+        out, _ = server.communicate(timeout=5)
     assert out.strip() == address_of("caller")
 
 
@@ -68,7 +58,7 @@ def test_an_endpoint_that_is_not_ready_gets_no_new_connection(node: DataNode) ->
     assert node.connect("caller", VIP4, 80) == "ECONNREFUSED"
 
 
-@pytest.mark.parametrize("family", [pytest.param(socket.AF_INET, id="ipv4"), pytest.param(socket.AF_INET6, id="ipv6")])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_denied_connection_fails_at_once_with_the_rule_named(node: DataNode, family: socket.AddressFamily) -> None:
     node.enforce(shop(policies=(ALLOW_CALLER,)))
     before = node.verdicts().get(("default/other", "default/server-a", "default/p: no rule matches"), 0)

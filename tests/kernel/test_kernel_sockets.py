@@ -5,13 +5,12 @@ The kernel opens one when a peer of a Multipath TCP connection announces another
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from agent.model import Action, Policy, PolicyRule, Snapshot
-from tests.kernel.datanode import ADDRESSES, DataNode, running, snapshot, until, workload
+from tests.kernel.datanode import ADDRESSES, DataNode, snapshot, until, workload
 
 CLOSED = Policy("default/closed", Action.DENY, (PolicyRule(),))
 SERVER = """
@@ -32,12 +31,6 @@ s.settimeout(None); s.recv(1)
 pytestmark = pytest.mark.skipif(not Path("/proc/sys/net/mptcp/enabled").exists(), reason="this kernel has no Multipath TCP")
 
 
-@pytest.fixture(scope="module")
-def node() -> Iterator[DataNode]:
-    with running() as found:
-        yield found
-
-
 def model() -> Snapshot:
     return snapshot(workload("caller"), workload("server-a"), workload("server-b", policies=(CLOSED.name,)), policies=(CLOSED,))
 
@@ -48,20 +41,11 @@ def test_a_worker_thread_of_the_kernel_is_not_denied_at_the_caller(node: DataNod
         node.lab.exec(place, ["ip", "mptcp", "limits", "set", "subflow", "4", "add_addr_accepted", "4"], check=True)
     node.lab.exec("server-a", ["ip", "mptcp", "endpoint", "add", ADDRESSES["server-b"][0], "signal"], check=True)
     before = node.datapath.counters()["kernel_socket"]
-    server = node.lab.popen("server-a", ["python3", "-c", SERVER])
-    assert server.stdout is not None
-    assert server.stdout.readline() == "ready\n"
-    client = node.lab.popen("caller", ["python3", "-c", CLIENT, ADDRESSES["server-a"][0]])
-    try:
-        assert client.stdout is not None
-        assert client.stdout.readline() == "a\n"
+    client = ["python3", "-c", CLIENT, ADDRESSES["server-a"][0]]
+    with node.program("server-a", ["python3", "-c", SERVER]), node.program("caller", client, says="a"):
         assert until(lambda: node.datapath.counters()["kernel_socket"] == before + 1)
         # It was let go, and refused where it arrived.
         assert until(lambda: node.verdicts().get(("default/caller", "default/server-b", "default/closed[0]"), 0) >= 1)
-    finally:
-        for process in (client, server):
-            process.kill()
-            process.communicate()
 
 
 def test_a_process_that_calls_itself_a_worker_is_denied(node: DataNode) -> None:

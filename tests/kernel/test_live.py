@@ -20,15 +20,13 @@ from agent import telemetry
 from agent.bpf import acceleration
 from agent.bpf.manifest import WORKLOAD_ACCELERATE, Direction
 from agent.bpf.sockets import LiveSocket, Sockets
-from agent.model import Action, Policy, PolicyRule, Snapshot, Source
+from agent.model import Policy, Snapshot
 from agent.revocation import Revocation
 from tests.kernel import datanode
-from tests.kernel.datanode import VIP_EMPTY, DataNode, address_of, snapshot, workload
+from tests.kernel.datanode import ALLOW_CALLER, FAMILIES, VIP_EMPTY, DataNode, address_of, snapshot, workload
 
 pytestmark = pytest.mark.kernel
 
-ALLOW_CALLER = Policy("default/p", Action.ALLOW, (PolicyRule((Source(service_accounts=("default/caller",)),)),))
-FAMILIES = [pytest.param(socket.AF_INET, id="ipv4"), pytest.param(socket.AF_INET6, id="ipv6")]
 TALK = """
 import errno, socket, sys, threading
 s = socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5)
@@ -54,12 +52,6 @@ while s.recv(65536):
     pass
 """
 SIZE = 5_000_011
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[DataNode]:
-    with datanode.running() as running:
-        yield running
 
 
 def shop(*policies: Policy) -> Snapshot:
@@ -220,14 +212,11 @@ def test_what_is_counted_of_a_living_connection_is_what_ss_says(node: DataNode, 
 def test_totals_agree_with_iperf3(node: DataNode) -> None:
     node.enforce(shop())
     page = Page(node)
-    server = node.lab.popen("server-a", ["iperf3", "-s", "-1", "-p", "5201", "--forceflush"])
-    assert server.stdout is not None
-    while "listening" not in server.stdout.readline():
-        pass
     block = 16 << 10
     command = ["iperf3", "-c", address_of("server-a"), "-p", "5201", "-n", "20M", "-l", str(block), "-b", "200M", "-J"]
-    run = node.lab.exec("caller", command, check=True)
-    server.communicate(timeout=5)
+    with node.program("server-a", ["iperf3", "-s", "-1", "-p", "5201", "--forceflush"], says="listening") as server:
+        run = node.lab.exec("caller", command, check=True)
+        server.communicate(timeout=5)
     said = json.loads(run.stdout)["end"]
     for direction in ("outbound", "inbound"):  # its control connection, and the data
         assert datanode.until(lambda d=direction: page.read("caller", "server-a", d, 5201).get("closed") == 2)
@@ -239,7 +228,13 @@ def test_totals_agree_with_iperf3(node: DataNode) -> None:
     assert 2 * 37 <= received - said["sum_received"]["bytes"] <= block + 1024
 
 
-FULL = "import socket,time; s=socket.create_server(('',9001),backlog=0); c=socket.create_connection(('127.0.0.1',9001)); print(flush=True); time.sleep(60)"
+FULL = """
+import socket, time
+s = socket.create_server(("", 9001), backlog=0)
+c = socket.create_connection(("127.0.0.1", 9001))
+print("ready", flush=True)
+time.sleep(60)
+"""
 
 
 def test_failures_are_told_apart_by_errno(node: DataNode) -> None:
@@ -255,10 +250,7 @@ def test_failures_are_told_apart_by_errno(node: DataNode) -> None:
                     found += s.value
         return found
 
-    full = node.lab.popen("server-a", ["python3", "-c", FULL])
-    assert full.stdout is not None
-    full.stdout.readline()
-    try:
+    with node.program("server-a", ["python3", "-c", FULL]):
         run = (
             "import socket,errno\ns=socket.socket(); s.setsockopt(6,7,1)\n"  # TCP_SYNCNT
             f"try: s.connect(('{address_of('server-a')}',9001))\nexcept OSError as e: print(errno.errorcode[e.errno])\n"
@@ -270,9 +262,6 @@ def test_failures_are_told_apart_by_errno(node: DataNode) -> None:
         )
         node.lab.exec("caller", ["python3", "-c", give_up], check=True)
         assert datanode.until(lambda: failed("server-a", "ECANCELED") == 1)
-    finally:
-        full.kill()
-        full.communicate()
     assert node.connect("caller", address_of("server-a"), 9999) == "ECONNREFUSED"
     assert datanode.until(lambda: failed("server-a", "ECONNREFUSED", 9999) == 1)
     assert node.connect("other", address_of("server-a"), 8080) == "EPERM"

@@ -29,16 +29,7 @@ EVIL = (
     ("client", "http://10.77.1.21:8080/items"),
 )
 DENIED = ({"EPERM"}, {"ECONNREFUSED"}, {"403"}, {"ECONNREFUSED"})
-DENY_FRONTEND = """
-apiVersion: meshagent.io/v1alpha1
-kind: AuthorizationPolicy
-metadata: {name: deny-frontend}
-spec:
-  selector: {matchLabels: {app: redis}}
-  action: DENY
-  rules: [{from: [{source: {serviceAccounts: [default/frontend]}}]}]
-"""
-DENY_NOBODY = DENY_FRONTEND.replace("deny-frontend", "deny-nobody").replace("app: redis", "app: nobody")
+DENY_FRONTEND, DENY_NOBODY = (shop.DENY_FRONTEND.format(app=app) for app in ("redis", "nobody"))
 
 
 @contextmanager

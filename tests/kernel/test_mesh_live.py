@@ -17,15 +17,6 @@ pytestmark = pytest.mark.kernel
 AT_ONCE_S = 1.0
 """What a change may take until it holds everywhere, counted from the moment that `apply` returns."""
 CALLS = 101
-DENY_FRONTEND = """
-apiVersion: meshagent.io/v1alpha1
-kind: AuthorizationPolicy
-metadata: {{name: deny-frontend}}
-spec:
-  selector: {{matchLabels: {{app: {app}}}}}
-  action: DENY
-  rules: [{{from: [{{source: {{serviceAccounts: [default/frontend]}}}}]}}]
-"""
 WEIGHTS = """
 apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute
@@ -78,7 +69,7 @@ def versions(lab: Lab) -> dict[str, str]:
 
 
 def test_an_l4_policy_holds_and_ceases_within_a_second(lab: Lab) -> None:
-    document = DENY_FRONTEND.format(app="redis")
+    document = shop.DENY_FRONTEND.format(app="redis")
     for _ in range(3):
         lab.apply(document)
         assert shop.takes(lambda: "Operation not permitted" in shop.ping(lab, "frontend"), AT_ONCE_S)
@@ -89,7 +80,7 @@ def test_an_l4_policy_holds_and_ceases_within_a_second(lab: Lab) -> None:
 
 
 def test_an_l7_policy_holds_and_ceases_within_a_second(lab: Lab) -> None:
-    document = DENY_FRONTEND.format(app="cart")
+    document = shop.DENY_FRONTEND.format(app="cart")
     for _ in range(3):
         lab.apply(document)
         assert shop.takes(lambda: shop.codes(lab, "frontend", "http://cart/items") == {"403": 1}, AT_ONCE_S)
@@ -101,13 +92,13 @@ def test_an_l7_policy_holds_and_ceases_within_a_second(lab: Lab) -> None:
 def test_the_status_says_how_long_a_change_took(lab: Lab) -> None:
     with restored(lab):
         before = versions(lab)
-        lab.apply(DENY_FRONTEND.format(app="nobody"))
+        lab.apply(shop.DENY_FRONTEND.format(app="nobody"))
         shop.takes(lambda: all(version != before[node] for node, version in versions(lab).items()), AT_ONCE_S)
         for node in lab.topology.nodes:
             report = shop.status(node.name)
             assert 0 < report["controller"]["lagSeconds"] < AT_ONCE_S
             assert shop.samples(lab, node.name, "mesh_config_lag_seconds") == report["controller"]["lagSeconds"]
-        shop.delete(lab, DENY_FRONTEND.format(app="nobody"))
+        shop.delete(lab, shop.DENY_FRONTEND.format(app="nobody"))
 
 
 def test_changed_weights_hold_within_a_second_and_no_call_fails(lab: Lab) -> None:
@@ -213,9 +204,9 @@ def test_a_file_that_is_broken_on_disk_leaves_its_last_good_state_in_force(lab: 
     try:
         stored.write_text("apiVersion: meshagent.io/v1alpha1\nkind: [AuthorizationPol")
         with shop.changed(lab):
-            lab.apply(DENY_FRONTEND.format(app="nobody"))  # what comes later still gets through
+            lab.apply(shop.DENY_FRONTEND.format(app="nobody"))  # what comes later still gets through
         assert "Operation not permitted" in shop.ping(lab, "other")
         assert shop.ping(lab, "frontend") == "PONG"
     finally:
         stored.write_text(good)
-        shop.delete(lab, DENY_FRONTEND.format(app="nobody"))
+        shop.delete(lab, shop.DENY_FRONTEND.format(app="nobody"))

@@ -16,7 +16,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from agent.names.service import Names, Rows
 from lab import cgroup
 from tests.kernel import datanode
 from tests.kernel.datanode import DataNode
+from tests.tasks import run_beside
 
 pytestmark = [
     pytest.mark.kernel,
@@ -173,18 +173,12 @@ class World:
 
     def run(self, scenario: Callable[[], Awaitable[None]]) -> None:
         """Run `scenario` beside an agent, which then ends as if it had been stopped."""
+        run_beside(self.names.run(), scenario)
 
-        async def body() -> None:
-            task = asyncio.create_task(self.names.run())
-            try:
-                await scenario()
-                assert not task.done()
-            finally:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
-
-        asyncio.run(body())
+    async def up(self) -> None:
+        """Tell the agent of the first place, whose name server then answers."""
+        self.names.update(MODEL, [self.place.local])
+        assert await until(lambda: self.pushed == [self.rows()])
 
     def rows(self, *addresses: str) -> Rows:
         return frozenset((self.place.cookie, address) for address in addresses or ("127.0.0.1",))
@@ -207,7 +201,7 @@ class World:
             os.kill(pid, signal.SIGKILL)
         for place in self.places:
             subprocess.run(["ip", "netns", "del", place.name], check=True)
-        assert asyncio.run(until(lambda: _removed(self.config.waypoint_cgroup)))
+        assert datanode.until(lambda: _removed(self.config.waypoint_cgroup))
         self.config.cgroup.rmdir()
 
 
@@ -218,12 +212,8 @@ def _removed(directory: Path) -> bool:
 
 
 async def until(condition: Callable[[], object], timeout: float = 5.0) -> bool:
-    end = time.monotonic() + timeout
-    while not await asyncio.to_thread(condition):  # a question to a name server must not keep its agent from working
-        if time.monotonic() > end:
-            return False
-        await asyncio.sleep(0.01)
-    return True
+    """In a thread: a question to a name server must not keep its agent from working."""
+    return await asyncio.to_thread(datanode.until, condition, timeout)
 
 
 @pytest.fixture
@@ -251,8 +241,7 @@ def test_names_of_services_are_answered_and_all_others_are_asked_upstream(world:
     place = world.place
 
     async def scenario() -> None:
-        world.names.update(MODEL, [place.local])
-        assert await until(lambda: world.pushed == [world.rows()])
+        await world.up()
         await asyncio.to_thread(check)
 
     def check() -> None:
@@ -296,11 +285,7 @@ def test_names_of_services_are_answered_and_all_others_are_asked_upstream(world:
 
 
 def test_it_has_no_rights_and_is_in_the_cgroup_that_the_kernel_leaves_alone(world: World) -> None:
-    async def scenario() -> None:
-        world.names.update(MODEL, [world.place.local])
-        assert await until(lambda: world.pushed)
-
-    world.run(scenario)
+    world.run(world.up)
     process = Path("/proc") / str(world.server())
     status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines() if ":\t" in line)
     assert set(status["Uid"].split()) == {"65534"}
@@ -313,8 +298,7 @@ def test_a_service_that_comes_or_goes_is_known_within_a_second(world: World) -> 
     place = world.place
 
     async def scenario() -> None:
-        world.names.update(MODEL, [place.local])
-        assert await until(lambda: world.pushed)
+        await world.up()
         pid = world.server()
         world.names.update(snapshot(VAULT, Service("shop/new", ("10.96.0.20",), PORT)), [place.local])
         assert await until(lambda: place.addresses("new") == ["10.96.0.20"], 1.0)
@@ -327,8 +311,7 @@ def test_a_service_that_comes_or_goes_is_known_within_a_second(world: World) -> 
 
 def test_a_dead_name_server_loses_its_rows_at_once_and_is_replaced(world: World) -> None:
     async def scenario() -> None:
-        world.names.update(MODEL, [world.place.local])
-        assert await until(lambda: world.pushed == [world.rows()])
+        await world.up()
         killed = world.server()
         os.kill(killed, signal.SIGKILL)
         assert await until(lambda: world.pushed[1:2] == [frozenset()], 0.2)
@@ -346,8 +329,7 @@ def test_one_that_hangs_loses_its_rows_and_is_replaced(world: World, monkeypatch
     monkeypatch.setattr(dnsmasq, "ANSWER_S", 0.3)
 
     async def scenario() -> None:
-        world.names.update(MODEL, [world.place.local])
-        assert await until(lambda: world.pushed == [world.rows()])
+        await world.up()
         hung = world.server()
         os.kill(hung, signal.SIGSTOP)
         assert await until(lambda: world.pushed[-1] == frozenset())
@@ -359,10 +341,6 @@ def test_one_that_hangs_loses_its_rows_and_is_replaced(world: World, monkeypatch
 
 
 def test_a_new_agent_adopts_it_and_the_rows_are_never_gone(world: World) -> None:
-    async def first() -> None:
-        world.names.update(MODEL, [world.place.local])
-        assert await until(lambda: world.pushed == [world.rows()])
-
     async def second() -> None:
         world.names.update(snapshot(VAULT), [world.place.local])
         assert await until(lambda: len(world.pushed) == 2)
@@ -370,7 +348,7 @@ def test_a_new_agent_adopts_it_and_the_rows_are_never_gone(world: World) -> None
         assert world.server() == pid
         assert await until(lambda: world.place.addresses("cart") == [UPSTREAM], 1.0)  # what changed while there was no agent
 
-    world.run(first)
+    world.run(world.up)
     pid = world.server()
     assert world.place.addresses("cart") == ["10.96.0.10"]  # nobody looks after it now
     world.names = world.agent()
@@ -438,14 +416,10 @@ def test_one_whose_workload_went_while_there_was_no_agent_ends(world: World) -> 
 
 
 def test_switching_names_off_ends_it(world: World) -> None:
-    async def on() -> None:
-        world.names.update(MODEL, [world.place.local])
-        assert await until(lambda: world.pushed == [world.rows()])
-
     async def off() -> None:
         assert await until(lambda: world.pushed[-1] == frozenset() and not world.servers())
 
-    world.run(on)
+    world.run(world.up)
     world.config = replace(world.config, names=False)
     world.names = world.agent()
     world.run(off)
@@ -468,7 +442,7 @@ def test_uninstall_leaves_no_process_and_no_file_also_with_a_connection_open(wor
     with netns.run_in(world.place.path, connect):  # dnsmasq forks for each
         assert len(world.servers()) == 3
         assert dnsmasq.stop(world.config) == 2
-        assert asyncio.run(until(lambda: not world.servers()))
+        assert datanode.until(lambda: not world.servers())
     assert not world.config.names_dir.exists()
     assert dnsmasq.stop(world.config) == 0
 
@@ -494,8 +468,7 @@ def test_a_changed_resolv_conf_is_followed(world: World) -> None:
     place = world.place
 
     async def scenario() -> None:
-        world.names.update(MODEL, [place.local])
-        assert await until(lambda: world.pushed == [world.rows()])
+        await world.up()
         (world.root / "etc/resolv.conf").write_text("nameserver 127.0.0.3\nnameserver ::1\n")
         assert await until(lambda: world.pushed[1:] == [world.rows("127.0.0.3", "::1")])
         assert await asyncio.to_thread(place.addresses, "example.org") == [UPSTREAM]
@@ -571,10 +544,6 @@ class Mesh:
         self.local = [one for one in enrolled.local if one.workload.name == "default/caller"]
         node.enforce(self.model)
         self.rows: Rows = frozenset()
-        argv = [sys.executable, "-c", RESOLVER, str(self.queries), *RESOLVERS]
-        self.upstream = node.lab.popen("client", argv)
-        assert self.upstream.stdout is not None
-        assert self.upstream.stdout.readline() == "ready\n"
 
     def set_resolvers(self, rows: Rows) -> None:
         self.node.enrolment.tables.set_resolvers(rows)
@@ -618,11 +587,8 @@ class Mesh:
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
     with datanode.running() as node:
         made = Mesh(node, tmp_path_factory.mktemp("names"))
-        try:
+        with node.program("client", [sys.executable, "-c", RESOLVER, str(made.queries), *RESOLVERS]):
             yield made
-        finally:
-            made.upstream.kill()
-            made.upstream.communicate()
     assert not made.node.config.names_dir.exists()
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, event, given, settings
@@ -23,8 +20,7 @@ from agent.ids import Ids
 from agent.model import LocalWorkload, Policy, Snapshot, Workload
 from agent.policy import PROTOCOLS, Caller, Decision, decide
 from agent.policy import Verdict as Plain
-from lab import mounts, paths
-from tests.kernel.programs import open_program, receive
+from tests.kernel.programs import loaded, open_program, receive
 from tests.unit.agent import policies as draw
 
 EXAMPLES, CALLS = 500, 24  # 12,000 connections
@@ -36,9 +32,8 @@ LOCAL, COOKIE = "172.31.0.2", 4711
 class Node:
     """A loaded data path that is attached to nothing, and its tables."""
 
-    def __init__(self, config: Config) -> None:
-        self.datapath = DataPath(config)
-        asyncio.run(self.datapath.load())
+    def __init__(self, config: Config, datapath: DataPath) -> None:
+        self.datapath = datapath
         self.ids = Ids(config.run_dir / "ids")
         self.tables = Tables(self.datapath.maps, self.ids, draw.TRUST_DOMAIN, "here")
         directory = next(p for p in config.pin_dir.glob("programs-*"))
@@ -67,19 +62,10 @@ class Node:
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    mounted = mounts.mount_bpffs(paths.BPF)
-    pins = Path(paths.BPF) / "meshagent-oracle"
-    root = tmp_path_factory.mktemp("oracle")
-    pins.mkdir()
-    (root / "run").mkdir()
-    found = Node(Config(node="here", controller="unix:none", pin_dir=pins, run_dir=root / "run", state_dir=root))
-    yield found
-    os.close(found.program)
-    for table in found.datapath.maps.values():
-        table.close()
-    shutil.rmtree(pins)
-    if mounted:
-        assert mounts.unmount_bpffs(paths.BPF)
+    with loaded(tmp_path_factory.mktemp("oracle")) as (config, datapath):
+        found = Node(config, datapath)
+        yield found
+        os.close(found.program)
 
 
 def expected(decision: Decision, protocol: str) -> Iterator[tuple[str, str, str]]:
@@ -167,6 +153,7 @@ def test_the_kernel_agrees_after_any_change_from_any_state(node: Node) -> None:
     rows = {name: sum(1 for _ in node.datapath.maps[name].items()) for name in Tables.ORDER}
     empty = replace(Snapshot("empty"))
     node.tables.sync(empty, [], frozenset())
+    node.tables.remove_retired()
     left = {name: sum(1 for _ in node.datapath.maps[name].items()) for name in Tables.ORDER}
     assert rows["mesh_address"]
     assert not any(left.values())

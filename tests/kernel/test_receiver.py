@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 
 import pytest
 
 from agent.bpf.manifest import Direction, Reason, Verdict
 from agent.model import Action, Operation, Policy, PolicyRule, Snapshot, Source
-from tests.kernel import datanode
-from tests.kernel.datanode import DataNode, address_of, snapshot, workload
+from tests.kernel.datanode import FAMILIES, DataNode, address_of, snapshot, workload
 
-FAMILIES = [pytest.param(socket.AF_INET, id="ipv4"), pytest.param(socket.AF_INET6, id="ipv6")]
 ALLOW_MESH = Policy("default/p", Action.ALLOW, (PolicyRule((Source(service_accounts=("default/caller", "default/remote")),)),))
 L7 = Policy("default/l7", Action.DENY, (PolicyRule(operations=(Operation(paths=("/admin*",)),)),))
-
-
-@pytest.fixture(scope="module")
-def node() -> Iterator[DataNode]:
-    with datanode.running() as running:
-        yield running
 
 
 def protected(*policies: Policy) -> Snapshot:
@@ -102,17 +93,10 @@ def test_an_l7_policy_without_its_waypoint_is_closed(node: DataNode) -> None:
 
 def test_the_waypoints_ports_are_closed_to_everybody(node: DataNode) -> None:
     node.enforce(protected())
-    server = node.lab.popen(
-        "server-b", ["python3", "-c", "import socket; s=socket.create_server(('',15006)); print('up',flush=True); s.accept()"]
-    )
-    assert server.stdout is not None
-    assert server.stdout.readline() == "up\n"
-    try:
+    code = "import socket; s=socket.create_server(('',15006)); print('ready',flush=True); s.accept()"
+    with node.program("server-b", ["python3", "-c", code]):
         for place in ("client", "caller", "server-b"):
             assert node.connect(place, address_of("server-b"), 15006) == "ECONNREFUSED"
-    finally:
-        server.kill()
-        server.communicate()
 
 
 def test_an_address_that_another_pod_gives_itself_stays_with_its_owner(node: DataNode) -> None:

@@ -7,26 +7,22 @@ import contextlib
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from agent import netns
+from agent import files, netns
 from agent.addresses import packed
 from agent.bpf import libbpf, source
 from agent.bpf.datapath import DataPath
 from agent.bpf.manifest import HOOKED, Direction, Program
 from agent.errors import EnvironmentUnfit, KernelRefused, LayoutMismatch
-from agent.model import Action, Policy, PolicyRule, Source
 from agent.uninstall import uninstall
-from lab import paths
 from tests.kernel import datanode
-from tests.kernel.datanode import DataNode, address_of, compile_from, program_ids, snapshot, workload
-from tests.kernel.programs import open_program, receive
+from tests.kernel.datanode import ALLOW_CALLER, DataNode, address_of, compile_from, snapshot, workload
+from tests.kernel.programs import foreign, open_program, pinned, receive
 
-ALLOW_CALLER = Policy("default/p", Action.ALLOW, (PolicyRule((Source(service_accounts=("default/caller",)),)),))
 MODEL = snapshot(workload("caller"), workload("other"), workload("server-a", policies=("default/p",)), policies=(ALLOW_CALLER,))
 
 
@@ -37,33 +33,27 @@ def node() -> Iterator[DataNode]:
         yield running
 
 
-def in_force(node: DataNode) -> bool:
-    return (
-        node.connect("caller", address_of("server-a"), 8080).startswith("ok")
-        and node.connect("other", address_of("server-a"), 8080) == "EPERM"
-    )
-
-
 def test_a_restart_takes_over_programs_links_and_rows_without_loading(node: DataNode) -> None:
-    before = program_ids(node)
+    before = pinned(node.config.pin_dir)
     node.open()
     assert node.datapath.loader_s == 0
-    assert in_force(node)
+    assert node.in_force()
     assert node.enrolment.tables.sync(MODEL, [], frozenset()) >= 0
     node.enforce(MODEL)
-    assert program_ids(node) == before
+    assert pinned(node.config.pin_dir) == before
     assert all(h.effective for h in node.datapath.hooks())
 
 
 def test_the_policy_stays_in_force_while_no_agent_runs(node: DataNode) -> None:
     for table in node.datapath.maps.values():
         table.close()
-    assert in_force(node)
+    assert node.in_force()
     node.open()
 
 
-def hammered(node: DataNode, stop: Path) -> list[subprocess.Popen[str]]:
-    """Processes in `caller` and `other` that connect to server-a again and again until the file `stop` is there."""
+@contextlib.contextmanager
+def hammered(node: DataNode, stop: Path) -> Iterator[dict[str, int]]:
+    """`caller` and `other` connect to server-a again and again within the block; the one is always let in, the other always denied: how often, after it."""
     hammer = (
         "import socket,os,collections,time\n"
         "seen=collections.Counter()\n"
@@ -75,7 +65,15 @@ def hammered(node: DataNode, stop: Path) -> list[subprocess.Popen[str]]:
         "  s.close(); time.sleep(0.001)\n"
         "print(dict(seen))\n"
     )
-    return [node.lab.popen(place, ["python3", "-c", hammer]) for place in ("caller", "other")]
+    hammers = [node.lab.popen(place, ["python3", "-c", hammer]) for place in ("caller", "other")]
+    found: dict[str, int] = {}
+    try:
+        yield found
+    finally:
+        stop.touch()
+        results = [ast.literal_eval(h.communicate(timeout=10)[0]) for h in hammers]
+    assert [result.keys() for result in results] == [{"in"}, {"denied"}], results
+    found.update(results[0], **results[1])
 
 
 MOVED = ("mesh_flow", "mesh_origdst", "mesh_peer", "mesh_affinity", "mesh_sock", "mesh_stats", "mesh_workload")
@@ -100,18 +98,14 @@ def edited(tmp_path: Path, what: str) -> Path:
 def test_changed_programs_and_records_replace_the_old_ones_without_a_gap(
     node: DataNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    before = program_ids(node)
-    stop = tmp_path / "stop"
-    hammers = hammered(node, stop)
+    before = pinned(node.config.pin_dir)
     compile_from(monkeypatch, edited(tmp_path, what))
-    node.open()
-    node.enforce(MODEL)
-    node.datapath.forget_other_versions()
-    stop.touch()
-    results = [ast.literal_eval(h.communicate(timeout=10)[0]) for h in hammers]
-    assert [found.keys() for found in results] == [{"in"}, {"denied"}], results
-    assert min(results[0]["in"], results[1]["denied"]) > 100
-    assert not set(program_ids(node)) & set(before)
+    with hammered(node, tmp_path / "stop") as calls:
+        node.open()
+        node.enforce(MODEL)
+        node.datapath.forget_other_versions()
+    assert min(calls.values()) > 100
+    assert not set(pinned(node.config.pin_dir)) & set(before)
     assert all(h.effective for h in node.datapath.hooks())
     assert len(list(node.config.pin_dir.glob("programs-*"))) == 1
 
@@ -120,36 +114,32 @@ def test_an_upgrade_that_is_killed_half_way_is_finished_by_the_next_start(
     node: DataNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _ in range(3):
-        assert in_force(node)
+        assert node.in_force()
     before = node.stats("default/caller", "default/server-a", Direction.OUTBOUND)["opened"]
-    stop = tmp_path / "stop"
-    hammers = hammered(node, stop)
     compile_from(monkeypatch, edited(tmp_path, "records"))
     link, left = DataPath._link, 0
-    for steps in (3, 15, 40):  # links that change before it dies: none is changed twice in one run
-        left = steps
 
-        def dies(programs: Path, program: Program, pin: Path, target: Path) -> None:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise KernelRefused("killed")
-            link(programs, program, pin, target)
+    def dies(programs: Path, program: Program, pin: Path, target: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KernelRefused("killed")
+        link(programs, program, pin, target)
 
+    with hammered(node, tmp_path / "stop") as calls:
         monkeypatch.setattr(DataPath, "_link", staticmethod(dies))
+        for steps in (3, 15, 40):  # links that change before it dies: none is changed twice in one run
+            left = steps
+            node.open()
+            with contextlib.suppress(KernelRefused):
+                node.enforce(MODEL)
+        monkeypatch.setattr(DataPath, "_link", staticmethod(link))
         node.open()
-        with contextlib.suppress(KernelRefused):
-            node.enforce(MODEL)
-    monkeypatch.setattr(DataPath, "_link", staticmethod(link))
-    node.open()
-    node.enforce(MODEL)
-    node.datapath.forget_other_versions()
-    stop.touch()
-    results = [ast.literal_eval(h.communicate(timeout=10)[0]) for h in hammers]
-    assert [found.keys() for found in results] == [{"in"}, {"denied"}], results
+        node.enforce(MODEL)
+        node.datapath.forget_other_versions()
     after = node.stats("default/caller", "default/server-a", Direction.OUTBOUND)["opened"]
     # One that is counted while its row is being added up, or whose socket record was of the other layout for too long, is missed.
-    assert before + results[0]["in"] - 3 <= after <= before + results[0]["in"]
+    assert before + calls["in"] - 3 <= after <= before + calls["in"]
     assert all(h.effective for h in node.datapath.hooks())
 
 
@@ -190,7 +180,7 @@ def test_without_the_programs_between_some_step_would_refuse_who_may(
     found = seen_at_each_step(node, monkeypatch)
     assert "ECONNREFUSED" in {seen[1] for seen in found}
     assert {seen[2:] for seen in found} == {("EPERM", "ECONNREFUSED")}
-    assert in_force(node)
+    assert node.in_force()
 
 
 def test_a_flow_written_by_the_old_programs_is_known_to_the_programs_between_and_moves(
@@ -221,7 +211,7 @@ def test_a_flow_written_by_the_old_programs_is_known_to_the_programs_between_and
 def test_a_program_that_the_verifier_refuses_leaves_the_previous_set_in_force(
     node: DataNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = program_ids(node)
+    before = pinned(node.config.pin_dir)
     broken = tmp_path / "bpf_src"
     subprocess.run(["cp", "-r", str(source.BPF_SRC), str(broken)], check=True)
     text = (broken / "mesh_sk_lookup.c").read_text()
@@ -232,8 +222,8 @@ def test_a_program_that_the_verifier_refuses_leaves_the_previous_set_in_force(
     with pytest.raises(KernelRefused, match="mesh_sk_lookup"):
         node.open()
     monkeypatch.undo()
-    assert program_ids(node) == before
-    assert in_force(node)
+    assert pinned(node.config.pin_dir) == before
+    assert node.in_force()
 
 
 def test_a_map_of_another_size_stops_the_agent_before_it_attaches(node: DataNode) -> None:
@@ -241,7 +231,7 @@ def test_a_map_of_another_size_stops_the_agent_before_it_attaches(node: DataNode
     manifest.write_text(manifest.read_text().replace('"value_size": 24', '"value_size": 32', 1))
     with pytest.raises(LayoutMismatch, match="24"):
         node.open()
-    assert in_force(node)
+    assert node.in_force()
 
 
 def test_a_full_table_keeps_the_previous_state(node: DataNode, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +243,7 @@ def test_a_full_table_keeps_the_previous_state(node: DataNode, monkeypatch: pyte
     )
     with pytest.raises(KernelRefused, match="holds at most 6 rows"):
         node.enforce(bigger)
-    assert in_force(node)
+    assert node.in_force()
 
 
 def test_uninstall_leaves_nothing_and_can_run_twice(node: DataNode) -> None:
@@ -268,31 +258,12 @@ def test_uninstall_leaves_nothing_and_can_run_twice(node: DataNode) -> None:
 
 def test_other_peoples_programs_stay_attached(node: DataNode) -> None:
     """A foreign program on the same cgroup, attached without a link, before and after ours."""
-    foreign = paths.BPF / "foreign"
-    code = (
-        "import sys; sys.path.append('/usr/lib/python3/dist-packages')\n"
-        "from bcc import BPF\n"
-        "import os,tempfile,pathlib\n"
-        "from agent.bpf import shim,libbpf\n"
-        "t=tempfile.mkdtemp(); shim.build(pathlib.Path(t)); os.environ['BCC_KERNEL_SOURCE']=t\n"
-        "b=BPF(text='int foreign(struct bpf_sock_addr *c){return 1;}')\n"
-        "f=b.load_func('foreign',18,attach_type=10)\n"
-        f"libbpf.pin(f.fd,pathlib.Path({str(foreign)!r}))\n"
-        f"BPF.attach_func(f,os.open({str(node.config.cgroup)!r},os.O_RDONLY),10,2)\n"  # BPF_F_ALLOW_MULTI
-        "print(libbpf.program_id(f.fd))\n"
-    )
-    try:
-        number = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    with foreign(node.config.cgroup, linked=False) as number:
         node.open()
         node.enforce(MODEL)
-        cgroup = os.open(node.config.cgroup, os.O_RDONLY)
-        try:
+        with files.closing(os.open(node.config.cgroup, os.O_RDONLY)) as cgroup:
             assert number in libbpf.effective_programs(cgroup, "cgroup_inet4_connect")
-        finally:
-            os.close(cgroup)
-        assert in_force(node)
-    finally:
-        foreign.unlink(missing_ok=True)
+        assert node.in_force()
 
 
 def test_a_waypoint_cgroup_that_was_made_anew_gets_its_programs(node: DataNode) -> None:
@@ -314,7 +285,7 @@ def test_a_namespace_that_cannot_be_looked_at_keeps_its_protection(node: DataNod
     enrolled = node.enrolment.enforce(MODEL, frozenset())
     assert {name for name, _ in enrolled.missing} == set(MODEL.workloads)
     assert len(enrolled.local) == len(MODEL.workloads)
-    assert in_force(node)
+    assert node.in_force()
     assert node.connect("stranger", address_of("server-a"), 8080) == "ECONNREFUSED"
     monkeypatch.setattr("agent.enrolment.RETRY_S", 0.0)
     node.enrolment.enforce(MODEL, frozenset())

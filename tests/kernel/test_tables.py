@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from agent.bpf.datapath import DataPath
 from agent.bpf.tables import Namespace, Tables
-from agent.config import Config
 from agent.ids import Ids
 from agent.model import Action, Backing, Delta, LocalWorkload, Policy, PolicyRule, Service, ServicePort, Snapshot, Source, Workload
-from lab import mounts, paths
+from tests.kernel.programs import loaded
 
 NODES = ("here", "there")
+NUMBER = 0xFFFFFFFF  # the part of a word that is not the owner
 POLICIES = {
     p.name: p
     for p in (
@@ -32,19 +28,8 @@ POLICIES = {
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tables]:
     """The tables of a data path that is loaded and attached to nothing."""
-    mounted = mounts.mount_bpffs(paths.BPF)
-    pins = Path(paths.BPF) / "meshagent-tables"
-    root = tmp_path_factory.mktemp("tables")
-    pins.mkdir()
-    (root / "run").mkdir()
-    datapath = DataPath(Config(node="here", controller="unix:none", pin_dir=pins, run_dir=root / "run", state_dir=root))
-    asyncio.run(datapath.load())
-    yield Tables(datapath.maps, Ids(root / "run/ids"), "mesh.local", "here")
-    for table in datapath.maps.values():
-        table.close()
-    shutil.rmtree(pins)
-    if mounted:
-        assert mounts.unmount_bpffs(paths.BPF)
+    with loaded(tmp_path_factory.mktemp("tables")) as (config, datapath):
+        yield Tables(datapath.maps, Ids(config.run_dir / "ids"), "mesh.local", "here")
 
 
 names = st.sampled_from([f"shop/w{i}" for i in range(5)])
@@ -158,13 +143,14 @@ class World:
 
 def meaning(tables: Tables) -> dict[str, object]:
     """What the rows say: policy sets by what they decide for everybody who is known, because sets may hold more rows than are needed."""
+    tables.remove_retired()
     rows = {name: mirror.read() for name, mirror in tables.mirrors.items()}
     maps = {name: mirror.map.layout for name, mirror in tables.mirrors.items()}
     known = {
         name: {key: maps[name].value.unpack(row) for key, row in rows[name].items()}
         for name in ("mesh_address", "mesh_workload", "mesh_block")
     }
-    identities = {0} | {row["identity"][0] for found in known.values() for row in found.values()}
+    identities = {0} | {row["identity"][0] & NUMBER for found in known.values() for row in found.values()}
     key = maps["mesh_policy"].key
 
     def decide(policy: int, identity: int, protocol: int, port: int) -> bytes | None:
@@ -184,7 +170,7 @@ def meaning(tables: Tables) -> dict[str, object]:
                 row["id"],
                 row["flags"],
                 row["identity"],
-                {(i, p, port): decide(row["policy"][0], i, p, port) for i in identities for p in (6, 17) for port in (80, 9)},
+                {(i, p, port): decide(row["policy"][0] & NUMBER, i, p, port) for i in identities for p in (6, 17) for port in (80, 9)},
             )
     return found
 

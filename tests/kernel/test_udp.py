@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,20 +11,24 @@ import pytest
 
 from agent.bpf.manifest import Direction, EventKind, Reason
 from agent.model import Action, Backing, Operation, Policy, PolicyRule, Service, ServicePort, Snapshot, Source
-from tests.kernel.datanode import ADDRESSES, VIP4, VIP6, DataNode, running, snapshot, until, workload
+from tests.kernel.datanode import ADDRESSES, VIP4, VIP6, DataNode, snapshot, until, workload
 
 PORT = 5300
 SERVER = f"""
-import socket, threading
-def serve(family, address):
+import socket, sys, threading
+def bound(family, address):
     s = socket.socket(family, socket.SOCK_DGRAM)
     if family == socket.AF_INET6: s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     s.bind((address, {PORT}))
+    return s
+def serve(s):
     while True:
         data, peer = s.recvfrom(65536)
-        s.sendto(socket.gethostname().encode() + b" " + NAME + b" " + data, peer)
-threading.Thread(target=serve, args=(socket.AF_INET, "0.0.0.0")).start()
-serve(socket.AF_INET6, "::")
+        s.sendto(socket.gethostname().encode() + b" " + sys.argv[1].encode() + b" " + data, peer)
+both = bound(socket.AF_INET, "0.0.0.0"), bound(socket.AF_INET6, "::")
+print("ready", flush=True)
+threading.Thread(target=serve, args=both[:1]).start()
+serve(both[1])
 """
 CLIENT = """
 import errno, socket, sys
@@ -57,13 +62,11 @@ CALLERS = Policy("default/callers", Action.ALLOW, (PolicyRule((Source(service_ac
 
 
 @pytest.fixture(scope="module")
-def node() -> Iterator[DataNode]:
-    with running() as found:
-        servers = [found.lab.popen(name, ["python3", "-c", f"NAME = b'{name}'\n{SERVER}"]) for name in ("server-a", "server-b", "remote")]
-        yield found
-        for server in servers:
-            server.kill()
-            server.communicate()
+def node(node: DataNode) -> Iterator[DataNode]:
+    with contextlib.ExitStack() as servers:
+        for name in ("server-a", "server-b", "remote"):
+            servers.enter_context(node.program(name, ["python3", "-c", SERVER, name]))
+        yield node
 
 
 def model(*, policies: tuple[Policy, ...] = (), ready_b: bool = True, affinity_s: int = 0) -> Snapshot:

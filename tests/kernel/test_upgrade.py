@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +60,19 @@ def version(tmp_path: Path, edits: Edits) -> Path:
     return script
 
 
-def replace_agents(lab: Lab, script: Path | None) -> None:
-    """SIGKILL each agent and start this version in its place; None: the one that is installed."""
+@contextmanager
+def installed(script: Path | None) -> Iterator[None]:
+    """The lab's `meshagent` is this one within the block; None: the one that is installed."""
     program = mesh.program
     with pytest.MonkeyPatch.context() as patched:
         if script is not None:
             patched.setattr(mesh, "program", lambda name: str(script) if name == "meshagent" else program(name))
+        yield
+
+
+def replace_agents(lab: Lab, script: Path | None) -> None:
+    """SIGKILL each agent and start this version in its place; None: the one that is installed."""
+    with installed(script):
         for node in NODES:
             lab.kill_agent(node)
             lab.start_agent(node, timeout=UPGRADE_S)
@@ -74,17 +83,9 @@ def opened(lab: Lab) -> dict[str, float]:
     return {node: shop.samples(lab, node, "mesh_tcp_connections_opened_total") for node in NODES}
 
 
-def maps(node: str) -> dict[str, int]:
-    """Kernel ids of the pinned maps."""
-    (directory,) = paths.agent_pins(node).glob("maps-*")
-    return {pin.name: shop.object_id(pin) for pin in directory.iterdir()}
-
-
 def checked(lab: Lab, node: str, script: Path) -> tuple[int, dict[str, Any]]:
     """Exit code and document of `meshagent upgrade-check`."""
-    program = mesh.program
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(mesh, "program", lambda name: str(script) if name == "meshagent" else program(name))
+    with installed(script):
         run = lab.meshagent("upgrade-check", *mesh.agent_directories(node), "-o", "json")
     return run.returncode, json.loads(run.stdout)
 
@@ -104,7 +105,7 @@ def test_agents_that_are_killed_23_times_fail_no_request_and_let_nobody_in(lab: 
 def test_a_changed_layout_fails_no_request_lets_nobody_in_and_counters_go_on(lab: Lab, tmp_path: Path) -> None:
     larger = version(tmp_path, LARGER)
     assert shop.codes(lab, "frontend", "http://cart/items?[1-23]") == {"200": 23}  # both nodes have something to lose
-    kept, envoys, counts = maps("node-1"), pids(lab), opened(lab)
+    kept, envoys, counts = shop.map_ids("node-1"), pids(lab), opened(lab)
     for script in (larger, None):  # there and back again
         if script is not None:
             code, found = checked(lab, "node-1", script)
@@ -112,7 +113,7 @@ def test_a_changed_layout_fails_no_request_lets_nobody_in_and_counters_go_on(lab
             assert [change["name"] for change in found["maps"] if change["fate"] == "carried"] == ["mesh_flow", "mesh_origdst"]
         with unharmed(lab):
             replace_agents(lab, script)
-            now = maps("node-1")
+            now = shop.map_ids("node-1")
             assert {name for name in now if now[name] != kept[name]} == {
                 *("mesh_flow", "mesh_origdst", "mesh_stats", "mesh_blank", "mesh_counter"),
                 *("mesh_config", "mesh_epoch", "mesh_workload", "mesh_address", "mesh_service", "mesh_backend", "mesh_member"),
@@ -172,7 +173,7 @@ def test_envoy_is_replaced_when_its_listeners_need_another_map(lab: Lab, tmp_pat
 
 def test_a_program_that_the_kernel_refuses_is_found_out_before_the_upgrade_and_harms_nothing_after_it(lab: Lab, tmp_path: Path) -> None:
     refused = version(tmp_path, REFUSED)
-    programs, kept = shop.program_ids("node-1"), maps("node-1")
+    programs, kept = shop.program_ids("node-1"), shop.map_ids("node-1")
     code, found = checked(lab, "node-1", refused)
     assert code == 1, found
     assert "mesh_sk_lookup" in str(found["kernel"])
@@ -181,7 +182,7 @@ def test_a_program_that_the_kernel_refuses_is_found_out_before_the_upgrade_and_h
         run = lab.meshagent("status", "--run-dir", str(paths.agent_run("node-1")))
         assert run.returncode != 0
         lab.start_agent("node-1")
-    assert (shop.program_ids("node-1"), maps("node-1")) == (programs, kept)
+    assert (shop.program_ids("node-1"), shop.map_ids("node-1")) == (programs, kept)
     assert [path.name for path in paths.agent_pins("node-1").glob("check-*")] == []
 
 
@@ -193,9 +194,7 @@ def test_without_a_last_good_configuration_the_previous_programs_stay_until_one_
         lab.kill_agent("node-1")
         for journal in paths.agent_state("node-1").glob("snapshot*"):
             journal.rename(journal.with_name(f"away-{journal.name}"))
-        program = mesh.program
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(mesh, "program", lambda name: str(larger) if name == "meshagent" else program(name))
+        with installed(larger):
             lab._remember(mesh.start_agent(lab.topology.node("node-1")))
         shop.takes(lambda: lab.status("node-1"), UPGRADE_S)
         assert shop.status("node-1")["ready"] is False

@@ -44,11 +44,13 @@ class Suite:
     budget_s: int
 
 
-_DATAPATH = tuple(f"tests/kernel/test_{name}.py" for name in ("connect", "receiver", "restart", "waypoint_namespaces"))
+_DATAPATH = tuple(
+    f"tests/kernel/test_{name}.py" for name in ("connect", "receiver", "udp", "balance", "policy", "restart", "waypoint_namespaces")
+)
 
 SUITES = (
     # Every hook of the data path: what a kernel can break.
-    Suite("datapath", _DATAPATH, budget_s=1500),
+    Suite("datapath", _DATAPATH, budget_s=2400),
     # What else needs no controller. Some of these tests and the acceleration's self-test have time limits that emulation does not meet.
     Suite(
         "more",

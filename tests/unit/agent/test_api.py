@@ -22,6 +22,7 @@ from agent.report import Connection, ControllerStatus, Status, WaypointStatus
 from agent.trace import Pair, Tracer
 from meshapi import agent_pb2 as pb
 from meshapi import agent_pb2_grpc
+from tests.tasks import beside, until
 
 STATUS = Status(True, "node-1", (), WaypointStatus(True, "1", 23, 0), ControllerStatus(True, "v", None), (), ())
 SEEN = Connection(source="default/frontend", destination="default/redis:6379", hops=(), outcome="closed")
@@ -59,15 +60,9 @@ class Node:
 async def served(tmp_path: Path) -> AsyncIterator[tuple[Node, Any]]:
     node = Node()
     config = Config(node="node-1", controller="unix:x", run_dir=tmp_path)
-    task = asyncio.create_task(Api(config, cast("Any", node)).run())
-    try:
-        async with grpc.aio.insecure_channel(f"unix:{config.api_socket}") as channel:
-            await channel.channel_ready()
-            yield node, agent_pb2_grpc.AgentStub(channel)  # type: ignore[no-untyped-call,unused-ignore]
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    async with beside(Api(config, cast("Any", node)).run()), grpc.aio.insecure_channel(f"unix:{config.api_socket}") as channel:
+        await channel.channel_ready()
+        yield node, agent_pb2_grpc.AgentStub(channel)  # type: ignore[no-untyped-call,unused-ignore]
 
 
 def run(tmp_path: Path, scenario: Callable[[Node, Any], Awaitable[None]]) -> None:
@@ -76,14 +71,6 @@ def run(tmp_path: Path, scenario: Callable[[Node, Any], Awaitable[None]]) -> Non
             await asyncio.wait_for(scenario(node, stub), 20)
 
     asyncio.run(body())
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async def poll() -> None:
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)  # nothing announces it
-
-    await asyncio.wait_for(poll(), 5)
 
 
 def request(destination: str = "redis", source: str = "frontend", **fields: Any) -> pb.TraceRequest:

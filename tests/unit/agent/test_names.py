@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import ClassVar
@@ -18,6 +17,7 @@ from agent.model import Backing, LocalWorkload, Service, Snapshot, Workload
 from agent.names import dnsmasq, records, service
 from agent.names.records import Record, hosts_file, nameservers, resolv_conf, servers_file
 from agent.names.service import Names, Rows
+from tests.tasks import run_beside, until
 
 
 def workload(name: str, *addresses: str, ready: bool = True, backs: tuple[str, ...] = (), namespace: str = "") -> Workload:
@@ -216,18 +216,13 @@ class World:
     def local(self, *cookies: int) -> list[LocalWorkload]:
         return [LocalWorkload(workload(f"shop/w{c}", f"10.0.0.{c}"), c, f"/netns/{c}") for c in cookies]
 
-    def run(self, scenario: Callable[[], Awaitable[None]]) -> None:
-        async def body() -> None:
-            task = asyncio.create_task(self.names.run())
-            try:
-                await scenario()
-                assert not task.done()
-            finally:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+    async def up(self, *cookies: int) -> None:
+        """Workloads with these cookies, each with a name server that a test may have answer."""
+        self.names.update(snapshot(CART), self.local(*cookies))
+        await until(lambda: FakeServer.made.keys() >= set(cookies))
 
-        asyncio.run(body())
+    def run(self, scenario: Callable[[], Awaitable[None]]) -> None:
+        run_beside(self.names.run(), scenario)
 
 
 @pytest.fixture
@@ -240,22 +235,13 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     return World(tmp_path)
 
 
-async def until(condition: Callable[[], object]) -> None:
-    for _ in range(300):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not come true within 3 s")
-
-
 def rows(*cookies: int, resolvers: tuple[str, ...] = ("10.0.0.53", "fd00::53")) -> Rows:
     return frozenset((c, r) for c in cookies for r in resolvers)
 
 
 def test_rows_exist_while_the_name_server_answers(world: World) -> None:
     async def scenario() -> None:
-        world.names.update(snapshot(CART), world.local(1))
-        await until(lambda: 1 in FakeServer.made)
+        await world.up(1)
         assert world.pushed == []
         FakeServer.made[1].set(answering=True)
         assert world.pushed == [rows(1)]
@@ -270,8 +256,7 @@ def test_rows_exist_while_the_name_server_answers(world: World) -> None:
 
 def test_rows_of_an_earlier_agent_stay_until_every_name_server_is_known(world: World) -> None:
     async def scenario() -> None:
-        world.names.update(snapshot(CART), world.local(1, 2))
-        await until(lambda: len(FakeServer.made) == 2)
+        await world.up(1, 2)
         FakeServer.made[1].set(answering=True)
         await asyncio.sleep(0.1)
         assert world.pushed == []
@@ -283,11 +268,9 @@ def test_rows_of_an_earlier_agent_stay_until_every_name_server_is_known(world: W
 
 def test_a_new_workload_does_not_wait_for_others_and_others_do_not_wait_for_it(world: World) -> None:
     async def scenario() -> None:
-        world.names.update(snapshot(CART), world.local(1))
-        await until(lambda: 1 in FakeServer.made)
+        await world.up(1)
         FakeServer.made[1].set(answering=True)
-        world.names.update(snapshot(CART), world.local(1, 2))
-        await until(lambda: 2 in FakeServer.made)
+        await world.up(1, 2)
         FakeServer.made[1].set(answering=False)
         assert world.pushed[-1] == frozenset()
 
@@ -296,8 +279,7 @@ def test_a_new_workload_does_not_wait_for_others_and_others_do_not_wait_for_it(w
 
 def test_a_workload_that_goes_loses_its_rows_before_its_name_server(world: World) -> None:
     async def scenario() -> None:
-        world.names.update(snapshot(CART), world.local(1, 2))
-        await until(lambda: len(FakeServer.made) == 2)
+        await world.up(1, 2)
         for server in FakeServer.made.values():
             server.set(answering=True)
         FakeServer.log.clear()
@@ -328,8 +310,7 @@ def test_only_what_changed_is_read_again(world: World) -> None:
 
 def test_a_changed_resolv_conf_is_followed(world: World) -> None:
     async def scenario() -> None:
-        world.names.update(snapshot(CART), world.local(1))
-        await until(lambda: 1 in FakeServer.made)
+        await world.up(1)
         FakeServer.made[1].set(answering=True)
         FakeServer.log.clear()
         (world.etc / "resolv.conf").write_text("nameserver 10.0.0.54\n")
@@ -341,8 +322,7 @@ def test_a_changed_resolv_conf_is_followed(world: World) -> None:
 
 def test_without_ipv6_in_the_namespace_only_ipv4_resolvers_have_rows(world: World) -> None:
     async def scenario() -> None:
-        world.names.update(snapshot(CART), world.local(1))
-        await until(lambda: 1 in FakeServer.made)
+        await world.up(1)
         FakeServer.made[1].ipv6 = False
         FakeServer.made[1].set(answering=True)
         assert world.pushed == [rows(1, resolvers=("10.0.0.53",))]
@@ -356,8 +336,7 @@ def test_what_the_kernel_refuses_is_a_problem_and_is_tried_again(world: World, m
             raise KernelRefused("map mesh_resolver is too small")
 
         monkeypatch.setattr(world.names, "_set_resolvers", refuse)
-        world.names.update(snapshot(CART), world.local(1))
-        await until(lambda: 1 in FakeServer.made)
+        await world.up(1)
         FakeServer.made[1].set(answering=True)
         assert world.names.problems() == [
             "queries for the names of services are not led to their name servers: map mesh_resolver is too small"
@@ -371,8 +350,7 @@ def test_what_the_kernel_refuses_is_a_problem_and_is_tried_again(world: World, m
 
 def test_a_missing_program_is_one_problem_for_all_workloads(world: World) -> None:
     async def scenario() -> None:
-        world.names.update(snapshot(CART), world.local(1, 2))
-        await until(lambda: len(FakeServer.made) == 2)
+        await world.up(1, 2)
         for server in FakeServer.made.values():
             server.set(answering=False, problem=dnsmasq.NO_SUCH_PROGRAM)
         (problem,) = world.names.problems()
@@ -384,8 +362,7 @@ def test_a_missing_program_is_one_problem_for_all_workloads(world: World) -> Non
 def test_resolvers_that_cannot_be_stood_in_for_are_a_problem(world: World) -> None:
     async def scenario() -> None:
         (world.etc / "resolv.conf").write_text("nameserver fe80::1%eth0\n")
-        world.names.update(snapshot(CART), world.local(1))
-        await until(lambda: 1 in FakeServer.made)
+        await world.up(1)
         FakeServer.made[1].set(answering=True)
         assert world.pushed == [frozenset()]
         assert ["scope" in problem for problem in world.names.problems()] == [True]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import ipaddress
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,12 +95,3 @@ spec: {node: n1, addresses: [10.0.1.2], networkNamespace: cart-1}
 def service(name: str, address: str) -> str:
     """Return a Service as YAML."""
     return f"apiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIP: {address}, ports: [{{port: 80}}]}}\n"
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Wait for what has no event to await; fails after 20 s."""
-    for _ in range(4000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("it did not happen within 20 s")

@@ -13,7 +13,8 @@ import pytest
 from controller.server import ServerTls
 from meshapi import discovery_pb2 as pb
 from meshapi import discovery_pb2_grpc
-from tests.unit.controller.harness import SHOP, Authority, Pair, serve, service, until
+from tests.tasks import until
+from tests.unit.controller.harness import SHOP, Authority, Pair, serve, service
 
 
 class Stream:

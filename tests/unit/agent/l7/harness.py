@@ -48,6 +48,7 @@ from agent.model import (
     Snapshot,
     Workload,
 )
+from tests.tasks import beside
 
 TRUST_DOMAIN = "mesh.test"
 OWN_NETNS = "/proc/self/ns/net"
@@ -251,13 +252,10 @@ async def waypoint(settings: Config, on_record: Callable[[RequestRecord], None] 
     server = XdsServer(settings.xds_socket, on_record)
     await server.start()
     envoy = Envoy(settings)
-    task = asyncio.create_task(envoy.run())
     try:
-        yield server, envoy
+        async with beside(envoy.run()):
+            yield server, envoy
     finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
         await server.stop()
         await asyncio.to_thread(stop, settings.run_dir)
 

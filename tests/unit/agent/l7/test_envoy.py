@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.metadata
 import json
 import os
@@ -21,6 +20,7 @@ from agent.l7.bootstrap import bootstrap
 from agent.l7.envoy import Envoy, find, stop
 from agent.l7.xds import XdsServer
 from agent.process import Process, end
+from tests.tasks import beside
 from tests.unit.agent.l7 import harness
 
 
@@ -41,14 +41,10 @@ def supervised(directory: Path, work: Callable[[Envoy], Awaitable[None]], **chan
         await server.start()
         server.set(harness.build_nothing())
         envoy = Envoy(settings)
-        task = asyncio.create_task(envoy.run())
         try:
-            await work(envoy)
-            assert not task.done()
+            async with beside(envoy.run()):
+                await work(envoy)
         finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
             await server.stop()
 
     asyncio.run(scenario())

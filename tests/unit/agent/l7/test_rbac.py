@@ -11,8 +11,10 @@ from envoy.extensions.filters.http.rbac.v3 import rbac_pb2
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from agent.l7 import names, rbac
-from agent.l7.snapshot import needs_inbound, receivers
+from agent.l7.snapshot import Builder
+from agent.l7.view import View
 from agent.model import Action, Operation, Policy, PolicyRule, Snapshot, Source, Workload
+from agent.policy import protecting
 from tests.unit.agent.l7 import harness
 
 GET = Operation(methods=("GET",))
@@ -30,11 +32,11 @@ def filters(authorization: rbac.Authorization) -> dict[str, Any]:
 
 def at_caller(policies: list[Policy], port: int = 8080, callers: Sequence[Workload] = ()) -> dict[str, Any]:
     one = harness.workload("b", "10.0.0.1", policies=tuple(p.name for p in policies))
-    return filters(rbac.at_caller(one, port, harness.snapshot([one], policies=policies), local(*callers)))
+    return filters(rbac.at_caller(protecting(one, harness.snapshot([one], policies=policies)), port, local(*callers)))
 
 
 def local(*callers: Workload) -> rbac.LocalCallers:
-    return rbac.LocalCallers(callers, harness.TRUST_DOMAIN)
+    return rbac.LocalCallers.of(callers, harness.TRUST_DOMAIN)
 
 
 def test_an_unprotected_workload_has_no_filters() -> None:
@@ -49,7 +51,7 @@ def test_an_allow_policy_without_rules_denies_everything() -> None:
 
 def test_a_policy_that_is_named_but_missing_denies_everything() -> None:
     one = harness.workload("b", "10.0.0.1", policies=("default/gone",))
-    allow = filters(rbac.at_caller(one, 80, harness.snapshot([one]), local()))[names.ALLOW_FILTER]
+    allow = filters(rbac.at_caller(protecting(one, harness.snapshot([one])), 80, local()))[names.ALLOW_FILTER]
     assert allow.HasField("rules")
     assert not allow.rules.policies
 
@@ -91,7 +93,7 @@ def test_ports_and_protocols_are_decided_at_the_caller_for_the_target_port(opera
 def receiver(policy: Policy, *others: Any) -> Any:
     target = harness.workload("b", "10.0.0.9", policies=(policy.name,))
     snapshot = harness.snapshot([target, *others], policies=[policy])
-    return filters(rbac.at_receiver(target, snapshot, rbac.Callers(snapshot.workloads.values(), harness.TRUST_DOMAIN)))
+    return filters(rbac.at_receiver(protecting(target, snapshot), rbac.Callers(snapshot.workloads.values(), harness.TRUST_DOMAIN)))
 
 
 def addresses(principal: Any) -> set[str]:
@@ -157,8 +159,7 @@ def test_a_rule_that_names_no_label_and_no_block_does_not_depend_on_who_is_here(
 def test_a_request_is_not_needed_for_what_holds_for_datagrams_alone() -> None:
     for protocols, needed in (((), True), (("TCP",), True), (("UDP",), False)):
         policy = Policy("default/p", Action.DENY, (PolicyRule(operations=(Operation(methods=("GET",), protocols=protocols),)),))
-        one = harness.workload("b", "10.0.0.1", policies=(policy.name,))
-        assert rbac.needs_request(one, harness.snapshot([one], policies=[policy])) is needed
+        assert rbac.needs_request(policy) is needed
 
 
 def test_endpoints_are_alike_or_not_whoever_calls_from_this_node() -> None:
@@ -168,6 +169,10 @@ def test_endpoints_are_alike_or_not_whoever_calls_from_this_node() -> None:
     policies = [Policy(name, Action.ALLOW, (rule,)) for name, rule in rules.items()]
     snapshot = harness.snapshot(endpoints, [harness.service("web", "10.96.0.1", 80)], policies=policies)
     assert needs_inbound(snapshot) == {"default/b0", "default/b1"}, "no caller here matches either: still they differ"
+
+
+def needs_inbound(snapshot: Snapshot) -> frozenset[str]:
+    return Builder("node-1", harness.TRUST_DOMAIN).needs_inbound(snapshot)
 
 
 def two_endpoints(*policies: tuple[str, ...]) -> Snapshot:
@@ -191,4 +196,4 @@ def test_only_where_endpoints_differ_the_receiver_decides(
 ) -> None:
     snapshot = two_endpoints(*policies)
     assert needs_inbound(snapshot) == undecided
-    assert receivers(snapshot) == listening
+    assert {name for name in snapshot.workloads if View.of(snapshot).receives(name)} == listening

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from agent.l7 import names, rbac
 from agent.model import Action, Operation, Policy, PolicyRule, Snapshot, Workload
-from agent.policy import Caller, Verdict, decide, matches
+from agent.policy import Caller, Verdict, decide, matches, protecting
 from tests.unit.agent import policies as drawn
 
 REQUESTS = tuple(itertools.product(("GET", "POST", "DELETE"), ("/abc", "/xyz", "/b")))
@@ -153,7 +153,7 @@ def state_of(caller: Caller, name: str) -> dict[str, str]:
 def test_the_callers_side_decides_as_the_definition_does(policies: list[Policy], callers: list[Caller], port: int) -> None:
     one, snapshot = target(policies)
     workloads = [workload(f"w{number}", caller) for number, caller in enumerate(callers)]
-    authorization = rbac.at_caller(one, port, snapshot, rbac.LocalCallers(workloads, drawn.TRUST_DOMAIN))
+    authorization = rbac.at_caller(protecting(one, snapshot), port, rbac.LocalCallers.of(workloads, drawn.TRUST_DOMAIN))
     for (found, caller), (method, path) in itertools.product(zip(workloads, callers, strict=True), REQUESTS):
         call = Call(state_of(caller, found.name), "127.0.0.1", port, method, path)
         assert allowed(authorization, call) is says_yes(policies, caller, call)
@@ -165,8 +165,8 @@ def test_a_listener_that_is_newer_than_the_rules_is_never_allowed_more_than_it_w
     policies: list[Policy], callers: list[Caller], late: Caller
 ) -> None:
     one, snapshot = target(policies)
-    known = rbac.LocalCallers([workload(f"w{number}", caller) for number, caller in enumerate(callers)], drawn.TRUST_DOMAIN)
-    authorization = rbac.at_caller(one, 80, snapshot, known)
+    known = rbac.LocalCallers.of([workload(f"w{number}", caller) for number, caller in enumerate(callers)], drawn.TRUST_DOMAIN)
+    authorization = rbac.at_caller(protecting(one, snapshot), 80, known)
     for method, path in REQUESTS:
         call = Call(state_of(late, "shop/late"), "127.0.0.1", 80, method, path)
         assert says_yes(policies, late, call) or not allowed(authorization, call)
@@ -179,7 +179,7 @@ def test_the_receivers_side_decides_as_the_definition_does_for_every_address(
 ) -> None:
     one, snapshot = target(policies)
     workloads = [workload(f"w{number}", caller) for number, caller in enumerate(callers)]
-    authorization = rbac.at_receiver(one, snapshot, rbac.Callers(workloads, drawn.TRUST_DOMAIN))
+    authorization = rbac.at_receiver(protecting(one, snapshot), rbac.Callers(workloads, drawn.TRUST_DOMAIN))
     for address, (method, path) in itertools.product(drawn.ADDRESSES, REQUESTS):
         owners = [caller for caller in callers if address in caller.addresses] or [Caller(addresses=(address,))]
         call = Call({}, address, port, method, path)
@@ -193,6 +193,6 @@ def test_the_receivers_side_decides_as_the_definition_does_for_every_address(
 def test_the_requests_that_are_tried_meet_every_condition_that_is_drawn() -> None:
     policy = Policy("shop/p", Action.ALLOW, (PolicyRule(operations=(Operation(methods=("P*",), paths=("/a*", "*z")),)),))
     one, snapshot = target([policy])
-    authorization = rbac.at_caller(one, 80, snapshot, rbac.LocalCallers([], drawn.TRUST_DOMAIN))
+    authorization = rbac.at_caller(protecting(one, snapshot), 80, rbac.LocalCallers.of([], drawn.TRUST_DOMAIN))
     passed = {request for request in REQUESTS if allowed(authorization, Call({}, "127.0.0.1", 80, *request))}
     assert passed == {("POST", "/abc"), ("POST", "/xyz")}

@@ -107,7 +107,7 @@ def test_a_wildcard_gets_everything_then_differences_then_removals(tmp_path: Pat
             assert got(third) == ("Cluster", {}, ["b"])
             await client.send(names.CLUSTER, nonce=third.nonce)
             assert await server.wait_acked(2)
-            assert server.state.pending == 0
+            assert not server._pending()
 
     asyncio.run(scenario())
 
