@@ -15,10 +15,10 @@ static __always_inline bool mesh_read_service(const struct mesh_service *row, u3
 {
 	u64 list;
 
-	known->id = row->id;
-	known->count = row->count;
-	known->flags = row->flags;
-	known->affinity_ns = row->affinity_ns;
+	known->id = *(volatile const u32 *)&row->id;
+	known->count = *(volatile const u32 *)&row->count;
+	known->flags = *(volatile const u32 *)&row->flags;
+	known->affinity_ns = *(volatile const u64 *)&row->affinity_ns;
 	list = *(volatile const u64 *)&row->list;
 	known->list = list;
 	if (list >> 32 == owner)
@@ -31,7 +31,7 @@ static __always_inline bool mesh_read_service(const struct mesh_service *row, u3
 static __always_inline bool mesh_know_service(const struct mesh_addr *address, u16 port, u8 protocol, struct mesh_known_service *known)
 {
 	struct mesh_service_key key = { .address = *address, .port = port, .protocol = protocol };
-	u32 owner = mesh_owner(address) ^ (port | (u32)protocol << 16);
+	u32 owner = mesh_owner(address) ^ (port | (u32)protocol << 16) * 0x27d4eb2fu;
 	struct mesh_service *row = mesh_service.lookup(&key);
 
 	if (row && mesh_read_service(row, owner, known))

@@ -105,7 +105,8 @@ static __always_inline u32 mesh_current_epoch(void)
 	return epoch ? *epoch & 1 : 0;
 }
 
-/* Whose row this is, in 32 bits: the owner in struct mesh_workload and struct mesh_service. */
+/* Whose row this is, in 32 bits: the owner in struct mesh_workload and struct mesh_service. Maps with the same members are used again by later
+ * programs: another digest needs another member name. */
 static __always_inline u32 mesh_owner(const struct mesh_addr *address)
 {
 	return address->word[3] ^ address->word[2] * 0x9e3779b1u ^ address->word[1] * 0x85ebca77u ^ address->word[0] * 0xc2b2ae3du;
@@ -120,21 +121,21 @@ struct mesh_known {
 	u32 policy;
 };
 
-/* False if the row has become another's while it was read: then nothing is known but that it is closed. */
+/* False if the row has become another's while it was read: then it is nobody's, and closed. */
 static __always_inline bool mesh_know(const struct mesh_workload *row, u32 owner, u32 epoch, struct mesh_known *known)
 {
 	u64 identity, policy;
 
-	known->netns_cookie = row->netns_cookie;
-	known->id = row->id;
-	known->flags = row->flags;
+	known->netns_cookie = *(volatile const u64 *)&row->netns_cookie;
+	known->id = *(volatile const u32 *)&row->id;
+	known->flags = *(volatile const u32 *)&row->flags;
 	identity = *(volatile const u64 *)&row->identity[epoch];
 	policy = *(volatile const u64 *)&row->policy[epoch];
 	known->identity = identity;
 	known->policy = policy;
 	if (identity >> 32 == owner && policy >> 32 == owner)
 		return true;
-	known->identity = MESH_IDENTITY_UNKNOWN;
+	known->identity = MESH_IDENTITY_NOBODY;
 	known->policy = MESH_POLICY_CLOSED;
 	return false;
 }
@@ -192,11 +193,14 @@ struct mesh_decision {
 static __always_inline struct mesh_decision mesh_decide(u32 policy, u32 identity, u16 port, u8 protocol)
 {
 	struct mesh_decision decision = { .verdict = MESH_VERDICT_NONE };
-	struct mesh_policy_key key = { .policy = policy, .identity = identity, .port = port, .protocol = protocol };
+	struct mesh_policy_key key = { .identity = identity, .port = port, .protocol = protocol };
 	struct mesh_policy *row;
 
 	if (!policy)
 		return decision;
+	if (identity == MESH_IDENTITY_NOBODY)
+		policy = MESH_POLICY_CLOSED;
+	key.policy = policy;
 	row = NULL;
 	if (identity != MESH_IDENTITY_UNKNOWN) { /* strangers have no rows of their own */
 		row = mesh_policy.lookup(&key);

@@ -99,7 +99,7 @@ int mesh_sk_lookup(struct bpf_sk_lookup *ctx)
 	struct mesh_flow_key ends = {};
 	struct mesh_parties who = { .direction = MESH_INBOUND };
 	struct mesh_known self, peer, caller;
-	struct mesh_flow *flow;
+	struct mesh_flow *flow, seen = {};
 	u32 epoch = mesh_current_epoch(), identity = MESH_IDENTITY_UNKNOWN;
 	bool traced = false, from_waypoint = false, begins = true;
 
@@ -137,12 +137,14 @@ int mesh_sk_lookup(struct bpf_sk_lookup *ctx)
 	} else {
 		flow = mesh_flow.lookup(&ends);
 	}
-	if (flow && flow->netns_cookie) {
-		who.source = flow->workload;
-		who.service = flow->service;
-		traced = flow->flags & MESH_FLOW_TRACED;
-		from_waypoint = flow->flags & MESH_FLOW_WAYPOINT;
-		if (mesh_know_namespace(flow->netns_cookie, epoch, &caller))
+	if (flow)
+		seen = *flow; /* once: its memory may be another flow's a moment later */
+	if (seen.netns_cookie) {
+		who.source = seen.workload;
+		who.service = seen.service;
+		traced = seen.flags & MESH_FLOW_TRACED;
+		from_waypoint = seen.flags & MESH_FLOW_WAYPOINT;
+		if (mesh_know_namespace(seen.netns_cookie, epoch, &caller))
 			identity = caller.identity;
 	} else if (peer.netns_cookie) {
 		who.source = peer.id;
@@ -154,7 +156,7 @@ int mesh_sk_lookup(struct bpf_sk_lookup *ctx)
 		identity = mesh_stranger(&ends.source, epoch);
 	}
 	if (ends.protocol == IPPROTO_UDP && flow) {
-		begins = !(flow->flags & MESH_FLOW_ARRIVED);
+		begins = !(seen.flags & MESH_FLOW_ARRIVED);
 		flow->flags |= MESH_FLOW_ARRIVED;
 	}
 	decision = mesh_decide(self.policy, identity, ends.destination_port, ends.protocol);

@@ -164,18 +164,16 @@ static __always_inline void mesh_on_established(struct bpf_sock_ops *ctx)
 /* The receiver's end, when the handshake is done. mesh_sk_lookup has let it in. */
 static __always_inline void mesh_on_accepted(struct bpf_sock_ops *ctx)
 {
-	u64 netns_cookie = bpf_get_netns_cookie(ctx);
-	struct mesh_workload *self = mesh_workload.lookup(&netns_cookie);
+	u32 zero = 0, epoch = mesh_current_epoch();
 	struct mesh_flow_key flow_key = {};
-	struct mesh_workload *peer;
+	struct mesh_known self, peer;
 	struct mesh_stats *stats;
 	struct mesh_sock *sock;
 	struct bpf_sock *sk = ctx->sk;
 	struct mesh_flow *flow;
 	struct mesh_ends ends;
-	u32 zero = 0;
 
-	if (!self || !sk)
+	if (!mesh_know_namespace(bpf_get_netns_cookie(ctx), epoch, &self) || !sk)
 		return;
 	mesh_ends_of(ctx, &ends);
 	if (mesh_addr_is_loopback(&ends.remote) || mesh_addr_equal(&ends.remote, &ends.local))
@@ -188,7 +186,7 @@ static __always_inline void mesh_on_accepted(struct bpf_sock_ops *ctx)
 	__builtin_memset(sock, 0, sizeof(*sock));
 	sock->start_ns = bpf_ktime_get_ns();
 	sock->established_ns = sock->start_ns;
-	sock->target = self->id;
+	sock->target = self.id;
 	sock->dialled = ends.local;
 	sock->dialled_port = ends.local_port;
 	sock->direction = MESH_INBOUND;
@@ -199,14 +197,11 @@ static __always_inline void mesh_on_accepted(struct bpf_sock_ops *ctx)
 		sock->source = flow->workload;
 		sock->service = flow->service;
 		sock->traced = flow->flags & MESH_FLOW_TRACED ? 1 : 0;
-		sock->accelerated = self->flags & MESH_WORKLOAD_ACCELERATE && !(flow->flags & MESH_FLOW_WAYPOINT);
+		sock->accelerated = self.flags & MESH_WORKLOAD_ACCELERATE && !(flow->flags & MESH_FLOW_WAYPOINT);
 		mesh_flow.delete(&flow_key); /* used up: nobody may live on it who takes these addresses later */
-	} else {
-		peer = mesh_address.lookup(&ends.remote);
-		if (peer && !peer->netns_cookie) {
-			sock->source = peer->id;
-			sock->traced = mesh_traced(mesh_config.lookup(&zero), sock->source, sock->target, 0);
-		}
+	} else if (mesh_know_address(&ends.remote, epoch, &peer) && !peer.netns_cookie) {
+		sock->source = peer.id;
+		sock->traced = mesh_traced(mesh_config.lookup(&zero), sock->source, sock->target, 0);
 	}
 	stats = mesh_stats_of(sock);
 	if (stats)

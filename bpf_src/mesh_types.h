@@ -66,7 +66,7 @@ enum mesh_counter {
 	MESH_COUNT_ORIGDST_FAILED = 5,    /* mesh_origdst refused an entry */
 	MESH_COUNT_LISTENER_FAILED = 6,   /* mesh_listener refused a socket */
 	MESH_COUNT_VERDICT_FOLDED = 7,    /* mesh_verdicts full */
-	MESH_COUNT_REVERSE_FAILED = 8,    /* mesh_reverse refused an entry: a datagram socket sees the endpoint instead of the service */
+	MESH_COUNT_REVERSE_FAILED = 8,    /* mesh_peer refused an entry: a datagram socket sees the endpoint instead of the service */
 	MESH_COUNT_LOAD_FAILED = 9,       /* mesh_load full: the endpoint is chosen as if it were idle */
 	MESH_COUNT_KERNEL_SOCKET = 10,    /* a kernel thread's connection inside an enrolled namespace, left alone */
 	MESH_COUNT_MAX = 11,
@@ -95,15 +95,15 @@ struct mesh_config {
  *
  * The kernel gives the memory of a row to the next one as soon as the row is replaced or removed (kernel/bpf/hashtab.c, htab_elem_free), while a
  * program that has found it is still reading. So what decides stands in one word with its owner, a digest of the row's key (mesh_owner), and a
- * program that reads somebody else's looks again.
+ * program that reads somebody else's looks again. The words come first and are read last: they are the first that the kernel overwrites.
  *
  * A workload by netns cookie (enrolled on this node), or by address (on any node: an address is all that mesh_sk_lookup can see). */
 struct mesh_workload {
+	__u64 identity[2]; /* by epoch: owner << 32 | class of callers that no policy tells apart; 0 = like a stranger */
+	__u64 policy[2];   /* by epoch: owner << 32 | policy set; 0 = none */
 	__u64 netns_cookie; /* 0 = not enrolled on this node */
 	__u32 id;    /* of the workload, for metrics; never 0 */
 	__u32 flags; /* MESH_WORKLOAD_* */
-	__u64 identity[2]; /* by epoch: owner << 32 | class of callers that no policy tells apart; 0 = like a stranger */
-	__u64 policy[2];   /* by epoch: owner << 32 | policy set; 0 = none */
 };
 
 /* A stranger by CIDR block: the longest prefix that holds its address. */
@@ -142,7 +142,7 @@ struct mesh_backend {
 	__u32 workload;
 	__u16 port; /* host order */
 	__u16 pad;
-	/* Weighted choice in constant time (Walker's alias method): of a slot drawn evenly, itself if a random number is below `threshold`, else `alias`. */
+	/* Weighted choice in constant time (Walker's alias method): of a slot drawn evenly, itself if a random number is at most `threshold`, else `alias`. */
 	__u32 threshold;
 	__u32 alias;
 };
@@ -179,6 +179,7 @@ struct mesh_load_key {
 /* Looked up as (policy, identity, port), (policy, identity, 0), (policy, ANY, port), (policy, ANY, 0). */
 #define MESH_IDENTITY_UNKNOWN 0u
 #define MESH_IDENTITY_ANY 0xffffffffu
+#define MESH_IDENTITY_NOBODY 0xfffffffeu /* of whom nothing can be said: let in nowhere that is protected */
 #define MESH_POLICY_CLOSED 0xffffffffu /* the set without rows */
 struct mesh_policy_key {
 	__u32 policy;

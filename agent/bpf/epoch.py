@@ -6,7 +6,7 @@ slot too, so that the next turn finds both the same. A crash between any two of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -20,11 +20,32 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _Change:
-    """Rows of one map to write before and after the turn."""
+    """Rows of one map to write before the turn, if there is one, and after it."""
 
-    before: Rows = field(default_factory=dict)
+    turning: Rows = field(default_factory=dict)
+    """Rows that mean something else from the turn on."""
+    passing: Rows = field(default_factory=dict)
+    """Rows that begin or end with the turn: on the other side of it they say what would hold without them."""
     after: Rows = field(default_factory=dict)
     stale: set[bytes] = field(default_factory=set)
+
+
+class _Strangers:
+    """Who an address is by the blocks alone."""
+
+    def __init__(self, blocks: Mapping[tuple[int, int], int]) -> None:
+        """`blocks`: identity by (length in bits, address)."""
+        self._by_length: dict[int, dict[int, int]] = {}
+        for (bits, address), identity in sorted(blocks.items(), reverse=True):
+            self._by_length.setdefault(bits, {})[address >> (128 - bits)] = identity
+
+    def of(self, address: int, shorter_than: int = 129) -> int:
+        """The identity of the longest block that holds the address, and is shorter than so many bits."""
+        for bits, identities in self._by_length.items():
+            found = identities.get(address >> (128 - bits))
+            if found is not None and bits < shorter_than:
+                return found
+        return m.IDENTITY_UNKNOWN
 
 
 class Epoch:
@@ -45,22 +66,23 @@ class Epoch:
         self, blocks: Mapping[bytes, int], address: Mapping[bytes, Known], workload: Mapping[bytes, Known]
     ) -> tuple[dict[str, set[bytes]], int]:
         """Bring identities and policies into force in all rows at once; returns the keys that are not wanted any more, and how many rows were written."""
+        held = {key: self._layouts.block_identity(row, self.current) for key, row in self._mirrors["mesh_block"].read().items()}
+        now, later = (_Strangers({self._layouts.block_of(key): identity for key, identity in of.items()}) for of in (held, blocks))
         changes = {
-            "mesh_block": self._blocks(blocks),
-            "mesh_address": self._known("mesh_address", address),
-            "mesh_workload": self._known("mesh_workload", workload),
+            "mesh_block": self._blocks(held, blocks, now, later),
+            "mesh_address": self._known("mesh_address", address, now, later),
+            "mesh_workload": self._known("mesh_workload", workload, now, later),
         }
-        if any(change.before for change in changes.values()):
+        if any(change.turning for change in changes.values()):
             for name, change in changes.items():
-                # What is new stands with its final row from the start: nobody else's standing depends on it.
-                self._mirrors[name].write({**change.after, **change.before})
+                self._mirrors[name].write({**change.passing, **change.turning})
             self.current = 1 - self.current
             self._table.put(bytes(4), self._table.layout.value.pack(**{"": self.current}))
             libbpf.wait_for_programs()  # those that read the old epoch still use the slot that is written next
         written = sum(self._mirrors[name].write(change.after) for name, change in changes.items())
         return {name: change.stale for name, change in changes.items()}, written
 
-    def _known(self, name: str, wanted: Mapping[bytes, Known]) -> _Change:
+    def _known(self, name: str, wanted: Mapping[bytes, Known], now: _Strangers, later: _Strangers) -> _Change:
         held = self._mirrors[name].read()
         self._mirrors[name].check(len(held.keys() | wanted.keys()))
         change = _Change(stale=held.keys() - wanted.keys())
@@ -69,35 +91,36 @@ class Epoch:
             if before == row:
                 continue
             change.after[key] = row
-            if before is not None:
-                identity, policy = self._layouts.known_at(name, before, self.current)
-                now = known._replace(identity=identity, policy=policy)
-                if now != known:
-                    change.before[key] = self._layouts.known(key, *self._slots(now, known))
+            if before is None:
+                change.passing[key] = self._layouts.known(key, *self._slots(_without(key, known, now), known))
+                continue
+            old = self._layouts.known_at(before, self.current)
+            before_turn = known._replace(identity=old.identity, policy=old.policy)
+            if before_turn != known:
+                change.turning[key] = self._layouts.known(key, *self._slots(before_turn, known))
+        for key in change.stale:
+            old = self._layouts.known_at(held[key], self.current)
+            change.passing[key] = self._layouts.known(key, *self._slots(old, _without(key, old, later)))
         return change
 
-    def _blocks(self, wanted: Mapping[bytes, int]) -> _Change:
+    def _blocks(self, held: Mapping[bytes, int], wanted: Mapping[bytes, int], now: _Strangers, later: _Strangers) -> _Change:
         """A block that comes or goes changes who its addresses are, as a row of a workload does that changes."""
-        held = self._mirrors["mesh_block"].read()
-        unpack = self._layouts.unpack("mesh_block")
-        now = {key: int(unpack(row)["identity"][self.current]) for key, row in held.items()}
-        change = _Change(stale=held.keys() - wanted.keys())
+        change = _Change(stale=set(held.keys() - wanted.keys()))
+        rows = self._mirrors["mesh_block"].read()
         for key in held.keys() | wanted.keys():
-            current = now[key] if key in now else now.get(self._outer(now, key), m.IDENTITY_UNKNOWN)
-            later = wanted[key] if key in wanted else wanted.get(self._outer(wanted, key), m.IDENTITY_UNKNOWN)
-            row = self._layouts.block(later, later)
-            if held.get(key) != row:
+            bits, address = self._layouts.block_of(key)
+            current = held[key] if key in held else now.of(address, bits)
+            coming = wanted[key] if key in wanted else later.of(address, bits)
+            row = self._layouts.block(coming, coming)
+            if rows.get(key) != row:
                 change.after[key] = row
-            if current != later:
-                change.before[key] = self._layouts.block(*self._slots(current, later))
+            if current != coming:
+                change.turning[key] = self._layouts.block(*self._slots(current, coming))
         return change
 
-    def _outer(self, blocks: Iterable[bytes], key: bytes) -> bytes:
-        """The longest other block that holds the block of this key; b"" if there is none."""
-        bits, address = self._layouts.block_of(key)
-        best, length = b"", -1
-        for other in blocks:
-            wide, start = self._layouts.block_of(other)
-            if length < wide < bits and start >> (128 - wide) == address >> (128 - wide):
-                best, length = other, wide
-        return best
+
+def _without(key: bytes, known: Known, strangers: _Strangers) -> Known:
+    """What holds where the row of `key` does not. Of an enrolled namespace nothing can be said then: it is closed, and so is what it calls."""
+    if known.cookie:
+        return known._replace(identity=m.IDENTITY_NOBODY, policy=m.POLICY_CLOSED)
+    return known._replace(identity=strangers.of(int.from_bytes(key, "big")), policy=0)

@@ -69,10 +69,11 @@ def wait_for_programs() -> None:
     """Return when every program that runs now has ended; takes some milliseconds.
 
     membarrier(2) with MEMBARRIER_CMD_GLOBAL waits for an RCU grace period (kernel/sched/membarrier.c, synchronize_rcu), and these programs run within
-    RCU read-side sections (kernel/bpf/cgroup.c, bpf_prog_run_array_cg). Where the kernel refuses it (nohz_full) a pause has to do.
+    RCU read-side sections (kernel/bpf/cgroup.c, bpf_prog_run_array_cg). Where the kernel refuses it (nohz_full), or does nothing because there is one CPU
+    only, a pause has to do.
     """
     number = _MEMBARRIER.get(platform.machine())
-    if number is None or ct.CDLL(None, use_errno=True).syscall(number, _MEMBARRIER_GLOBAL, 0, 0):
+    if number is None or os.sysconf("SC_NPROCESSORS_ONLN") == 1 or ct.CDLL(None, use_errno=True).syscall(number, _MEMBARRIER_GLOBAL, 0, 0):
         time.sleep(0.05)
 
 
@@ -208,10 +209,13 @@ def update_batch(fd: int, keys: bytes, values: bytes, count: int) -> None:
     _checked(_lib().bpf_map_update_batch(fd, keys, values, ct.byref(n), None), f"write {count} map elements")
 
 
-def delete(fd: int, key: bytes) -> None:
-    """Remove one element; one that is not there is no error."""
-    if _lib().bpf_map_delete_elem(fd, key) < 0 and ct.get_errno() != errno.ENOENT:
+def delete(fd: int, key: bytes) -> bool:
+    """Remove one element; false if there was none."""
+    if _lib().bpf_map_delete_elem(fd, key) >= 0:
+        return True
+    if ct.get_errno() != errno.ENOENT:
         _checked(-1, "delete map element")
+    return False
 
 
 def items(fd: int, key_size: int, value_size: int, chunk: int = 4096) -> Iterator[tuple[bytes, bytes]]:

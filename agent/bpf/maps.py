@@ -68,10 +68,9 @@ class Map:
         """Remove every element of a hash map that is not in `keep`."""
         self.remove([key for key, _ in self.items() if key not in keep])
 
-    def remove(self, keys: Iterable[bytes]) -> None:
-        """Remove elements of a hash map. One that is not there is no error."""
-        for key in keys:
-            libbpf.delete(self.fd, key)
+    def remove(self, keys: Iterable[bytes]) -> int:
+        """Remove elements of a hash map; returns how many there were."""
+        return sum(libbpf.delete(self.fd, key) for key in keys)
 
     def close(self) -> None:
         """Close the descriptor; the pin stays."""
@@ -85,6 +84,7 @@ class Mirror:
         """Start from what the kernel holds: after an agent restart that is the last state."""
         self.map = table
         self.count = len(self.read())
+        """Rows in the kernel. `write` does not know which of its rows are new: who calls it adds them."""
 
     def read(self) -> dict[bytes, bytes]:
         """What the kernel holds now."""
@@ -100,6 +100,12 @@ class Mirror:
                 f" --map-capacity {self.map.name}=N"
             )
 
+    def room_for(self, rows: Iterable[bytes]) -> int:
+        """How many of these keys are new. Raises KernelRefused if they do not fit beside all that is there."""
+        fresh = sum(self.map.get(key) is None for key in rows)
+        self.check(self.count + fresh)
+        return fresh
+
     def write(self, rows: Mapping[bytes, bytes]) -> int:
         """Write rows, new ones and others; returns how many. Each single row changes atomically. Raises KernelRefused."""
         if not rows:
@@ -114,7 +120,7 @@ class Mirror:
         return len(rows)
 
     def remove(self, keys: Iterable[bytes]) -> int:
-        """Remove rows; returns how many were named. One that is not there is no error."""
-        named = list(keys)
-        self.map.remove(named)
-        return len(named)
+        """Remove rows; returns how many there were."""
+        removed = self.map.remove(keys)
+        self.count -= removed
+        return removed

@@ -15,6 +15,7 @@ from agent.bpf.maps import Map
 Rows = dict[bytes, bytes]
 _NUMBER = 0xFFFFFFFF
 """The part of a word that is not the owner."""
+_RESERVED = frozenset({m.IDENTITY_ANY, m.IDENTITY_NOBODY, m.POLICY_CLOSED})
 _COOKIE, _ADDRESS, _PORT = struct.Struct("=Q"), struct.Struct("=4I"), struct.Struct("=HB")
 _NUMBERED = frozenset({"id", "identity", "policy", "rule", "audit", "list", "workload"})
 """Members of rows that hold a number given by `agent.ids`."""
@@ -38,7 +39,7 @@ class Layouts:
         key = {name: table.layout.key.packer for name, table in maps.items()}
         value = {name: table.layout.value.packer for name, table in maps.items()}
         self._maps = maps
-        self._known = value["mesh_address"]("netns_cookie", "id", "flags", "identity", "policy")
+        self._known = value["mesh_address"]("identity", "policy", "netns_cookie", "id", "flags")
         self.cookie = key["mesh_workload"]("")
         self.service_key = key["mesh_service"]("address", "port", "protocol")
         self._service = value["mesh_service"]("list", "id", "count", "flags", "affinity_ns")
@@ -57,12 +58,13 @@ class Layouts:
         """The row of `key` in mesh_address or mesh_workload that says this in epochs 0 and 1 (the same if None); the rest has one slot only."""
         one = one or zero
         owner = _owner(key) << 32
-        return self._known(*zero[:3], owner | zero.identity, owner | one.identity, owner | zero.policy, owner | one.policy)
+        return self._known(owner | zero.identity, owner | one.identity, owner | zero.policy, owner | one.policy, *zero[:3])
 
-    def known_at(self, name: str, row: bytes, epoch: int) -> tuple[int, int]:
-        """Identity and policy that a row of mesh_address or mesh_workload has in an epoch."""
-        found = self.unpack(name)(row)
-        return found["identity"][epoch] & _NUMBER, found["policy"][epoch] & _NUMBER
+    def known_at(self, row: bytes, epoch: int) -> Known:
+        """What a row of mesh_address or mesh_workload says in an epoch."""
+        found = self.unpack("mesh_address")(row)
+        identity, policy = found["identity"][epoch] & _NUMBER, found["policy"][epoch] & _NUMBER
+        return Known(found["netns_cookie"], found["id"], found["flags"], identity, policy)
 
     def service(self, key: bytes, number: int, listing: int, count: int, flags: int, affinity_ns: int) -> bytes:
         """The row of `key` in mesh_service."""
@@ -71,6 +73,10 @@ class Layouts:
     def unpack(self, name: str) -> Callable[[bytes], dict[str, Any]]:
         """Unpacks values of a map."""
         return self._maps[name].layout.value.unpack
+
+    def block_identity(self, row: bytes, epoch: int) -> int:
+        """The identity that a row of mesh_block has in an epoch."""
+        return int(self.unpack("mesh_block")(row)["identity"][epoch])
 
     def block_of(self, key: bytes) -> tuple[int, int]:
         """Length in bits and address, as a number, of a key of mesh_block."""
@@ -83,7 +89,8 @@ class Layouts:
         for key, values in self._maps[name].items():
             for member, found in (*layout.key.unpack(key).items(), *layout.value.unpack(values[0]).items()):
                 if member in _NUMBERED:
-                    yield from (n & _NUMBER for n in (found if isinstance(found, tuple) else (found,)) if n != m.IDENTITY_ANY)
+                    numbers = (n & _NUMBER for n in (found if isinstance(found, tuple) else (found,)))
+                    yield from (n for n in numbers if n not in _RESERVED)
 
 
 def _owner(key: bytes) -> int:
@@ -92,4 +99,4 @@ def _owner(key: bytes) -> int:
         return int(_COOKIE.unpack(key)[0]) & _NUMBER
     zero, one, two, three = _ADDRESS.unpack_from(key)
     port, protocol = _PORT.unpack_from(key, _ADDRESS.size) if len(key) > _ADDRESS.size else (0, 0)
-    return int(three ^ two * 0x9E3779B1 ^ one * 0x85EBCA77 ^ zero * 0xC2B2AE3D ^ port ^ protocol << 16) & _NUMBER
+    return int(three ^ two * 0x9E3779B1 ^ one * 0x85EBCA77 ^ zero * 0xC2B2AE3D ^ (port | protocol << 16) * 0x27D4EB2F) & _NUMBER

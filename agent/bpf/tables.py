@@ -117,7 +117,7 @@ class Tables:
             libbpf.wait_for_programs()
         while self._retired and (now or self._retired[0][0] + _RETIREMENT_S < time.monotonic()):
             _, name, keys = self._retired.popleft()
-            self.mirrors[name].count -= self.mirrors[name].remove(keys)
+            self.mirrors[name].remove(keys)
 
     def _retire(self, name: str, keys: Sequence[bytes]) -> None:
         if keys:
@@ -166,11 +166,11 @@ class Tables:
         stale |= standing
         stale["mesh_service"], number = self._bring(mirrors["mesh_service"], service)
         changed += number
+        for name, keys in stale.items():
+            mirrors[name].count = needed[name] + len(keys)
         for name in ("mesh_service", "mesh_workload", "mesh_address", "mesh_block"):
             changed += mirrors[name].remove(stale[name])
-            mirrors[name].count = needed[name]
         for name in ("mesh_policy", "mesh_member", "mesh_backend"):  # what those point to
-            mirrors[name].count = needed[name] + len(stale[name])
             self._retire(name, list(stale[name]))
             changed += len(stale[name])
         self._policies = policies
@@ -427,11 +427,13 @@ class Tables:
         member: Rows = {}
         self.remove_retired(now=False)
         replaced = {name: self._held.pop(name, {}) for name in affected}
-        for listing, _ in (pair for held in replaced.values() for pair in held.values()):
-            self._list_users[listing] -= 1
         for name in replaced:
             if name in snapshot.services:
                 self._service(snapshot.services[name], snapshot.workloads, service, backend, member)
+        for listing, _ in (
+            pair for held in replaced.values() for pair in held.values()
+        ):  # only now: a list that stays is not written again
+            self._list_users[listing] -= 1
         gone = [key for held in replaced.values() for key in held if key not in service]
         unused = {listing: count for held in replaced.values() for listing, count in held.values() if self._list_users[listing] <= 0}
         old_members = [key for listing in unused for key in self._members.pop(listing, ())]
@@ -440,26 +442,16 @@ class Tables:
             if mirrors[name].count + len(rows) > mirrors[name].map.capacity:
                 self.remove_retired()
             mirrors[name].check(mirrors[name].count + len(rows))
-        mirrors["mesh_address"].check(len(self._claims))
-        mirrors["mesh_workload"].check(len(workload) + len(left))
-        mirrors["mesh_service"].check(sum(map(len, self._held.values())))
+        pointing = {"mesh_address": address, "mesh_workload": workload, "mesh_service": service}
+        fresh = {name: mirrors[name].room_for(rows) for name, rows in pointing.items()}
+        fresh |= {"mesh_backend": len(backend), "mesh_member": len(member)}
         self._ids.save()
-        written = (
-            ("mesh_backend", backend),
-            ("mesh_member", member),
-            ("mesh_address", address),
-            ("mesh_workload", workload),
-            ("mesh_service", service),
-        )
-        changed = sum(mirrors[name].write(rows) for name, rows in written)
-        removed = (
-            ("mesh_service", gone),
-            ("mesh_workload", left),
-            ("mesh_address", closed),
-        )
-        changed += sum(mirrors[name].remove(keys) for name, keys in removed)
-        mirrors["mesh_backend"].count += len(backend)
-        mirrors["mesh_member"].count += len(member)
+        changed = 0
+        for name, rows in ({"mesh_backend": backend, "mesh_member": member} | pointing).items():
+            changed += mirrors[name].write(rows)
+            mirrors[name].count += fresh[name]
+        for name, keys in (("mesh_service", gone), ("mesh_workload", left), ("mesh_address", closed)):
+            changed += mirrors[name].remove(keys)
         self._retire("mesh_member", old_members)
         self._retire("mesh_backend", old_backends)
         changed += len(old_members) + len(old_backends)

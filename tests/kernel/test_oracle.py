@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from agent import addresses
 from agent.bpf.datapath import DataPath
 from agent.bpf.manifest import Reason, Verdict
+from agent.bpf.maps import Map
 from agent.bpf.tables import Namespace, Tables
 from agent.config import Config
 from agent.ids import Ids
-from agent.model import LocalWorkload, Policy, Snapshot, Workload
+from agent.model import Action, LocalWorkload, Policy, PolicyRule, Snapshot, Source, Workload
 from agent.policy import PROTOCOLS, Caller, Decision, decide
 from agent.policy import Verdict as Plain
 from tests.kernel.programs import loaded, open_program, receive
@@ -148,8 +149,44 @@ def test_the_kernel_decides_as_the_definition_says(
     assert node.verdicts() == counted
 
 
-def test_the_kernel_agrees_after_any_change_from_any_state(node: Node) -> None:
-    """The same tables are used for every example above: each began in the state that the one before had left."""
+def test_who_comes_or_goes_when_policies_turn_is_never_let_in_between(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its class is new with it: just before the turn the policies in force do not know it, just after it those to come no longer do."""
+    blocks = Policy("shop/blocks", Action.DENY, (PolicyRule((Source(ip_blocks=("10.0.0.0/24",)),)),))
+    labels = Policy("shop/labels", Action.DENY, (PolicyRule((Source(labels=(("app", "x"),)),)),))
+    target = Workload("shop/target", "target", "here", {}, (TARGET,), "target", True, True, (), (blocks.name,))
+    bystander = Workload("shop/other", "other", "there", {}, ("10.9.9.9",), "other", True, True, (), (labels.name,))
+    guest = Workload("shop/guest", "guest", "there", {"app": "x"}, ("10.0.0.5",), "guest", True, True)
+    models = [
+        Snapshot("v", {w.name: w for w in found}, {}, {}, {p.name: p for p in (blocks, labels)})
+        for found in ((target, bystander), (target, bystander, guest))
+    ]
+    seen = []
+
+    def ask() -> None:
+        node.port += 1
+        seen.append(receive(node.program, NUMBERS["TCP"], (guest.addresses[0], node.port), (TARGET, 80)))
+
+    turn = Map.put
+
+    def watched(table: Map, key: bytes, value: bytes) -> None:
+        ask()
+        turn(table, key, value)
+        ask()
+
+    here = [Namespace(LocalWorkload(target, 1, ""), (TARGET,))]
+    node.tables.sync(models[0], here, frozenset())
+    monkeypatch.setattr(Map, "put", watched)
+    for model in (models[1], models[0]):
+        node.tables.sync(model, here, frozenset())
+        ask()
+    assert len(seen) == 6
+    assert not any(seen)
+
+
+def test_an_empty_snapshot_leaves_no_rows(node: Node) -> None:
+    """The same tables were used for every example above."""
+    target = Workload("shop/target", "target", "here", {}, (TARGET,), "target", True, True)
+    node.tables.sync(Snapshot("v", {target.name: target}), [], frozenset())
     rows = {name: sum(1 for _ in node.datapath.maps[name].items()) for name in Tables.ORDER}
     empty = replace(Snapshot("empty"))
     node.tables.sync(empty, [], frozenset())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from agent import addresses
 from agent.bpf.manifest import Direction, EventKind, Reason
 from agent.bpf.maps import Map
@@ -95,13 +97,15 @@ def test_policies_change_everywhere_at_once(node: DataNode) -> None:
     assert outcomes["other"].count(":") == 1, outcomes
 
 
-def test_a_row_that_becomes_anothers_while_it_is_read_is_not_believed(node: DataNode) -> None:
+@pytest.mark.parametrize("action", [Action.ALLOW, Action.DENY])
+def test_a_row_that_becomes_anothers_while_it_is_read_is_not_believed(node: DataNode, action: Action) -> None:
     """The kernel uses the memory of a row for another one at once. What a program would read then stands here: a row with another's words."""
-    node.enforce(model(Policy("default/who", Action.ALLOW, (PolicyRule((Source(service_accounts=("default/caller",)),)),))))
+    account = "default/caller" if action is Action.ALLOW else "default/other"
+    node.enforce(model(Policy("default/who", action, (PolicyRule((Source(service_accounts=(account,)),)),))))
     known, enrolled = node.datapath.maps["mesh_address"], node.datapath.maps["mesh_workload"]
 
     def row(table: Map, key: bytes) -> dict[str, Any]:
-        return table.layout.value.unpack((table.get(key) or [])[0])
+        return table.layout.value.unpack((table.get(key) or [b""])[0])
 
     def cookie(place: str) -> bytes:
         return enrolled.layout.key.pack(**{"": row(known, addresses.packed(ADDRESSES[place][0]))["netns_cookie"]})

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from agent.bpf.tables import Namespace, Tables
+from agent.errors import KernelRefused
 from agent.ids import Ids
 from agent.model import Action, Backing, Delta, LocalWorkload, Policy, PolicyRule, Service, ServicePort, Snapshot, Source, Workload
 from tests.kernel.programs import loaded
@@ -144,7 +145,9 @@ class World:
 def meaning(tables: Tables) -> dict[str, object]:
     """What the rows say: policy sets by what they decide for everybody who is known, because sets may hold more rows than are needed."""
     tables.remove_retired()
+    counted = {name: mirror.count for name, mirror in tables.mirrors.items()}
     rows = {name: mirror.read() for name, mirror in tables.mirrors.items()}
+    assert counted == {name: len(found) for name, found in rows.items()}
     maps = {name: mirror.map.layout for name, mirror in tables.mirrors.items()}
     known = {
         name: {key: maps[name].value.unpack(row) for key, row in rows[name].items()}
@@ -204,3 +207,33 @@ def test_a_small_change_is_a_difference(tables: Tables, monkeypatch: pytest.Monk
     monkeypatch.setattr(tables, "_everything", None)
     world.take(replace(world.snapshot.workloads["shop/w3"], ready=False))
     assert tables.sync(world.snapshot, [], frozenset()) < 20
+
+
+@pytest.mark.parametrize("name", ["mesh_address", "mesh_workload", "mesh_service", "mesh_backend"])
+def test_a_difference_that_does_not_fit_leaves_the_previous_state_in_force(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    world = World()
+    server = Workload("shop/w0", "one", "here", {}, ("10.0.0.1",), "netns", True, True, (Backing("shop/s0", {80: 8080}),))
+    offer = Service("shop/s0", ("10.96.0.1",), (ServicePort(80, "", "TCP", "", False, ""),))
+    for step in (server, Moved("shop/w0", 1, ("10.0.0.1",)), offer):
+        world.take(step)
+    tables.sync(world.snapshot, world.local(), frozenset())
+    monkeypatch.setattr(tables.mirrors[name].map, "capacity", len(tables.mirrors[name].read()))
+    steps = {
+        "mesh_address": replace(server, name="shop/w1", addresses=("10.0.0.2",)),
+        "mesh_workload": Moved("shop/w1", 2, ()),
+        "mesh_service": Service("shop/s1", ("10.96.0.2",), offer.ports),
+        "mesh_backend": replace(server, name="shop/w1", addresses=("10.0.0.2",), backing=(Backing("shop/s0", {80: 8080}),)),
+    }
+    if name == "mesh_workload":
+        world.take(replace(server, name="shop/w1", addresses=()))
+        tables.sync(world.snapshot, world.local(), frozenset())
+    before = {n: mirror.read() for n, mirror in tables.mirrors.items()}
+    world.take(steps[name])
+    with pytest.raises(KernelRefused, match=rf"map {name} holds at most \d+ rows.*--map-capacity {name}=N"):
+        tables.sync(world.snapshot, world.local(), frozenset())
+    assert {n: mirror.read() for n, mirror in tables.mirrors.items()} == before
+    monkeypatch.undo()
+    tables.sync(world.snapshot, world.local(), frozenset())
+    assert tables.mirrors[name].count > len(before[name])
