@@ -298,6 +298,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(SWEEP_S)
             async with self._enforcing:  # a name that comes back meanwhile must not be forgotten
+                self._enrolment.tables.remove_retired(now=False)
                 if self._snapshot is not None:
                     await asyncio.to_thread(self._sweep.run, self._probe.extend(self._snapshot))
 

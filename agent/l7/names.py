@@ -5,6 +5,7 @@ Type URLs are the resource types of the xDS transport protocol (https://www.envo
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 
 _PREFIX = "type.googleapis.com/"
@@ -56,6 +57,7 @@ def workload(name: str, port: int) -> str:
     return f"workload/{name}/{port}"
 
 
+@functools.lru_cache(maxsize=65536)
 def destination(address: str, port: int) -> str:
     """ADDRESS:PORT as Envoy prints it (%DOWNSTREAM_LOCAL_ADDRESS%): IPv6 in brackets, compressed."""
     ip = ipaddress.ip_address(address)

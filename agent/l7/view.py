@@ -60,7 +60,7 @@ class View:
     undecided: Mapping[Key, frozenset[str]]
     """Service ports whose endpoints are not protected alike, and which of these have policies: only the receiver can decide. The same on every node."""
     asking: Mapping[str, Workload]
-    """Workloads with a policy that needs the request."""
+    """Workloads with a policy that needs the request, as they are to who dials their own addresses: in all else they may be as they were once."""
     standings: object
     """Another one if what the receiver asks about a caller differs for any workload."""
     _policies: _Policies = field(repr=False)
@@ -118,9 +118,11 @@ class View:
                     if names := self._policies.undecided(endpoints[key]):
                         undecided[key] = names
             result = replace(result, endpoints=endpoints, undecided=undecided)
-        if any(workload.name in self.asking for workload in old) or any(map(self._policies.asks, new)):
+        asked = [workload for workload in old if workload.name in self.asking]
+        asks = [workload for workload in new if self._policies.asks(workload)]
+        if _dialled(asked) != _dialled(asks):
             asking = {name: workload for name, workload in self.asking.items() if name not in delta.workloads}
-            asking.update((workload.name, workload) for workload in new if self._policies.asks(workload))
+            asking.update((workload.name, workload) for workload in asks)
             result = replace(result, asking=asking)
         if set(map(_standing, old)) != set(map(_standing, new)):
             result = replace(result, standings=object())
@@ -176,6 +178,11 @@ def _behind(workloads: Iterable[Workload], used: frozenset[Key]) -> dict[Key, li
 
 def _sorted(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
     return tuple(sorted(endpoints, key=lambda one: one[0].name))
+
+
+def _dialled(workloads: Iterable[Workload]) -> dict[str, tuple[object, ...]]:
+    """What decides about requests to a workload's own addresses."""
+    return {workload.name: (workload.addresses, workload.backing, workload.policies) for workload in workloads}
 
 
 def _standing(workload: Workload) -> tuple[object, ...]:

@@ -228,9 +228,31 @@ def test_an_endpoint_of_an_l7_service_makes_that_service_alone(monkeypatch: pyte
     found = made(monkeypatch)
     after = steady.unready("default/b1")
     assert found == ["service/default/b/80"]
+    steady.unready("default/a1")
+    assert found == ["service/default/b/80", "service/default/a/80"], "also if it has an address of its own that is served"
     differing = {(kind, name) for kind in after for name in after[kind] if after[kind][name] is not before[kind][name]}
     assert differing == {(names.ENDPOINTS, "service/default/b/80")}
     assert len(before[names.ENDPOINTS]) == len(after[names.ENDPOINTS]), "who still reads the result of before sees what it was"
+
+
+@pytest.mark.parametrize(
+    ("name", "difference"),
+    [
+        pytest.param("default/b0", {"policies": ("default/missing",)}, id="other policies behind a route"),
+        pytest.param("default/b1", {"policies": ("default/missing",)}, id="endpoints behind a route that are no longer alike"),
+        pytest.param("default/a1", {"backing": (Backing("default/a", {80: 9090}),)}, id="another port behind an address"),
+    ],
+)
+def test_what_stands_behind_a_route_or_an_address_reaches_it(name: str, difference: dict[str, Any]) -> None:
+    steady = _Steady()
+    sends = harness.route("r", harness.rule(Backend("default/b", 80, 1)), parent="a")
+    steady.snapshot = changed(steady.snapshot, "1+", {"routes": {sends.name: sends}})
+    steady.unready("default/b1")
+    if name == "default/b1":
+        difference = {**difference, "ready": True}
+    after = steady.change(replace(steady.snapshot.workloads[name], **difference))
+    full = build(steady.snapshot, enrolled(steady.snapshot, ""), trust_domain=harness.TRUST_DOMAIN)
+    assert all(after[kind] == full[kind] for kind in after)
 
 
 def test_who_has_which_address_is_asked_again_only_if_it_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
