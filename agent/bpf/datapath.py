@@ -10,6 +10,9 @@ Other programs with other maps (`agent.bpf.migrate`) take over in this order, ea
    who decides for callers: whoever reads what another hook writes is switched before that one, so each row is found by whoever looks for it;
 3. nobody writes the old maps any more: what is left in them is carried over, and links change to the programs that know the new maps only.
 
+An agent that is killed on the way, at whatever step, leaves sets of programs (`agent.bpf.sets`) from which the next one goes on, also one of the old
+version or of a third. What is over and done with is removed by `forget_other_versions` only.
+
 Below the pin directory: maps-LAYOUT/, programs-HASH/, during step 2 programs-HASH-bridge/, links/NAME and links/netns-COOKIE. A map that is the same in
 two layouts is pinned in both directories.
 """
@@ -23,22 +26,23 @@ import os
 import shutil
 import sys
 import time
-from collections import Counter as Tally
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from agent import features, files
-from agent.bpf import acceleration, libbpf, source
+from agent.bpf import acceleration, libbpf, migrate, sets, source
 from agent.bpf.manifest import HOOKED, PROGRAMS, Counter, Manifest, Program
 from agent.bpf.maps import Map
 from agent.bpf.migrate import Fate, Migration
+from agent.bpf.sets import Others, Set
 from agent.config import Config
 from agent.errors import EnvironmentUnfit, KernelRefused
 
 _log = logging.getLogger(__name__)
 
-_NAMESPACE_PROGRAM = "mesh_sk_lookup"
+_RECEIVER = next(p for p in PROGRAMS if p.where == "namespace")
+_ACCELERATED = next(p for p in PROGRAMS if p.where == "accelerated")
 _SETTLE_S = 0.2
 """A program that was running when its link changed has ended by then, and a connect() that was between two hooks is past the second: that takes
 microseconds, on a machine with too much to do milliseconds."""
@@ -65,16 +69,6 @@ class Foreign:
     place: str
 
 
-@dataclass(frozen=True, slots=True)
-class Predecessor:
-    """A complete set of programs and maps that an earlier agent left in force."""
-
-    programs: str
-    programs_dir: Path
-    maps_dir: Path
-    manifest: Path
-
-
 class DataPath:
     """See the module. Not thread-safe, but `maps` may be read from any thread."""
 
@@ -83,19 +77,15 @@ class DataPath:
         self._config = config
         self._flags = features.compile_flags()
         code = source.read(flags=self._flags, capacities=config.map_capacities)
-        self.layout, self.programs = code.layout, code.programs
-        """Hashes that name the directories of maps and programs."""
-        self._maps_dir = config.pin_dir / f"maps-{code.layout}"
-        self._programs_dir = config.pin_dir / f"programs-{code.programs}"
-        self._bridge_dir = config.pin_dir / f"programs-{code.programs}-bridge"
+        self.pins = Set.of(config, code.programs, code.layout)
         self._links_dir = config.pin_dir / "links"
-        self._manifest = config.run_dir / f"manifest-{code.programs}.json"
         self._namespaces: dict[int, Path] = {}
         self._pending = False
-        self._fates: dict[str, Fate] = {}
-        self._migration: Migration | None = None
+        self._migrations: list[Migration] = []
         self._ids: dict[str, int | None] = {}
         self.maps: dict[str, Map] = {}
+        self.awaits_tables = False
+        """True if programs are in force that decide by other tables than those that are open here: these must be filled before `attach`."""
         self.loader_s = 0.0
         """How long the loader child took; 0 if the pins of an earlier run served."""
 
@@ -104,77 +94,75 @@ class DataPath:
         """Names the kernel map that holds Envoy's listening sockets: what they are in, and no other map, an Envoy must be started with."""
         return f"listeners-{libbpf.object_id(self.maps['mesh_listener'].fd)}"
 
-    @property
-    def awaits_tables(self) -> bool:
-        """True if programs are in force whose tables are not the ones that are open here: these must be filled before `attach`."""
-        return self._pending and Fate.REFILLED in self._fates.values()
-
     async def load(self) -> None:
         """Have the programs pinned and the maps open. Raises EnvironmentUnfit or KernelRefused with the loader's own words."""
-        before = predecessor(self._config, self.programs)
-        if not self._complete(before):
+        others = sets.others(self._config, self.pins)
+        if not self.pins.complete:
             started = time.monotonic()
-            await run_loader(self._job(before), self._config.run_dir / "loader.log")
+            await run_loader(self._job(others), self._config.run_dir / "loader.log")
             self.loader_s = time.monotonic() - started
-        manifest = Manifest.read(self._manifest)
-        self.maps = {name: Map(self._maps_dir / name, layout) for name, layout in manifest.maps.items()}
+        manifest = Manifest.read(self.pins.manifest)
+        self.maps = {name: Map(self.pins.maps / name, layout) for name, layout in manifest.maps.items()}
         self._links_dir.mkdir(parents=True, exist_ok=True)
         stats = self.maps["mesh_stats"]
         if stats.get(bytes(stats.layout.key.size)) is None:
             stats.put(bytes(stats.layout.key.size), bytes(stats.layout.value.size))
-        self._pending = self._others_in_force()
-        if self._pending and before is not None and before.maps_dir != self._maps_dir:
-            self._fates = {name: Fate(fate) for name, fate in manifest.fates.items()}
-            old = Manifest.read(before.manifest, own=False)
-            self._migration = Migration(before.maps_dir, old.maps, self.maps, self._fates)
-            self._migration.prepare()
+        self._take_over(others, manifest)
 
-    def _complete(self, before: Predecessor | None) -> bool:
-        if not (self._manifest.exists() and all((self._programs_dir / p.name).exists() for p in PROGRAMS) and self._maps_dir.is_dir()):
-            return False
-        return (
-            before is None or before.maps_dir == self._maps_dir or json.loads(self._manifest.read_text()).get("before") == before.programs
-        )
-
-    def _job(self, before: Predecessor | None) -> source.Job:
-        changed = before is not None and before.maps_dir != self._maps_dir
+    def _job(self, others: Others) -> source.Job:
+        # Maps that are there already are never made anew: programs may write them, and hold what no other map has.
+        before = others.found[0][0] if others.in_force and not self.pins.maps.is_dir() else None
         return source.Job(
-            maps=str(self._maps_dir),
-            programs=str(self._programs_dir),
-            bridge=str(self._bridge_dir),
-            manifest=str(self._manifest),
+            maps=str(self.pins.maps),
+            programs=str(self.pins.programs),
+            bridge=str(self.pins.bridge),
+            manifest=str(self.pins.manifest),
             flags=list(self._flags),
             capacities=dict(self._config.map_capacities),
-            before_maps=str(before.maps_dir) if before and changed else "",
-            before_manifest=str(before.manifest) if before and changed else "",
+            before_maps=str(before.maps) if before else "",
+            before_manifest=str(before.manifest) if before else "",
         )
 
+    def _take_over(self, others: Others, manifest: Manifest) -> None:
+        """Find out what is to be done when these programs are attached."""
+        same_tables = self.pins.ids()
+        for other, old in others.found:
+            if other.maps != self.pins.maps:
+                found = migrate.fates(old.documents, manifest.documents, sets.shared(other.maps, self.pins.maps))
+                self._migrations.append(Migration(other.maps, old.maps, self.maps, found))
+                self._migrations[-1].prepare()
+                if Fate.REFILLED in found.values():
+                    continue
+            same_tables |= other.ids()
+        self.awaits_tables = bool(sets.linked(self._config).keys() - same_tables)
+        self._pending = bool(self._migrations) or self._others_in_force()
+
     def _others_in_force(self) -> bool:
-        own = _ids(self._programs_dir)
-        hooked = {program.name for program in HOOKED}
-        links = [link for link in self._links_dir.iterdir() if link.name in hooked or link.name.startswith("netns-")]
-        return any(self._pinned_id(link, libbpf.link_program_id) not in own for link in links)
+        return bool(sets.linked(self._config).keys() - set(sets.pinned(self.pins.programs).values()))
 
     def attach(self, waypoint_cgroup: Path) -> None:
         """Link every program to its cgroup, which must exist, and to every namespace; other programs of ours that are in force hand over to these."""
         if not self._pending:
-            self._link_all(self._programs_dir, waypoint_cgroup)
+            self._link_all(self.pins.programs, waypoint_cgroup)
             return
         started = time.monotonic()
         carried = added = 0
-        migration, bridged = self._migration, bool(_ids(self._bridge_dir))
-        if migration and bridged:
-            self._link_all(self._bridge_dir, waypoint_cgroup)
-            time.sleep(_SETTLE_S)
-            carried, added = migration.carry(take=True), migration.add()
-        elif migration:
-            migration.carry(take=False)
-        self._link_all(self._programs_dir, waypoint_cgroup)
-        if migration:
-            time.sleep(_SETTLE_S)
-            carried, added = carried + migration.carry(take=True), added + migration.add()
+        if self._migrations and self._others_in_force() and self.pins.bridge.is_dir():
+            self._link_all(self.pins.bridge, waypoint_cgroup)
+            carried, added = self._empty_the_others()
+        else:
+            for migration in self._migrations:
+                migration.carry(take=False)
+        self._link_all(self.pins.programs, waypoint_cgroup)
+        if (self._links_dir / _ACCELERATED.name).exists():
+            self.accelerate()  # even if nobody wants it any more: the old programs would keep the old maps
+        late = self._empty_the_others()
+        fates = {
+            name: fate.value for migration in reversed(self._migrations) for name, fate in migration.fates.items() if fate is not Fate.KEPT
+        }
+        for migration in self._migrations:
             migration.close()
-        self._migration, self._pending = None, False
+        self._migrations, self._pending, self.awaits_tables = [], False, False
         for link in self._links_dir.glob("mesh_*"):
             if link.name.partition("-")[0] not in {program.name for program in PROGRAMS}:
                 link.unlink()  # of a program that is no more
@@ -182,16 +170,22 @@ class DataPath:
             "other programs have taken over",
             extra={
                 "took_s": round(time.monotonic() - started, 3),
-                "rows": carried,
-                "counters": added,
-                "maps": {name: fate.value for name, fate in self._fates.items() if fate is not Fate.KEPT},
+                "rows": carried + late[0],
+                "counters": added + late[1],
+                "maps": fates,
             },
         )
+
+    def _empty_the_others(self) -> tuple[int, int]:
+        """Take over what other maps hold, which no link's program writes any more; returns numbers of rows and of counters."""
+        if self._migrations:
+            time.sleep(_SETTLE_S)
+        return sum(m.carry(take=True) for m in self._migrations), sum(m.add() for m in self._migrations)
 
     def _link_all(self, programs: Path, waypoint_cgroup: Path) -> None:
         for cookie, path in self._namespaces.items():
             try:
-                self._link(programs, self._namespace_program(), self._links_dir / f"netns-{cookie}", path)
+                self._link(programs, _RECEIVER, self._links_dir / f"netns-{cookie}", path)
             except KernelRefused as error:  # it ended a moment ago, or else the old program goes on there: closed to who is new
                 _log.error("a namespace keeps the programs that it has", extra={"namespace": str(path), "reason": str(error)})
         targets = {"node": self._config.cgroup, "waypoint": waypoint_cgroup}
@@ -204,11 +198,7 @@ class DataPath:
         """Link the receiver's check to a network namespace. Doing it again is harmless. While other programs are in force `attach` does it."""
         self._namespaces[cookie] = path
         if not self._pending:
-            self._link(self._programs_dir, self._namespace_program(), self._links_dir / f"netns-{cookie}", path)
-
-    @staticmethod
-    def _namespace_program() -> Program:
-        return next(p for p in PROGRAMS if p.name == _NAMESPACE_PROGRAM)
+            self._link(self.pins.programs, _RECEIVER, self._links_dir / f"netns-{cookie}", path)
 
     def detach_namespaces(self, keep: set[int]) -> None:
         """Remove the links of namespaces that are not in `keep`, also those of an earlier run."""
@@ -219,6 +209,16 @@ class DataPath:
         self._namespaces = {cookie: path for cookie, path in self._namespaces.items() if cookie in keep}
 
     @staticmethod
+    def _runs(link: Path, code: int, place: int) -> bool:
+        """Have an existing link run a program, if it is attached to that place."""
+        with files.closing(libbpf.open_pin(link)) as fd:
+            if libbpf.link_target(fd) != os.fstat(place).st_ino:
+                return False
+            if libbpf.link_program_id(fd) != libbpf.object_id(code):
+                libbpf.link_update(fd, code)
+            return True
+
+    @staticmethod
     def _link(programs: Path, program: Program, pin: Path, target: Path) -> None:
         """Have `pin` be a link of a program to `target`; whatever it was before stays until the new one is in force."""
         try:
@@ -226,41 +226,38 @@ class DataPath:
                 files.closing(libbpf.open_pin(programs / program.name)) as code,
                 files.closing(os.open(target, os.O_RDONLY | os.O_CLOEXEC)) as place,
             ):
-                if pin.exists():
-                    with files.closing(libbpf.open_pin(pin)) as link:
-                        if libbpf.link_target(link) == os.fstat(place).st_ino:
-                            if libbpf.link_program_id(link) != libbpf.object_id(code):
-                                libbpf.link_update(link, code)
-                            return
-                fresh = pin.with_name(f"{pin.name}-new")  # `pin` is free, or a link to something else that may be gone
+                fresh = pin.with_name(f"{pin.name}-new")
+                if not (pin.exists() and DataPath._runs(pin, code, place)):
+                    if fresh.exists() and not DataPath._runs(fresh, code, place):  # else an agent was killed before it could rename it
+                        fresh.unlink()
+                    if not fresh.exists():
+                        with files.closing(libbpf.link_create(code, place, program.attach_type)) as link:
+                            libbpf.pin(link, fresh)
+                    fresh.rename(pin)  # `pin` is free, or a link to something else that may be gone
                 fresh.unlink(missing_ok=True)
-                with files.closing(libbpf.link_create(code, place, program.attach_type)) as link:
-                    libbpf.pin(link, fresh)
-                pin.unlink(missing_ok=True)
-                fresh.rename(pin)
         except OSError as error:
             raise KernelRefused(f"cannot attach {program.name} to {target}: {error}") from error
 
     def acceleration_checks(self) -> tuple[acceleration.Check, ...]:
         """What accelerated sockets do on this kernel. Takes a second when it was not asked before; nothing stays."""
-        acceleration.attach(self._programs_dir, self._maps_dir)
+        acceleration.attach(self.pins.programs, self.pins.maps)
         cache = self._config.run_dir / "acceleration.json"
-        return acceleration.self_test(self._programs_dir, self._config.cgroup, cache, self._programs_dir.name)
+        return acceleration.self_test(self.pins.programs, self._config.cgroup, cache, self.pins.programs.name)
 
     def accelerate(self) -> None:
         """Have in force what acceleration needs: mesh_sk_msg on its map, and mesh_setsockopt, which keeps kernel TLS off accelerated sockets."""
-        acceleration.attach(self._programs_dir, self._maps_dir)
-        program = next(p for p in PROGRAMS if p.where == "accelerated")
-        self._link(self._programs_dir, program, self._links_dir / program.name, self._config.cgroup)
+        acceleration.attach(self.pins.programs, self.pins.maps)
+        self._link(self.pins.programs, _ACCELERATED, self._links_dir / _ACCELERATED.name, self._config.cgroup)
 
     def forget_other_versions(self) -> None:
-        """Remove pins of programs and maps that nothing of ours uses any more; call it after `attach`."""
-        current = {self._maps_dir, self._programs_dir, self._links_dir}
+        """Remove pins of programs and maps that nothing of ours uses any more; call it after `attach`. Only this ends a change of versions."""
+        sets.sweep_checks(self._config)
+        current = {self.pins.maps, self.pins.programs, self._links_dir}
         for directory in self._config.pin_dir.iterdir():
             if directory not in current and directory.name.startswith(("maps-", "programs-")):
                 shutil.rmtree(directory, ignore_errors=True)
         for manifest in self._config.run_dir.glob("manifest-*.json"):
-            if manifest != self._manifest:
+            if manifest != self.pins.manifest:
                 manifest.unlink()
 
     def hooks(self) -> list[Hook]:
@@ -268,7 +265,7 @@ class DataPath:
         found = []
         places = {"node": self._config.cgroup, "waypoint": self._config.waypoint_cgroup}
         for program in HOOKED:
-            number = self._pinned_id(self._programs_dir / program.name, libbpf.object_id)
+            number = self._pinned_id(self.pins.programs / program.name, libbpf.object_id)
             if program.where == "namespace":
                 linked = [
                     self._pinned_id(self._links_dir / f"netns-{c}", libbpf.link_program_id) == number for c in tuple(self._namespaces)
@@ -285,10 +282,9 @@ class DataPath:
 
     def receives(self, namespace: Path) -> bool:
         """True if the kernel runs the receiver's check for what arrives in a network namespace."""
-        program = next(p for p in PROGRAMS if p.name == _NAMESPACE_PROGRAM)
         try:
             with files.closing(os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)) as fd:
-                return self._own_id(program.name) in libbpf.namespace_programs(fd, program.attach_type)
+                return self._own_id(_RECEIVER.name) in libbpf.namespace_programs(fd, _RECEIVER.attach_type)
         except OSError:
             return False
 
@@ -306,7 +302,7 @@ class DataPath:
     def _own_id(self, program: str) -> int | None:
         """Kernel id of a program of ours; the pins do not change while the agent runs."""
         if program not in self._ids:
-            self._ids[program] = self._pinned_id(self._programs_dir / program, libbpf.object_id)
+            self._ids[program] = self._pinned_id(self.pins.programs / program, libbpf.object_id)
         return self._ids[program]
 
     @staticmethod
@@ -334,34 +330,10 @@ class DataPath:
         table.put(key, table.layout.value.pack(waypoint_cgroup=waypoint_cgroup_id, tracing=tracing))
 
 
-def predecessor(config: Config, programs: str) -> Predecessor | None:
-    """The set whose programs most links run now, if it is not the one of hash `programs`; None if nothing of ours is in force, or that set already."""
-    running = Tally(DataPath._pinned_id(link, libbpf.link_program_id) for link in config.pin_dir.glob("links/*"))  # noqa: SLF001
-    best: Predecessor | None = None
-    most = 0
-    for manifest in config.run_dir.glob("manifest-*.json"):
-        try:
-            document = json.loads(manifest.read_text())
-            found = Predecessor(
-                document["programs"],
-                config.pin_dir / f"programs-{document['programs']}",
-                config.pin_dir / f"maps-{document['layout']}",
-                manifest,
-            )
-        except (ValueError, KeyError, TypeError):
-            continue  # half of one, from an agent that was killed
-        if found.programs == programs or not found.maps_dir.is_dir():
-            continue
-        links = sum(running[number] for number in _ids(found.programs_dir))
-        if links > most or (best is None and any(_ids(config.pin_dir / f"programs-{programs}-bridge") & running.keys())):
-            best, most = found, links
-    return best
-
-
 async def run_loader(job: source.Job, log: Path) -> None:
     """Have the loader child do a job; its output goes to `log` if it fails. Raises EnvironmentUnfit or KernelRefused with its last words."""
     child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "agent.bpf.loader", json.dumps(asdict(job))),
+        *(sys.executable, "-m", "agent.bpf.loader", json.dumps(asdict(job)), str(os.getpid())),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -375,16 +347,7 @@ async def run_loader(job: source.Job, log: Path) -> None:
             )
         await asyncio.to_thread(log.write_bytes, output)
         words = lines[-1] if lines else "the loader ended without a word"
-        raise KernelRefused(f"{words}; all of it is in {log}; does this kernel allow BPF (CONFIG_CGROUP_BPF, no lockdown)?")
-
-
-def _ids(directory: Path) -> set[int]:
-    """Kernel ids of the programs pinned in a directory; empty if there is none."""
-    found = set()
-    for pin in directory.glob("mesh_*"):
-        with files.closing(libbpf.open_pin(pin)) as fd:
-            found.add(libbpf.object_id(fd))
-    return found
+        raise KernelRefused(f"{words}; all that it said is in {log}")
 
 
 def _effective(cgroup: Path, attach_type: str) -> list[int]:

@@ -3,19 +3,23 @@
 Started by `agent.bpf.datapath` as `python -m agent.bpf.loader`; the only module that imports bcc, which keeps 70 to 140 MB in a process that lives
 for a few seconds. It attaches nothing: the agent fills the maps first.
 
-Input: a `source.Job` as JSON, the only argument. Output: the manifest file; on failure one line on standard error and exit code 1. Everything is made
-under names that end in "-new" and gets its own name at the end: a verifier refusal leaves the previous complete set in force, and nothing else.
+Input: a `source.Job` as JSON, and the pid of the agent, with which this ends: the next agent starts a loader of its own. Output: the manifest file; on
+failure one line on standard error and exit code 1. Everything is made under names that end in "-new" and gets its own name at the end: a verifier refusal
+leaves the previous complete set in force, and nothing else.
 
-A map that is the same to the programs in force is pinned once more in the new directory, where bcc finds and uses it.
+A map that is the same to the programs in force is pinned once more in the new directory, where bcc finds and uses it. Maps that are there already, of an
+agent that did not get further or of one that is to come back, are used as they are.
 """
 
 from __future__ import annotations
 
 import ctypes as ct
+import errno
 import json
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -29,19 +33,29 @@ from agent.bpf.manifest import PROGRAMS
 from agent.bpf.migrate import Fate
 from agent.errors import MeshError
 
+_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 _FORMATS = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _PIN = re.compile(r':" MESH_PIN "/(?:" #_name|\w+")')
 _NOTHING = "\nint mesh_nothing(void *ctx) { return 0; }\n"  # without a program bcc loads no BTF, which socket storage needs
 
 
 def main(arguments: list[str]) -> int:
-    """Do the job in the first argument."""
+    """Do the job in the first argument for the process in the second."""
     try:
+        _end_with(int(arguments[1]))
         load(source.Job(**json.loads(arguments[0])))
     except (MeshError, OSError) as error:
         sys.stderr.write(f"loader: {error}\n")
         return 1
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends: an agent's main one (prctl(2))."""
+    if ct.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+        raise OSError(ct.get_errno(), "prctl")
+    if os.getppid() != parent:
+        raise MeshError(f"the agent that started this, pid {parent}, has ended")
 
 
 def load(job: source.Job) -> None:
@@ -65,13 +79,12 @@ class _Work:
 
     job: source.Job
     code: source.Source
-    fates: dict[str, Fate] = field(default_factory=dict)
     bridged: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Start with empty directories."""
         self._maps, self._programs, self._bridge = (Path(path) for path in (self.job.maps, self.job.programs, self.job.bridge))
-        self._fresh = not self._maps.is_dir() or bool(self.job.before_maps)
+        self._fresh = not self._maps.is_dir()
         self._old: dict[str, Any] = {}
         self.clean()
         for path in (self._maps, self._programs):
@@ -86,13 +99,19 @@ class _Work:
         """Decide which maps are used again, and pin those where the programs will look for them."""
         if not self.job.before_maps:
             return
-        self._old = json.loads(Path(self.job.before_manifest).read_text())["maps"]
-        for name, document in self._old.items():
-            document.update(_made(Path(self.job.before_maps) / name))
         layouts = _layouts(self.code)
-        self.fates = migrate.fates(self._old, layouts)
-        self.bridged = bridge.bridged(self.fates, self._old, layouts, self.code.records)
-        for name, fate in self.fates.items():
+        try:
+            self._old = json.loads(Path(self.job.before_manifest).read_text())["maps"]
+            for name, document in self._old.items():
+                document.update(_made(Path(self.job.before_maps) / name))
+            fates = migrate.fates(self._old, layouts)
+            self.bridged = bridge.bridged(fates, self._old, layouts, self.code.records)
+        except (KeyError, ValueError) as error:
+            raise MeshError(
+                f"{self.job.before_manifest} does not say what maps the programs in force have ({error!r}): start the agent that wrote it, or run"
+                " 'meshagent uninstall' and start this one"
+            ) from error
+        for name, fate in fates.items():
             if fate is Fate.KEPT:
                 _pin_again(Path(self.job.before_maps) / name, _new(self._maps) / name)
 
@@ -115,19 +134,17 @@ class _Work:
 
     def finish(self) -> None:
         """Write the manifest and give everything its name."""
-        before = json.loads(Path(self.job.before_manifest).read_text())["programs"] if self.job.before_manifest else ""
         document = {
             "layout": self.code.layout,
             "programs": self.code.programs,
             "enums": self.code.enums,
-            "before": before,
-            "fates": {name: fate.value for name, fate in self.fates.items()},
             "maps": self._layouts,
         }
         files.write(Path(self.job.manifest), json.dumps(document, indent=1).encode())
-        for path in (self._maps, self._bridge, self._programs):  # programs last: with them the set counts as complete
-            if _new(path).is_dir() and (path is not self._maps or self._fresh):
-                shutil.rmtree(path, ignore_errors=True)
+        # Programs last: with them the set counts as complete. The bridge belongs to the maps.
+        for path in (*((self._bridge, self._maps) if self._fresh else ()), self._programs):
+            shutil.rmtree(path, ignore_errors=True)
+            if _new(path).is_dir():
                 _new(path).rename(path)
 
 
@@ -176,7 +193,8 @@ def _load(module: Any) -> dict[str, Any]:
             attach = {} if program.kind == "sock_ops" else {"attach_type": libbpf.ATTACH_TYPES[program.attach_type]}
             functions[program.name] = module.load_func(program.name.encode(), program.type_number, **attach)
         except Exception as error:
-            raise MeshError(f"the kernel refuses {program.name}: {error}") from error
+            hint = "; does it allow BPF (lockdown, CAP_BPF)?" if ct.get_errno() == errno.EPERM else ""
+            raise MeshError(f"the kernel refuses {program.name}: {error}{hint}") from error
     return functions
 
 
@@ -208,13 +226,11 @@ def _map(module: Any, name: str) -> dict[str, Any]:
         module._decode_table_type(json.loads(describe(module.module, raw)))  # noqa: SLF001  has no public name
         for describe in (lib.bpf_table_key_desc, lib.bpf_table_leaf_desc)
     )
-    return {
-        **_described(descriptor),
-        "key": _fields(key),
-        "value": _fields(value),
-        "key_size": ct.sizeof(key),
-        "value_size": ct.sizeof(value),
-    }
+    try:
+        fields = {"key": _fields(key), "value": _fields(value)}
+    except KeyError as error:
+        raise MeshError(f"map {name} has a member of {error} bytes: a manifest knows integers, text and addresses only") from error
+    return {**_described(descriptor), **fields, "key_size": ct.sizeof(key), "value_size": ct.sizeof(value)}
 
 
 def _fields(record: Any) -> list[list[Any]]:

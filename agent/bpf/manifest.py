@@ -10,7 +10,7 @@ import enum
 import json
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -211,10 +211,8 @@ class Manifest:
     layout: str
     programs: str
     maps: Mapping[str, MapLayout]
-    before: str = ""
-    """The programs that were in force when these were loaded."""
-    fates: Mapping[str, str] = field(default_factory=dict)
-    """What becomes of the maps of those before (agent.bpf.migrate, Fate)."""
+    documents: Mapping[str, Any]
+    """What the loader wrote of each map: more than its layout, for those who compare two (agent.bpf.migrate)."""
 
     @staticmethod
     def read(path: Path, *, own: bool = True) -> Manifest:
@@ -226,4 +224,4 @@ class Manifest:
             if compiled != expected:
                 raise LayoutMismatch(f"enum {name}: the programs say {compiled}, this agent {expected}: install matching bpf_src and agent")
         maps = {name: MapLayout(Codec(m["key"], m["key_size"]), Codec(m["value"], m["value_size"])) for name, m in document["maps"].items()}
-        return Manifest(document["layout"], document["programs"], maps, document.get("before", ""), document.get("fates", {}))
+        return Manifest(document["layout"], document["programs"], maps, document["maps"])

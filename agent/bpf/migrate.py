@@ -18,6 +18,7 @@ import errno
 import logging
 import struct
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -58,21 +59,23 @@ class Fate(str, enum.Enum):
     NEW = "new"  # the old programs had none
 
 
-def fates(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Fate]:
-    """By name of each map of the new programs; arguments are the `maps` of two manifests."""
-    found = {name: _fate(name, old.get(name), document) for name, document in new.items()}
+def fates(old: Mapping[str, Any], new: Mapping[str, Any], shared: AbstractSet[str] | None = None) -> dict[str, Fate]:
+    """By name of each map of the new programs. `old` and `new` are what two manifests say of maps, `shared` those that both have; None: as many as can be."""
+    kept = _reusable(old, new) if shared is None else shared
+    return {name: Fate.KEPT if name in kept else _fate(name, old.get(name), document) for name, document in new.items()}
+
+
+def _reusable(old: Mapping[str, Any], new: Mapping[str, Any]) -> set[str]:
+    same = {name for name, document in new.items() if name in old and not differences(old[name], document)}
     for group in _TOGETHER:
-        members = found.keys() & group
-        if any(found[name] is not Fate.KEPT for name in members):
-            found |= {name: Fate.REFILLED if group is CONFIG else Fate.ANEW for name in members if found[name] is not Fate.NEW}
-    return found
+        if not new.keys() & group <= same:
+            same -= group
+    return same
 
 
 def _fate(name: str, old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> Fate:
     if old is None:
         return Fate.NEW
-    if not differences(old, new):
-        return Fate.KEPT
     if name in CONFIG:
         return Fate.REFILLED
     if name in ACCELERATION or name in _WORTHLESS or new["kind"] in _OPAQUE or not old["value_size"]:
@@ -156,16 +159,17 @@ class Migration:
 
     def __init__(self, directory: Path, old: Mapping[str, MapLayout], maps: Mapping[str, Map], found: Mapping[str, Fate]) -> None:
         """Open what is to be read."""
+        self.fates = found
         self._pairs: dict[Fate, list[tuple[Map, Map]]] = {Fate.CARRIED: [], Fate.ADDED: [], Fate.REFILLED: []}
         for name, fate in found.items():
-            if fate in self._pairs and name in old and name in maps and (directory / name).exists():
+            wanted = fate in self._pairs and (fate is not Fate.REFILLED or name in _COPIED_CONFIG)
+            if wanted and name in old and (directory / name).exists():
                 self._pairs[fate].append((Map(directory / name, old[name]), maps[name]))
 
     def prepare(self) -> None:
         """Before the new programs decide anything: copy configuration that no snapshot has."""
         for old, new in self._pairs[Fate.REFILLED]:
-            if new.name in _COPIED_CONFIG:
-                self._carry(old, new, take=False)
+            self._carry(old, new, take=False)
 
     def carry(self, *, take: bool) -> int:
         """Copy state that the new maps lack; `take` removes it from the old ones, which nobody else may write then. Returns the number of rows."""
@@ -244,10 +248,11 @@ def _add(old: Map, new: Map) -> int:
 def _add_row(table: Map, key: bytes, amounts: list[bytes]) -> bool:
     """Add to a row, or to the row that counts what has none (bpf_src/mesh_helpers.h, mesh_stats_for); False if there is room in neither.
 
+    An array has no such row: a counter that it lacks is gone, and its first one counts something else.
     What programs add to the same row between the read and the write, some ten microseconds, is lost: user space cannot add to a per-CPU value.
     """
     codec = table.layout.value
-    for candidate in (key, bytes(len(key))):
+    for candidate in (key,) if table.kind == PERCPU_ARRAY else (key, bytes(len(key))):
         before = table.get(candidate)
         if before is None and candidate != key:
             return False

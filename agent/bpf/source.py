@@ -52,7 +52,7 @@ class Job:
     flags: list[str]
     capacities: dict[str, int]
     before_maps: str = ""
-    """Directory of the maps in force; "" = none, or these."""
+    """Directory of the maps in force; "" = none, or `maps` is there already."""
     before_manifest: str = ""
     source: str = str(BPF_SRC)
 

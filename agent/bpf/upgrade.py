@@ -1,32 +1,32 @@
-"""What would happen if an agent of this version were started on a node where another one is in force. Attaches nothing, and leaves nothing behind.
+"""What would happen if an agent of this version were started on a node where another one is in force. Attaches nothing, and changes no pin.
 
 Called by `meshagent upgrade-check`. The loader child compiles and loads everything as for a start, below a directory of its own next to the pins in
-force, so that the kernel's verifier and its memory limits have been asked.
+force, so that the kernel's verifier and its memory limits have been asked. What stays of that: the two directories of the agent, if there were none, and
+loader.log if something was refused.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from agent import features, files
-from agent.bpf import libbpf, source
-from agent.bpf.datapath import Predecessor, predecessor, run_loader
-from agent.bpf.manifest import Codec, MapLayout
+from agent.bpf import libbpf, migrate, sets, source
+from agent.bpf.datapath import run_loader
+from agent.bpf.manifest import Manifest, MapLayout
 from agent.bpf.maps import Map
 from agent.bpf.migrate import SK_STORAGE, Fate, differences, same_key
+from agent.bpf.sets import Set
 from agent.config import Config
 from agent.errors import MeshError
 
 SAFE, IMPOSSIBLE, LOSSY = 0, 1, 2
-_SCRATCH = "check-"
 _WORDS = {
     Fate.KEPT: "is used again",
     Fate.REFILLED: "is made anew and filled from the last good configuration before anything changes over",
@@ -36,7 +36,8 @@ _WORDS = {
     Fate.NEW: "did not exist",
 }
 _LOSSES = {
-    "mesh_sock": "live connections go on uncounted: what they have sent is not added when they close, and their peers are shown as dialled no more",
+    "mesh_sock": "live connections go on uncounted: what they have sent is not added when they close, their peers are shown as dialled no more, and a policy"
+    " that forbids them later does not close them",
     "mesh_listener": "Envoy will be replaced: open L7 connections end, and new ones are refused until it is ready, about a second",
     "mesh_joined": "accelerated connections go on as they are, uncounted",
 }
@@ -44,6 +45,11 @@ _UNKEYED = {
     "mesh_flow": "connections whose handshake is under way at that moment can be refused once by a protected receiver on this node",
     "mesh_origdst": "L7 connections whose handshake is under way at that moment can fail once",
 }
+
+_UNKNOWN = (
+    "programs are in force whose manifest is missing in {}: counters start at 0, live connections go on uncounted, and connections that are being made can"
+    " fail once; is this the --run-dir of the agent that runs?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,94 +64,99 @@ class MapChange:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The answer. `kernel` is "" if the kernel accepts everything, else what it or the compiler says."""
+    """The answer. `refusal` is "" if it can be started, else what the compiler, the kernel or a map that is too small has against it."""
 
     code: int
     in_force: bool
-    kernel: str
-    programs: Mapping[str, str]
+    refusal: str = ""
+    programs: Mapping[str, str] = field(default_factory=dict)
     """By name: same, changed, new, gone."""
-    maps: tuple[MapChange, ...]
-    losses: tuple[str, ...]
-    notes: tuple[str, ...]
+    maps: tuple[MapChange, ...] = ()
+    losses: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def check(config: Config) -> Report:
     """Try it. Raises EnvironmentUnfit if this machine could not run an agent at all."""
     features.check(config)
-    config.pin_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    config.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _sweep(config.pin_dir)
+    for place in (config.pin_dir, config.run_dir):
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    sets.sweep_checks(config)
     flags = features.compile_flags()
     code = source.read(flags=flags, capacities=config.map_capacities)
-    before = predecessor(config, code.programs)
-    if before is None:
-        running = any((config.pin_dir / "links").glob("mesh_*"))
-        word = "these very programs are in force: nothing changes" if running else "nothing is in force: a start loads everything anew"
-        if running:
-            return Report(SAFE, running, "", {}, (), (), (word,))
-    scratch = config.pin_dir / f"{_SCRATCH}{os.getpid()}"
+    own = Set.of(config, code.programs, code.layout)
+    running = sets.linked(config).keys()
+    if running and running <= set(sets.pinned(own.programs).values()):
+        return Report(SAFE, in_force=True, notes=("these very programs are in force: nothing changes",))
+    others = sets.others(config, own)
+    before = others.found[0] if others.in_force else None
+    scratch = config.pin_dir / f"{sets.SCRATCH}{os.getpid()}"
     scratch.mkdir()
     with tempfile.TemporaryDirectory(prefix="meshagent-check-") as directory:
-        manifest = Path(directory) / "manifest.json"
+        tried = Set(scratch / "programs", scratch / "programs-bridge", scratch / "maps", Path(directory) / "manifest.json")
+        job = source.Job(
+            maps=str(tried.maps),
+            programs=str(tried.programs),
+            bridge=str(tried.bridge),
+            manifest=str(tried.manifest),
+            flags=list(flags),
+            capacities=dict(config.map_capacities),
+            before_maps=str(before[0].maps) if before else "",
+            before_manifest=str(before[0].manifest) if before else "",
+        )
         try:
-            job = source.Job(
-                maps=str(scratch / "maps"),
-                programs=str(scratch / "programs"),
-                bridge=str(scratch / "programs-bridge"),
-                manifest=str(manifest),
-                flags=list(flags),
-                capacities=dict(config.map_capacities),
-                before_maps=str(before.maps_dir) if before else "",
-                before_manifest=str(before.manifest) if before else "",
-            )
             asyncio.run(run_loader(job, config.run_dir / "loader.log"))
+            report = _compare(config, before, own, tried) if before else Report(SAFE, in_force=bool(running))
         except MeshError as error:
-            return Report(IMPOSSIBLE, before is not None, str(error), {}, (), (), ())
-        else:
-            if before is None:
-                return Report(SAFE, False, "", {}, (), (), (word,))
-            return _compare(config, before, scratch / "programs", json.loads(manifest.read_text()))
+            return Report(IMPOSSIBLE, bool(running), str(error))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+    if others.unknown and report.code != IMPOSSIBLE:
+        return replace(report, code=LOSSY, losses=(*report.losses, _UNKNOWN.format(config.run_dir)))
+    return report if running else replace(report, notes=("nothing is in force: a start loads everything anew",))
 
 
-def _sweep(pin_dir: Path) -> None:
-    """Remove what checks left that were killed."""
-    for left in pin_dir.glob(f"{_SCRATCH}*"):
-        if not Path(f"/proc/{left.name.removeprefix(_SCRATCH)}").exists():
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _compare(config: Config, before: Predecessor, programs: Path, new: Mapping[str, Any]) -> Report:
-    old = json.loads(before.manifest.read_text())
-    fates = {name: Fate(fate) for name, fate in new["fates"].items()}
+def _compare(config: Config, before: tuple[Set, Manifest], own: Set, tried: Set) -> Report:
+    (other, manifest), new = before, Manifest.read(tried.manifest).documents
+    old = manifest.documents
+    fates = migrate.fates(old, new, sets.shared(other.maps, own.maps) if own.maps.is_dir() else None)
     changes, losses, notes = [], [], []
     for name, fate in sorted(fates.items()):
-        why = tuple(differences(old["maps"][name], new["maps"][name])) if name in old["maps"] else ()
+        why = tuple(differences(old[name], new[name])) if name in old else ()
         changes.append(MapChange(name, fate.value, _WORDS[fate], why))
-        if fate is Fate.ANEW and name in _LOSSES:
-            losses.append(_LOSSES[name])
-        if fate is Fate.CARRIED and name in _UNKEYED and not same_key(old["maps"][name], new["maps"][name]):
-            losses.append(_UNKEYED[name])
-        if fate in {Fate.CARRIED, Fate.ADDED} and (lost := _overflow(before.maps_dir / name, old["maps"][name], new["maps"][name])):
-            losses.append(f"{lost} rows of {name} do not fit its new capacity of {new['maps'][name]['capacity']}")
-        if fate is Fate.ANEW and new["maps"][name]["kind"] == SK_STORAGE and name not in _LOSSES:
-            losses.append(f"what programs keep on sockets in {name} is forgotten")
+        if fate in {Fate.CARRIED, Fate.ADDED, Fate.REFILLED}:
+            rows, room = _count(other.maps / name, manifest.maps[name]), int(new[name]["capacity"])
+            if rows > room and fate is Fate.REFILLED:
+                words = f"map {name} would hold at most {room} rows, {rows} are in force: raise it with --map-capacity {name}=N"
+                return Report(IMPOSSIBLE, in_force=True, refusal=words)
+            if rows > room:
+                losses.append(f"{rows - room} rows of {name} do not fit its new capacity of {room}")
+        losses += _lost(name, fate, old.get(name), new[name])
     if Fate.REFILLED in fates.values() and not any(config.state_dir.glob("snapshot*")):
         notes.append("there is no last good configuration: the programs in force stay until the controller has sent one")
     if fates.get("mesh_events") is Fate.ANEW:
         notes.append("events that nobody has read yet are dropped")
+    programs = _programs(other.programs, tried.programs)
     return Report(
-        LOSSY if losses else SAFE, True, "", _programs(before.programs_dir, programs), tuple(changes), tuple(losses), tuple(notes)
+        LOSSY if losses else SAFE, in_force=True, programs=programs, maps=tuple(changes), losses=tuple(losses), notes=tuple(notes)
     )
 
 
-def _overflow(pin: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> int:
-    """How many rows there are too many for the new map."""
-    table = Map(pin, MapLayout(Codec(old["key"], old["key_size"]), Codec(old["value"], old["value_size"])))
+def _lost(name: str, fate: Fate, old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> list[str]:
+    if fate is Fate.ANEW and name in _LOSSES:
+        return [_LOSSES[name]]
+    if fate is Fate.ANEW and new["kind"] == SK_STORAGE:
+        return [f"what programs keep on sockets in {name} is forgotten"]
+    if fate is Fate.CARRIED and name in _UNKEYED and old is not None and not same_key(old, new):
+        return [_UNKEYED[name]]
+    return []
+
+
+def _count(pin: Path, layout: MapLayout) -> int:
+    """How many rows a map has that can have more or fewer."""
+    table = Map(pin, layout)
     try:
-        return max(0, table.count() - int(new["capacity"])) if table.counted else 0
+        return table.count() if table.counted else 0
     finally:
         table.close()
 

@@ -153,7 +153,7 @@ def run(  # noqa: PLR0913  one parameter for each option
 def upgrade_check(*, cgroup: Path | None, pin_dir: Path, run_dir: Path, state_dir: Path, map_capacity: dict[str, int], output: str) -> None:
     """Say what it would mean to start this version here: run it from the new version while the old agent runs.
 
-    Exit code 0: no connection and no counter is lost; 1: the kernel refuses something, nothing would change; 2: possible, with the losses named.
+    Exit code 0: no connection and no counter is lost; 1: something is refused, nothing would change; 2: possible, with the losses named.
     """
     from agent.bpf import upgrade  # noqa: PLC0415  as above
 
@@ -170,8 +170,8 @@ def upgrade_check(*, cgroup: Path | None, pin_dir: Path, run_dir: Path, state_di
 
 
 def _in_words(report: upgrade.Report) -> list[str]:
-    if report.kernel:
-        return [f"impossible: {report.kernel}", "what is in force would stay in force"]
+    if report.refusal:
+        return [f"impossible: {report.refusal}", "what is in force would stay in force"]
     lines = ["the kernel accepts every program and map", *report.notes]
     changed = [f"{name} {word}" for name, word in report.programs.items() if word != "same"]
     if report.in_force and report.programs:

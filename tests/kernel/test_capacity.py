@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
 
-from agent import addresses
-from agent.bpf.datapath import DataPath
+from agent import addresses, files
+from agent.bpf import libbpf, migrate, sets, upgrade
 from agent.bpf.manifest import Direction, EventKind
-from agent.errors import EnvironmentUnfit, KernelRefused
+from agent.errors import KernelRefused
 from agent.model import Action, Policy, PolicyRule, Snapshot, Source
 from tests.kernel.datanode import VIP4, DataNode, address_of, snapshot, workload
 from tests.kernel.programs import open_program, receive, running
@@ -71,6 +72,8 @@ def test_a_start_with_a_table_too_small_for_what_is_in_force_changes_nothing(nod
     resize(node)
     programs = running(node.config.pin_dir)
     config, node.config = node.config, replace(node.config, map_capacities={"mesh_policy": 1})
+    report = upgrade.check(node.config)
+    assert (report.code, report.refusal.partition(",")[0]) == (upgrade.IMPOSSIBLE, "map mesh_policy would hold at most 1 rows")
     node.open()
     with pytest.raises(KernelRefused, match="mesh_policy holds at most 1 rows"):
         node.enrolment.enforce(FEW, frozenset())
@@ -98,10 +101,7 @@ def test_full_counters_fold_and_say_so_and_denials_stay(node: DataNode) -> None:
 
 def test_a_flow_that_was_pushed_out_is_refused_by_a_protected_receiver(node: DataNode) -> None:
     resize(node, mesh_flow=64)
-    table, program = (
-        node.datapath.maps["mesh_flow"],
-        open_program(node.config.pin_dir / f"programs-{node.datapath.programs}", "mesh_sk_lookup"),
-    )
+    table = node.datapath.maps["mesh_flow"]
     caller, server = address_of("caller"), address_of("server-a")
     local = next(n for n in node.enrolment.enforce(FEW, frozenset()).local if n.workload.name == "default/caller")
 
@@ -115,8 +115,9 @@ def test_a_flow_that_was_pushed_out_is_refused_by_a_protected_receiver(node: Dat
     for port in range(2000, 2000 + 64 * 64):
         flow(port)
     assert table.count() <= 64
-    assert receive(program, 6, (caller, port), (server, 8080))
-    assert not receive(program, 6, (caller, 1000), (server, 8080)), "closed: the address alone is no proof"
+    with files.closing(open_program(node.datapath.pins.programs, "mesh_sk_lookup")) as program:
+        assert receive(program, 6, (caller, port), (server, 8080))
+        assert not receive(program, 6, (caller, 1000), (server, 8080)), "closed: the address alone is no proof"
     assert node.in_force()
 
 
@@ -155,8 +156,19 @@ def test_rows_and_counters_go_on_when_capacities_change(node: DataNode) -> None:
     assert node.verdicts() == verdicts
 
 
-def test_a_capacity_that_cannot_be_is_refused_before_anything_is_touched(node: DataNode) -> None:
-    for name, rows in (("mesh_nothing", 5), ("mesh_flow", 0), ("mesh_flow", 1 << 30), ("mesh_events", 5000), ("mesh_config", 2)):
-        node_config = replace(node.config, map_capacities={name: rows})
-        with pytest.raises(EnvironmentUnfit, match=f"--map-capacity {name}={rows}"):
-            DataPath(node_config)
+def test_a_counter_that_is_no_more_is_added_to_no_other(node: DataNode) -> None:
+    table = node.datapath.maps["mesh_counter"]
+    before = node.datapath.counters()
+    key, amounts = table.layout.key.pack(**{"": table.capacity}), [table.layout.value.pack(**{"": 5})] * libbpf.possible_cpus()
+    assert not migrate._add_row(table, key, amounts)
+    assert node.datapath.counters() == before
+
+
+def test_what_a_killed_check_has_left_goes_with_other_versions(node: DataNode) -> None:
+    left, running = (node.config.pin_dir / f"{sets.SCRATCH}{pid}" for pid in (1 << 30, os.getpid()))
+    for directory in (left, running):
+        (directory / "maps").mkdir(parents=True)
+    node.datapath.forget_other_versions()
+    assert not left.exists()
+    (running / "maps").rmdir()
+    running.rmdir()

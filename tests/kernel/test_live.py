@@ -160,7 +160,7 @@ def test_bytes_that_go_past_tcp_are_counted_while_their_connection_lives(node: D
         for key, (row,) in list(table.items()):
             table.put(key, table.layout.value.pack(**{**table.layout.value.unpack(row), "flags": WORKLOAD_ACCELERATE}))
     (programs,) = node.config.pin_dir.glob("programs-*")
-    acceleration.attach(programs, node.config.pin_dir / f"maps-{node.datapath.layout}")
+    acceleration.attach(programs, node.datapath.pins.maps)
 
     def grown() -> dict[str, tuple[float, float]]:
         now = {d: page.read("caller", "server-a", d) for d in before}

@@ -7,40 +7,43 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from agent import files, netns
 from agent.addresses import packed
-from agent.bpf import libbpf, source
+from agent.bpf import libbpf, source, upgrade
 from agent.bpf.datapath import DataPath
 from agent.bpf.manifest import HOOKED, Direction, Program
+from agent.bpf.migrate import Migration
 from agent.errors import EnvironmentUnfit, KernelRefused, LayoutMismatch
 from agent.uninstall import uninstall
 from tests.kernel import datanode
 from tests.kernel.datanode import ALLOW_CALLER, DataNode, address_of, compile_from, snapshot, workload
-from tests.kernel.programs import foreign, open_program, pinned, receive
+from tests.kernel.programs import foreign, ids, open_program, pinned, receive, running
 
 MODEL = snapshot(workload("caller"), workload("other"), workload("server-a", policies=("default/p",)), policies=(ALLOW_CALLER,))
 
 
 @pytest.fixture
 def node() -> Iterator[DataNode]:
-    with datanode.running() as running:
-        running.enforce(MODEL)
-        yield running
+    with datanode.running() as started:
+        started.enforce(MODEL)
+        yield started
 
 
 def test_a_restart_takes_over_programs_links_and_rows_without_loading(node: DataNode) -> None:
-    before = pinned(node.config.pin_dir)
+    before, maps = pinned(node.config.pin_dir), ids(node.datapath.pins.maps)
+    rows = {name: mirror.read() for name, mirror in node.enrolment.tables.mirrors.items()}
     node.open()
     assert node.datapath.loader_s == 0
     assert node.in_force()
-    assert node.enrolment.tables.sync(MODEL, [], frozenset()) >= 0
     node.enforce(MODEL)
-    assert pinned(node.config.pin_dir) == before
+    assert (pinned(node.config.pin_dir), ids(node.datapath.pins.maps)) == (before, maps)
+    assert {name: mirror.read() for name, mirror in node.enrolment.tables.mirrors.items()} == rows
     assert all(h.effective for h in node.datapath.hooks())
 
 
@@ -99,13 +102,14 @@ def test_changed_programs_and_records_replace_the_old_ones_without_a_gap(
     node: DataNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     before = pinned(node.config.pin_dir)
+    node.datapath.accelerate()  # nobody wants it any more when the others take over
     compile_from(monkeypatch, edited(tmp_path, what))
     with hammered(node, tmp_path / "stop") as calls:
         node.open()
         node.enforce(MODEL)
         node.datapath.forget_other_versions()
     assert min(calls.values()) > 100
-    assert not set(pinned(node.config.pin_dir)) & set(before)
+    assert not {*pinned(node.config.pin_dir), *running(node.config.pin_dir).values()} & set(before)
     assert all(h.effective for h in node.datapath.hooks())
     assert len(list(node.config.pin_dir.glob("programs-*"))) == 1
 
@@ -143,6 +147,145 @@ def test_an_upgrade_that_is_killed_half_way_is_finished_by_the_next_start(
     assert all(h.effective for h in node.datapath.hooks())
 
 
+class Killed(Exception):
+    """Here the agent was killed: nobody handles it."""
+
+
+def outbound(node: DataNode) -> int:
+    """Connections of caller to server-a, as the open maps count them."""
+    return node.stats("default/caller", "default/server-a", Direction.OUTBOUND)["opened"]
+
+
+def start(
+    node: DataNode, monkeypatch: pytest.MonkeyPatch, capacities: Mapping[str, int], *, links: int | None = None, bridge: bool = False
+) -> bool:
+    """An agent with maps of these capacities; it is killed after so many links to its programs, or to those between, if it is told how many.
+
+    True if caller gets in then. Links of more than two versions do not know all of each other's connections: who may can be refused.
+    """
+    link = DataPath._link
+
+    def dies(programs: Path, program: Program, pin: Path, target: Path) -> None:
+        nonlocal links
+        if links is not None and programs == (node.datapath.pins.bridge if bridge else node.datapath.pins.programs):
+            links -= 1
+            if links < 0:
+                raise Killed
+        link(programs, program, pin, target)
+
+    for table in node.datapath.maps.values():
+        table.close()
+    node.config = replace(node.config, map_capacities=capacities)
+    node.open()
+    monkeypatch.setattr(DataPath, "_link", staticmethod(dies))
+    with contextlib.nullcontext() if links is None else pytest.raises(Killed):
+        node.enforce(MODEL)
+    monkeypatch.setattr(DataPath, "_link", staticmethod(link))
+    assert node.connect("other", address_of("server-a"), 8080) == "EPERM"
+    return node.connect("caller", address_of("server-a"), 8080).startswith("ok")
+
+
+def test_counters_survive_an_agent_that_is_killed_after_the_last_link(node: DataNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No map of connections changes, so there are no programs between: all links change, and then the counters are added up."""
+
+    def dies(_: Migration) -> int:
+        raise Killed
+
+    for _ in range(3):
+        assert node.in_force()
+    before = outbound(node)
+    node.config = replace(node.config, map_capacities={"mesh_stats": 1024})
+    node.open()
+    with monkeypatch.context() as patched:
+        patched.setattr(Migration, "add", dies)
+        with pytest.raises(Killed):
+            node.enforce(MODEL)
+    assert not node.datapath.pins.bridge.exists()
+    assert all(h.effective for h in node.datapath.hooks())
+    for _ in range(2):  # nobody has forgotten the old maps: it is done again
+        node.open()
+        assert not node.datapath.awaits_tables
+        node.enforce(MODEL)
+        assert outbound(node) == before
+    node.datapath.forget_other_versions()
+    assert [path.name for path in node.config.pin_dir.glob("maps-*")] == [node.datapath.pins.maps.name]
+
+
+def test_versions_that_are_killed_one_after_the_other_lose_no_counter(node: DataNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the first one, when it comes back, goes on with its own maps, as soon as its tables say what those in force do."""
+
+    def asked(*_: object) -> None:
+        raise KernelRefused("asked")
+
+    assert node.in_force()
+    before, maps = outbound(node), ids(node.datapath.pins.maps)
+    second, third = {"mesh_stats": 1024, "mesh_flow": 1024, "mesh_policy": 1024}, {"mesh_verdicts": 1024}
+    made = [
+        start(node, monkeypatch, second, links=0),  # all links run the programs between
+        start(
+            node, monkeypatch, third, links=10, bridge=True
+        ),  # its mesh_sockops counts, in a map that is like the first one's, and not the same
+        start(node, monkeypatch, second, links=7, bridge=True),
+    ]
+    assert node.datapath.loader_s == 0
+    first = replace(node.config, map_capacities={})
+    monkeypatch.setattr(upgrade, "run_loader", asked)
+    assert upgrade.check(first).refusal == "asked", "other programs are in force"
+    node.config = first
+    node.open()
+    assert node.datapath.loader_s == 0
+    assert node.datapath.awaits_tables
+    made.append(start(node, monkeypatch, {}, links=5))
+    node.datapath.pins.manifest.unlink()
+    made.append(start(node, monkeypatch, {}))
+    assert node.datapath.loader_s > 0
+    node.datapath.forget_other_versions()
+    assert ids(node.datapath.pins.maps) == maps
+    assert (made[0], made[-1]) == (True, True)
+    assert outbound(node) == before + sum(made)
+    assert all(h.effective for h in node.datapath.hooks())
+
+
+def test_programs_whose_manifest_is_lost_decide_until_the_tables_are_filled(node: DataNode) -> None:
+    node.datapath.pins.manifest.unlink()
+    node.config = replace(node.config, map_capacities={"mesh_workload": 1024})
+    report = upgrade.check(node.config)
+    assert report.code == upgrade.LOSSY
+    assert f"programs are in force whose manifest is missing in {node.config.run_dir}" in report.losses[0]
+    node.open()
+    assert node.datapath.awaits_tables
+    assert node.in_force()
+    node.enforce(MODEL)
+    assert not node.datapath.awaits_tables
+    assert node.in_force()
+
+
+def test_a_link_that_an_agent_had_no_time_to_name_is_the_one_that_stays(node: DataNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(*_: object) -> None:
+        raise Killed
+
+    links = node.config.pin_dir / "links"
+    node.config.waypoint_cgroup.rmdir()
+    node.config.waypoint_cgroup.mkdir()
+    node.open()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", dies)
+        with pytest.raises(Killed):
+            node.enforce(MODEL)
+    (made,) = links.glob("*-new")
+    (links / "mesh_connect4").rename(links / "mesh_connect4-new")
+    left = ids(links)
+    node.open()
+    node.enforce(MODEL)
+    found = ids(links)
+    assert {name: found[name] for name in ("mesh_connect4", made.name.removesuffix("-new"))} == {
+        "mesh_connect4": left["mesh_connect4-new"],
+        made.name.removesuffix("-new"): left[made.name],
+    }
+    assert not list(links.glob("*-new"))
+    assert all(h.effective for h in node.datapath.hooks())
+
+
 def seen_at_each_step(node: DataNode, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """Enforce, and after each link that changes connect to a protected pod: (program, who may, who may not, who is not in the mesh)."""
     link = DataPath._link
@@ -176,7 +319,7 @@ def test_without_the_programs_between_some_step_would_refuse_who_may(
     """Why they are there. Even so nobody gets in who may not."""
     compile_from(monkeypatch, edited(tmp_path, "records"))
     node.open()
-    shutil.rmtree(node.datapath._bridge_dir)
+    shutil.rmtree(node.datapath.pins.bridge)
     found = seen_at_each_step(node, monkeypatch)
     assert "ECONNREFUSED" in {seen[1] for seen in found}
     assert {seen[2:] for seen in found} == {("EPERM", "ECONNREFUSED")}
@@ -193,10 +336,10 @@ def test_a_flow_written_by_the_old_programs_is_known_to_the_programs_between_and
     node.enrolment.enforce(MODEL, frozenset())  # tables only
     new, ends = node.datapath.maps["mesh_flow"], (address_of("caller"), address_of("server-a"))
     key = old.layout.key.pack(source=packed(ends[0]), destination=packed(ends[1]), source_port=1000, destination_port=8080, protocol=6)
-    program = open_program(node.datapath._bridge_dir, "mesh_sk_lookup")
-    assert not receive(program, 6, (ends[0], 1000), (ends[1], 8080))
-    old.put(key, old.layout.value.pack(netns_cookie=local.netns_cookie, workload=5, service=7))
-    assert receive(program, 6, (ends[0], 1000), (ends[1], 8080))
+    with files.closing(open_program(node.datapath.pins.bridge, "mesh_sk_lookup")) as program:
+        assert not receive(program, 6, (ends[0], 1000), (ends[1], 8080))
+        old.put(key, old.layout.value.pack(netns_cookie=local.netns_cookie, workload=5, service=7))
+        assert receive(program, 6, (ends[0], 1000), (ends[1], 8080))
     assert old.get(key) is None
     row = new.layout.value.unpack((new.get(key) or [b""])[0])
     assert {name: row[name] for name in ("netns_cookie", "workload", "service", "added")} == {
@@ -231,18 +374,6 @@ def test_a_map_of_another_size_stops_the_agent_before_it_attaches(node: DataNode
     manifest.write_text(manifest.read_text().replace('"value_size": 24', '"value_size": 32', 1))
     with pytest.raises(LayoutMismatch, match="24"):
         node.open()
-    assert node.in_force()
-
-
-def test_a_full_table_keeps_the_previous_state(node: DataNode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node.enrolment.tables.mirrors["mesh_address"].map, "capacity", 6)
-    bigger = snapshot(
-        *(workload(n) for n in ("caller", "other", "server-b", "remote", "stranger")),
-        workload("server-a", policies=("default/p",)),
-        policies=(ALLOW_CALLER,),
-    )
-    with pytest.raises(KernelRefused, match="holds at most 6 rows"):
-        node.enforce(bigger)
     assert node.in_force()
 
 

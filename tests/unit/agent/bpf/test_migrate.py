@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent.bpf import bridge, source
-from agent.bpf.manifest import Codec
-from agent.bpf.migrate import Converter, Fate, differences, fates
+from agent.bpf.manifest import Codec, MapLayout
+from agent.bpf.migrate import Converter, Fate, Migration, differences, fates
 from agent.errors import EnvironmentUnfit
 
 KEY = [["source", 0, "16s"], ["port", 16, "H"]]
@@ -35,6 +36,22 @@ LONGER = [["cookie", 0, "Q"], ["workload", 8, "Q"], ["pad", 16, "Q"]]
 
 def test_maps_that_are_the_same_are_kept() -> None:
     assert set(fates(OLD, copy.deepcopy(OLD)).values()) == {Fate.KEPT}
+
+
+def test_maps_that_are_the_same_but_two_are_brought_together() -> None:
+    found = fates(OLD, copy.deepcopy(OLD), frozenset({"mesh_sock"}))
+    assert {n: f for n, f in found.items() if n in {"mesh_sock", "mesh_flow", "mesh_stats", "mesh_policy"}} == {
+        "mesh_sock": Fate.KEPT,
+        "mesh_flow": Fate.CARRIED,
+        "mesh_stats": Fate.ADDED,
+        "mesh_policy": Fate.REFILLED,
+    }
+
+
+def test_tables_that_a_snapshot_fills_are_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "mesh_policy").touch()  # no pin: who opens it fails
+    layout = MapLayout(Codec(KEY, 20), Codec(FLOW, 16))
+    Migration(tmp_path, {"mesh_policy": layout}, {}, {"mesh_policy": Fate.REFILLED}).close()
 
 
 @pytest.mark.parametrize(("name", "fate"), [("mesh_flow", Fate.CARRIED), ("mesh_stats", Fate.ADDED), ("mesh_sock", Fate.ANEW)])
@@ -113,7 +130,9 @@ def test_capacities_are_those_of_the_header_unless_others_are_wanted() -> None:
     assert "mesh_config" not in source.default_capacities()
 
 
-@pytest.mark.parametrize(("name", "rows"), [("mesh_nothing", 5), ("mesh_flow", 0), ("mesh_flow", 1 << 25), ("mesh_events", 5000)])
+@pytest.mark.parametrize(
+    ("name", "rows"), [("mesh_nothing", 5), ("mesh_flow", 0), ("mesh_flow", 1 << 25), ("mesh_events", 5000), ("mesh_config", 2)]
+)
 def test_a_capacity_that_cannot_be_is_refused(name: str, rows: int) -> None:
     with pytest.raises(EnvironmentUnfit, match=f"--map-capacity {name}={rows}: "):
         source.read(capacities={name: rows})
