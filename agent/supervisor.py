@@ -57,6 +57,7 @@ HEARTBEAT_S = 1.0
 DEAD_AFTER_S = 10.0
 STATUS_TIMEOUT_S = 5.0
 RETRY_S = 5.0
+RETIRE_S = 2.0
 SWEEP_S = 60.0
 
 
@@ -173,6 +174,7 @@ class Supervisor:
                     "relax": self._relax(),
                     "revocation": self._revocation.run(),
                     "sweep": self._sweep_up(),
+                    "retire": self._retire(),
                     "heartbeat": self._heartbeat(),
                     "api": api.run(),
                 }
@@ -293,12 +295,18 @@ class Supervisor:
             _log.error("the live probe failed", extra={"reason": outcome.problem})
         self._probed, self._probed_at = outcome, time.monotonic()
 
+    async def _retire(self) -> None:
+        """Remove rows that nothing in the kernel can be on its way to any more."""
+        while True:
+            await asyncio.sleep(RETIRE_S)
+            async with self._enforcing:
+                self._enrolment.tables.remove_retired(now=False)
+
     async def _sweep_up(self) -> None:
         """Now and then remove counters of what is gone."""
         while True:
             await asyncio.sleep(SWEEP_S)
             async with self._enforcing:  # a name that comes back meanwhile must not be forgotten
-                self._enrolment.tables.remove_retired(now=False)
                 if self._snapshot is not None:
                     await asyncio.to_thread(self._sweep.run, self._probe.extend(self._snapshot))
 

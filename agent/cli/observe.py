@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,8 +125,11 @@ def trace(source: str, destination: str, *, probe: bool, duration: float, count:
     """
     request = pb.TraceRequest(source=source, destination=destination, duration_s=duration, count=count, probe=probe)
     negative = False
+    call = _stub(_agent_of(source, run_dir)).Trace(request)
+    # Not KeyboardInterrupt: raised inside a callback of gRPC it would be lost, and the command would go on.
+    before = signal.signal(signal.SIGINT, lambda *_: call.cancel())
     try:
-        for answer in _stub(_agent_of(source, run_dir)).Trace(request):
+        for answer in call:
             document = json.loads(answer.document)
             negative |= document.get("verdict") == "DENY" or document.get("outcome") in NEGATIVE
             if output == "json":
@@ -135,9 +139,10 @@ def trace(source: str, destination: str, *, probe: bool, duration: float, count:
             else:
                 _show_connection(document)
     except grpc.RpcError as error:
-        raise NotFound(error.details() or str(error.code())) from error
-    except KeyboardInterrupt:
-        pass
+        if error.code() is not grpc.StatusCode.CANCELLED:
+            raise NotFound(error.details() or str(error.code())) from error
+    finally:
+        signal.signal(signal.SIGINT, before)
     sys.exit(1 if negative else 0)
 
 
