@@ -30,7 +30,7 @@ def job(row: matrix.Row, suites: list[matrix.Suite], extra: list[str]) -> str:
         ]
     for suite in [] if row.refused else suites:
         pytest = ["-v", "--tb=short", "--color=no", "-p", "no:cacheprovider", "-o", f"timeout={matrix.TEST_TIMEOUT_S}", "--durations=10"]
-        words = shlex.join([*pytest, f"--junitxml=/tmp/results/{suite.name}.xml", *suite.selection, *extra])
+        words = shlex.join([*pytest, f"--junitxml=/run/results/{suite.name}.xml", *suite.selection, *extra])
         lines += [f"timeout -s INT -k 60 {suite.budget_s} .venv/bin/python -m pytest {words}", f"echo $? >$RESULTS/{suite.name}.exit"]
     return "\n".join(lines) + "\n"
 

@@ -5,15 +5,16 @@ mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t bpf -o mode=0700 bpf /sys/fs/bpf
-mount -t tmpfs tmpfs /tmp
-mkdir -p /dev/pts /dev/shm /run/netns /run/lock /tmp/results
+mkdir -p /dev/pts /dev/shm /run/netns /run/lock /run/results /run/tmp   # not on /tmp: the tree under test may be below it
+mount -t tmpfs tmpfs /run/tmp
+export TMPDIR=/run/tmp
 mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
 ln -sfn /proc/self/fd /dev/fd
 mount -t ext4 -o ro /dev/vdb /usr/lib/modules
 ip link set lo up
 hostname guest
-export RESULTS=/tmp/results
+export RESULTS=/run/results
 { uname -r; grep -c ^processor /proc/cpuinfo; } > $RESULTS/machine
 bash /run/job.sh
 dmesg > $RESULTS/dmesg
