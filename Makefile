@@ -4,7 +4,7 @@ PY := .venv/bin/python
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=MESH_REQUIRE_KERNEL,KEEP)
 PROTOS := $(wildcard meshapi/*.proto)
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-unit test-kernel test-kernels check generate lock bench bench-l4 bench-l7 bench-agent bench-hooks bench-maps clean
+.PHONY: help setup setup-dev demo test test-unit test-kernel test-kernels check generate lock bench bench-l4 bench-l7 bench-fairness bench-mtls bench-identity bench-agent bench-hooks bench-maps bench-observe bench-scale clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,21 +37,33 @@ check: setup-dev ## ruff, strict mypy, import contracts, generated code up to da
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-cache
 	scripts/generate --check
+	$(PY) -m deploy.grafana.build --check
+	promtool check rules deploy/prometheus/rules.yaml
 
-generate: setup-dev ## regenerate meshapi/*_pb2* from the .proto files
+generate: setup-dev ## regenerate meshapi/*_pb2* from the .proto files, and Grafana's dashboards
 	scripts/generate
+	$(PY) -m deploy.grafana.build
 
 lock: setup-dev ## pin the newest releases that requirements*.in allow
 	for f in requirements requirements-dev; do .venv/bin/uv pip compile --quiet --upgrade --python /usr/bin/python3 --generate-hashes \
 	  --no-emit-index-url --custom-compile-command "make lock" $$f.in -o $$f.lock; done
 
-bench: bench-l4 bench-l7 bench-agent bench-hooks bench-maps ## all benchmarks
+bench: bench-l4 bench-l7 bench-fairness bench-mtls bench-identity bench-agent bench-hooks bench-maps bench-observe bench-scale ## all benchmarks
 
 bench-l4: setup-dev ## same-node L4 against no mesh at all (one JSON object a result)
 	@$(ROOT) $(PY) -m bench.l4
 
 bench-l7: setup-dev ## one waypoint hop against a bare Envoy hop and against two sidecars with mTLS
 	@$(ROOT) $(PY) -m bench.l7
+
+bench-fairness: setup-dev ## how long a quiet workload waits at the waypoint beside one that floods it
+	@$(ROOT) $(PY) -m bench.fairness
+
+bench-mtls: setup-dev ## TCP between two nodes, encrypted, against no mesh and against two sidecars with mTLS
+	@$(ROOT) $(PY) -m bench.mtls
+
+bench-identity: setup-dev ## how long certificates of new workloads take, and 250 workloads at once
+	@$(ROOT) $(PY) -m bench.identity
 
 bench-agent: setup-dev ## agent start to ready, and its memory; with 100,000 endpoints: memory, idle CPU, changes, scrapes
 	@$(ROOT) $(PY) -m bench.agent
@@ -61,6 +73,12 @@ bench-hooks: setup-dev ## nanoseconds that one run of each kernel program takes
 
 bench-maps: setup-dev ## 100,000 endpoints from their bytes into the kernel, and one change of them
 	@$(ROOT) $(PY) -m bench.maps
+
+bench-observe: setup-dev ## what metrics of requests cost on the way, and a scrape with 10,000 series of them
+	@$(ROOT) $(PY) -m bench.observe
+
+bench-scale: setup-dev ## 250 workloads, 2,000 L7 services and 500 routes on one node: Envoy's configuration, its changes, memory
+	@$(ROOT) $(PY) -m bench.scale
 
 clean: ## remove .venv, caches and build/
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

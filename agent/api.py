@@ -7,7 +7,8 @@ import contextlib
 import http.client
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -18,9 +19,10 @@ from agent import netns, plan
 from agent.config import Config
 from agent.enrolment import Enrolled
 from agent.errors import NotFound
-from agent.model import Snapshot
+from agent.model import NO_DIRECT, Direct, Snapshot, Workload
 from agent.policy import UDP
-from agent.report import Plan, Status, encode
+from agent.relay import Relay
+from agent.report import CertificateStatus, IdentityStatus, Plan, Status, encode
 from agent.trace import Pair, Tracer, Watch
 from meshapi import agent_pb2 as pb
 from meshapi import agent_pb2_grpc
@@ -44,8 +46,15 @@ class Node(Protocol):
     def tracer(self) -> Tracer:
         """The running traces."""
 
+    @property
+    def direct(self) -> Direct:
+        """Who is reached without a tunnel, over WireGuard."""
+
     def status(self) -> Status:
         """The state of the node."""
+
+    def identity(self, workload: str) -> IdentityStatus | CertificateStatus:
+        """The certificates of this node, or one workload's with its chain. Raises NotFound."""
 
     async def tracing_armed(self) -> bool:
         """Wait until Envoy reports what the tracer asked for."""
@@ -54,10 +63,11 @@ class Node(Protocol):
 class Api(agent_pb2_grpc.AgentServicer):
     """Serves on `config.api_socket`, mode 0600: root only."""
 
-    def __init__(self, config: Config, node: Node) -> None:
-        """`node` is asked for everything."""
+    def __init__(self, config: Config, node: Node, relay: Relay) -> None:
+        """`node` is asked for everything, `relay` for what other nodes know."""
         self._config = config
         self._node = node
+        self._relay = relay
 
     async def run(self) -> None:
         """Serve until cancelled."""
@@ -67,9 +77,9 @@ class Api(agent_pb2_grpc.AgentServicer):
         before = os.umask(0o177)  # the socket is made when the port is added
         try:
             server.add_insecure_port(f"unix:{self._config.api_socket}")
-            await server.start()
         finally:
-            os.umask(before)
+            os.umask(before)  # before anybody else may run: it is the whole process's
+        await server.start()
         try:
             await server.wait_for_termination()
         finally:
@@ -79,19 +89,38 @@ class Api(agent_pb2_grpc.AgentServicer):
         """`meshagent status`."""
         return pb.Json(document=encode(self._node.status()))
 
+    async def Identity(self, request: pb.IdentityRequest, context: grpc.aio.ServicerContext[pb.IdentityRequest, pb.Json]) -> pb.Json:  # noqa: N802
+        """`meshagent identity`."""
+        try:
+            return pb.Json(document=encode(self._node.identity(request.workload)))
+        except NotFound as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+
     async def Trace(self, request: pb.TraceRequest, context: grpc.aio.ServicerContext[pb.TraceRequest, pb.Json]) -> AsyncIterator[pb.Json]:  # noqa: N802
-        """`meshagent trace`: the plan, then connections until a limit is reached."""
+        """`meshagent trace`: the plan, then connections until a limit is reached. What leaves another node is asked there."""
         snapshot = self._node.snapshot
         try:
             source = plan.find_workload(snapshot, request.source)
-            planned = plan.plan(snapshot, source, request.destination, self._config.trust_domain)
+            planned = plan.plan(
+                snapshot,
+                source,
+                request.destination,
+                self._config.trust_domain,
+                self._node.direct if source.node == self._config.node else NO_DIRECT,
+            )
             service, behind = plan.targets(snapshot, request.destination)
         except NotFound as error:
             await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
         local = next((w for w in self._node.enrolled.local if w.workload.name == source.name), None)
-        if local is None or not (request.duration_s or request.probe):
+        live = bool(request.duration_s or request.probe)
+        if live and source.node != self._config.node and not request.relayed:
+            async with aclosing(self._elsewhere(request, source, planned, context)) as found:
+                async for document in found:
+                    yield document
+            return
+        if local is None or not live:
             yield pb.Json(document=encode(planned))
-            if request.duration_s or request.probe:
+            if live:
                 why = (
                     f"it runs on node {source.node}, this is {self._config.node}"
                     if source.node != self._config.node
@@ -109,6 +138,21 @@ class Api(agent_pb2_grpc.AgentServicer):
                 yield document
         finally:
             self._node.tracer.end(watch)
+
+    async def _elsewhere(
+        self, request: pb.TraceRequest, source: Workload, planned: Plan, context: grpc.aio.ServicerContext[pb.TraceRequest, pb.Json]
+    ) -> AsyncGenerator[pb.Json, None]:
+        """What the source's own node says; if that is away, at least the plan, which any node can make."""
+        told = False
+        try:
+            async with aclosing(self._relay.trace(request, source.node)) as found:
+                async for document in found:
+                    told = True
+                    yield document
+        except NotFound as error:
+            if not told:
+                yield pb.Json(document=encode(planned))
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"connections of {source.name} cannot be watched: {error}")
 
     def _dialled(self, planned: Plan) -> _Call:
         """The call that a plan is about."""

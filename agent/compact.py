@@ -136,8 +136,27 @@ class Table(Mapping[str, V]):
         """The values, at the speed of dicts."""
         return _Values(self, self._shards)
 
+    def differing(self, other: Table[V]) -> set[str]:
+        """Names whose values are not the same objects. Costs what differs: parts that both share are not looked at."""
+        return {
+            name
+            for one, another in zip(self._shards, other._shards, strict=True)
+            if one is not another
+            for name in one.keys() | another.keys()
+            if one.get(name) is not another.get(name)
+        }
+
     def __repr__(self) -> str:
         return repr(dict(self.items()))
+
+
+def differing(before: Mapping[str, V], after: Mapping[str, V]) -> set[str]:
+    """Names whose values are not the same objects."""
+    if before is after or not (before or after):
+        return set()
+    if isinstance(before, Table) and isinstance(after, Table):
+        return before.differing(after)
+    return {name for name in before.keys() | after.keys() if before.get(name) is not after.get(name)}
 
 
 class _Items(ItemsView[str, V]):

@@ -9,18 +9,18 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agent import netns
 from agent.accelerate import Acceleration
 from agent.bpf.datapath import DataPath
-from agent.bpf.tables import Namespace, Tables
+from agent.bpf.tables import NO_TUNNELS, Namespace, Tables
 from agent.config import Config
 from agent.errors import MeshError
 from agent.ids import Ids
-from agent.model import LocalWorkload, Snapshot, Workload
+from agent.model import NO_DIRECT, Direct, LocalWorkload, Snapshot, Workload
 from agent.watch import Watch
 
 _log = logging.getLogger(__name__)
@@ -75,13 +75,22 @@ class Enrolment:
         self._again = True
         self._retry_at = 0.0
 
-    def enforce(self, snapshot: Snapshot, enforce_inbound: frozenset[str]) -> Enrolled:
-        """Make the node decide by `snapshot`. Raises KernelRefused, with the previous state in force, if a table is too small."""
+    def enforce(
+        self,
+        snapshot: Snapshot,
+        enforce_inbound: frozenset[str],
+        tunnels: Mapping[str, int] = NO_TUNNELS,
+        direct: Direct = NO_DIRECT,
+    ) -> Enrolled:
+        """Make the node decide by `snapshot`; `tunnels` is what `agent.tunnels` has that is usable, `direct` says who needs none (`agent.wireguard`).
+
+        Raises KernelRefused, with the previous state in force, if a table is too small.
+        """
         self._again = True  # until it is done
         self._update(snapshot)
         namespaces = self._bind()
         accelerated = self.acceleration.choose(n.local.workload for n in namespaces)
-        changed = self.tables.sync(snapshot, namespaces, enforce_inbound, accelerated)
+        changed = self.tables.sync(snapshot, namespaces, enforce_inbound, accelerated, tunnels, direct)
         # Rows first: a namespace that is linked before its address is known is closed to everybody.
         for namespace in namespaces:
             self._link(namespace.local)

@@ -36,13 +36,13 @@ def counter(name: str, meaning: str, samples: Mapping[str, int]) -> Iterator[str
     yield from _scalars(f"{name}_total", samples)
 
 
-def gauge(name: str, meaning: str, samples: Mapping[str, int]) -> Iterator[str]:
+def gauge(name: str, meaning: str, samples: Mapping[str, float]) -> Iterator[str]:
     """A gauge's text in pieces; `samples` are by label text."""
     yield f"# HELP {name} {meaning}\n# TYPE {name} gauge\n"
     yield from _scalars(name, samples)
 
 
-def _scalars(name: str, samples: Mapping[str, int]) -> Iterator[str]:
+def _scalars(name: str, samples: Mapping[str, float]) -> Iterator[str]:
     for some in _pieces(samples.items(), _LINE):
         yield "".join([f"{name}{{{text}}} {value}\n" if text else f"{name} {value}\n" for text, value in some])
 

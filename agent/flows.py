@@ -11,9 +11,10 @@ from operator import add
 from pathlib import Path
 from typing import NamedTuple
 
-from agent.bpf.manifest import BUCKETS, Close
+from agent.bpf.manifest import BUCKETS, STATS_TUNNELLED, Close, Direction, Redirect
 from agent.bpf.maps import Map
 from agent.bpf.sockets import LiveSocket, Sockets
+from agent.config import HBONE_PORT
 
 _log = logging.getLogger(__name__)
 
@@ -57,8 +58,19 @@ class Pair(NamedTuple):
     target: int
     service: int
     port: int
-    direction: int
+    way: int
+    """`direction`, and whether it takes a tunnel."""
     protocol: int
+
+    @property
+    def direction(self) -> Direction:
+        """At which end it was seen."""
+        return Direction(self.way & ~STATS_TUNNELLED)
+
+    @property
+    def mutual_tls(self) -> bool:
+        """Is it in a tunnel to another node, or one?"""
+        return bool(self.way & STATS_TUNNELLED) or (self.port == HBONE_PORT and self.direction is not Direction.OUTBOUND)
 
 
 class Flow(NamedTuple):
@@ -78,8 +90,9 @@ class Flows:
         """`stats` is mesh_stats."""
         self._stats = stats
         self._sockets = sockets
-        self._pair = stats.layout.key.unpacker(*Pair._fields)
-        self._key = stats.layout.key.packer(*Pair._fields)
+        members = [name if name != "way" else "direction" for name in Pair._fields]
+        self._pair = stats.layout.key.unpacker(*members)
+        self._key = stats.layout.key.packer(*members)
         self._counts = stats.layout.value.unpacker(*_MEMBERS)
         self._zero = bytes(stats.layout.value.size)
         self._lock = threading.Lock()
@@ -118,7 +131,8 @@ class Flows:
         living: dict[bytes, tuple[int, ...]] = {}
         for found in self._living(namespaces):
             record = found.record
-            key = self._key(record.source, record.target, record.service, record.dialled_port, record.direction, record.protocol)
+            way = record.direction | (STATS_TUNNELLED if record.redirected == Redirect.TUNNEL else 0)
+            key = self._key(record.source, record.target, record.service, record.dialled_port, way, record.protocol)
             if key not in rows:
                 if not full:
                     continue  # new since the look at the map

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import enum
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
+from agent import traffic
 from agent.compact import Labels, Shared
+from agent.external import External
+from agent.routing import Cors, Mirror, Redirect, Rewrite, Session
+from agent.traffic import TrafficPolicy
 from meshapi import discovery_pb2 as pb
 
 
@@ -32,6 +37,14 @@ class MatchKind(enum.Enum):
     REGEX = 2
     SUFFIX = 3
     PRESENT = 4
+
+
+class Mtls(enum.Enum):
+    """Mutual TLS between nodes, in the words of Istio's PeerAuthentication: off, accepted besides plaintext, required."""
+
+    DISABLE = 0
+    PERMISSIVE = 1
+    STRICT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +78,33 @@ class Workload:
     weight: int = 1
     acceleration: str = ""
     """"", "enabled" or "force"."""
+    mtls: Mtls = Mtls.DISABLE
+    """What it accepts from other nodes, and whether callers there use HBONE."""
+    mtls_ports: tuple[tuple[int, Mtls], ...] = ()
+    """Ports it listens on that differ, sorted."""
+    awaits_tunnels: bool = False
+    """Nobody has said yet that tunnels end at it: see `tunnelled_at`."""
+    authentications: tuple[str, ...] = ()
+    """RequestAuthentications that select it, sorted."""
+    egress_deny: bool = False
+    """It may go to services and workloads of the mesh, and nowhere else."""
+
+    def mtls_of(self, port: int) -> Mtls:
+        """The mode of a port that it listens on."""
+        return next((mode for number, mode in self.mtls_ports if number == port), self.mtls)
+
+    def tunnelled_at(self, port: int) -> bool:
+        """Do callers on other nodes need a tunnel to a port that it listens on? To a PERMISSIVE one not before there can be any."""
+        return self.needs_tunnel(self.mtls_of(port))
+
+    def needs_tunnel(self, mode: Mtls) -> bool:
+        """The same by the mode of a port."""
+        return mode is Mtls.STRICT or (mode is Mtls.PERMISSIVE and not self.awaits_tunnels)
+
+    @property
+    def tunnelled(self) -> bool:
+        """Is any of its ports reached through HBONE by callers on other nodes, now or soon?"""
+        return self.mtls is not Mtls.DISABLE or any(mode is not Mtls.DISABLE for _, mode in self.mtls_ports)
 
     @property
     def namespace(self) -> str:
@@ -106,6 +146,10 @@ class Service:
     """Seconds for which a caller stays with its endpoint after its last new connection; 0 = no affinity."""
     load_balancing: str = ""
     """"" (weighted random) or "least-connections"."""
+    fail_open: bool = False
+    """Do connections to its L7 ports go past a waypoint that is away?"""
+    external: External | None = None
+    """Set: it stands for hosts outside the mesh."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +161,14 @@ class StringMatch:
 
 
 @dataclass(frozen=True, slots=True)
+class GrpcMethod:
+    """A method of gRPC; None matches every one."""
+
+    service: StringMatch | None = None
+    method: StringMatch | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RouteMatch:
     """All parts must match. `path` None and `method` "" match everything; headers and query are (name, match) pairs."""
 
@@ -124,6 +176,7 @@ class RouteMatch:
     method: str = ""
     headers: tuple[tuple[str, StringMatch], ...] = ()
     query: tuple[tuple[str, StringMatch], ...] = ()
+    grpc: GrpcMethod | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +198,7 @@ class Backend:
     invalid: str = ""
     request_headers: HeaderEdit = HeaderEdit()
     response_headers: HeaderEdit = HeaderEdit()
+    hostname: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +212,10 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class RouteRule:
-    """Any of `matches` selects it (none: every request). Timeouts in milliseconds, 0 = none."""
+    """Any of `matches` selects it (none: every request), for callers that are in all of `callers`. Timeouts in milliseconds, 0 = none.
+
+    `invalid` not empty: it has a filter that cannot be resolved, and what it matches answers 500.
+    """
 
     name: str
     matches: tuple[RouteMatch, ...]
@@ -168,17 +225,66 @@ class RouteRule:
     backend_request_timeout_ms: int
     request_headers: HeaderEdit
     response_headers: HeaderEdit
+    redirect: Redirect | None = None
+    rewrite: Rewrite | None = None
+    mirrors: tuple[Mirror, ...] = ()
+    cors: Cors | None = None
+    session: Session | None = None
+    callers: tuple[tuple[Source, ...], ...] = ()
+    invalid: str = ""
+    claims: tuple[ClaimCondition, ...] = ()
+    """All of them, of a verified token (`agent.l7.claims`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class AtGateway:
+    """A listener of a gateway that a route holds for; `hostnames` are what both have in common, () is every host."""
+
+    gateway: str
+    listener: str
+    hostnames: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayListener:
+    """One listener of a gateway. `hostname` "" is every host; without `certificates`, which are names of Secrets, it is plain HTTP."""
+
+    name: str
+    port: int
+    hostname: str = ""
+    certificates: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """What listens in the namespace of each enrolled workload that has the label of `agent.l7.gateways` with its name."""
+
+    name: str
+    listeners: tuple[GatewayListener, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """An HTTPRoute, resolved. `parents` are (service, port) with port 0 for every port; `created` is Unix seconds."""
+    """An HTTPRoute or, if `grpc`, a GRPCRoute, resolved. `parents` are (service, port) with port 0 for every port; `created` is Unix seconds."""
 
     name: str
     parents: tuple[tuple[str, int], ...]
     hostnames: tuple[str, ...]
     rules: tuple[RouteRule, ...]
     created: int
+    grpc: bool = False
+    gateways: tuple[AtGateway, ...] = ()
+    not_from_gateways: tuple[str, ...] = ()
+    """Services that gateways do not send requests to."""
+
+    @property
+    def namespace(self) -> str:
+        """The part of the name before the slash."""
+        return self.name.partition("/")[0]
+
+    def consumes(self, service: str) -> bool:
+        """Is it for callers of its own namespace alone? So it is for a service of another (GEP-1294)."""
+        return service.partition("/")[0] != self.namespace
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +300,31 @@ class Source:
     ip_blocks: tuple[str, ...] = ()
     not_ip_blocks: tuple[str, ...] = ()
     labels: tuple[tuple[str, str], ...] = ()
+    request_principals: tuple[str, ...] = ()
+    not_request_principals: tuple[str, ...] = ()
+
+    @property
+    def l7(self) -> bool:
+        """True if deciding this needs the request's token, not only the caller."""
+        return bool(self.request_principals or self.not_request_principals)
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderCondition:
+    """Any of `values` (none: no demand) and none of `not_values`; a header that is not there has no value. `name` is in lower case."""
+
+    name: str
+    values: tuple[str, ...] = ()
+    not_values: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimCondition:
+    """The same of a claim of a verified token; `path` leads to it from the payload."""
+
+    path: tuple[str, ...]
+    values: tuple[str, ...] = ()
+    not_values: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,19 +340,23 @@ class Operation:
     hosts: tuple[str, ...] = ()
     not_hosts: tuple[str, ...] = ()
     protocols: tuple[str, ...] = ()
+    headers: tuple[HeaderCondition, ...] = ()
+    claims: tuple[ClaimCondition, ...] = ()
 
     @property
     def l7(self) -> bool:
         """True if deciding this needs the request, not only the connection."""
-        return any((self.methods, self.not_methods, self.paths, self.not_paths, self.hosts, self.not_hosts))
+        return any((self.methods, self.not_methods, self.paths, self.not_paths, self.hosts, self.not_hosts, self.headers, self.claims))
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyRule:
-    """Any of `sources` (none: every caller) and any of `operations` (none: every operation)."""
+    """Any of `sources` (none: every caller) and any of `operations` (none: every operation), and all of `also_sources` and `also_operations`."""
 
     sources: tuple[Source, ...] = ()
     operations: tuple[Operation, ...] = ()
+    also_sources: tuple[Source, ...] = ()
+    also_operations: tuple[Operation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +369,70 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenIssuer:
+    """Who signs tokens, with which keys (a JWK set; "" = not known yet), where requests carry them and what becomes of them."""
+
+    issuer: str
+    audiences: tuple[str, ...] = ()
+    keys: str = field(default="", repr=False)
+    headers: tuple[tuple[str, str], ...] = ()
+    """(name, prefix); if there are neither headers, parameters nor cookies, Envoy's defaults."""
+    parameters: tuple[str, ...] = ()
+    cookies: tuple[str, ...] = ()
+    forward: bool = False
+    payload_header: str = ""
+    claim_headers: tuple[tuple[str, str], ...] = ()
+    """(header, claim)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Authentication:
+    """A RequestAuthentication: tokens of these issuers are believed, a request with any other is answered with 401."""
+
+    name: str
+    issuers: tuple[TokenIssuer, ...] = ()
+
+
+_NO_AUTHENTICATIONS: Mapping[str, Authentication] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class WireGuardEnd:
+    """How a node is reached over WireGuard: its Curve25519 key (32 bytes), UDP port and addresses, at most one of each family."""
+
+    public_key: bytes
+    port: int
+    endpoints: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node of a mesh that encrypts with WireGuard between nodes; `wireguard` None: this one cannot."""
+
+    name: str
+    wireguard: WireGuardEnd | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Direct:
+    """Which workloads are reached without a tunnel, because WireGuard encrypts the way to their node: all on `nodes` but those called `without`."""
+
+    nodes: frozenset[str] = frozenset()
+    without: frozenset[str] = frozenset()
+
+    def __call__(self, workload: Workload) -> bool:
+        """Is it one of them?"""
+        return workload.node in self.nodes and workload.name not in self.without
+
+    def tunnels(self, workload: Workload, mode: Mtls) -> bool:
+        """Does a caller on another node take a tunnel to a port with this mode? STRICT wants the caller's own certificate, which WireGuard cannot show."""
+        return workload.needs_tunnel(mode) and (mode is Mtls.STRICT or not self(workload))
+
+
+NO_DIRECT = Direct()
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """How a snapshot differs from the one of version `base`: names that were added, changed or removed."""
 
@@ -242,6 +441,10 @@ class Delta:
     services: frozenset[str] = frozenset()
     routes: frozenset[str] = frozenset()
     policies: frozenset[str] = frozenset()
+    traffic: frozenset[str] = frozenset()
+    authentications: frozenset[str] = frozenset()
+    nodes: frozenset[str] = frozenset()
+    gateways: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +458,11 @@ class Snapshot:
     policies: Mapping[str, Policy] = field(default_factory=lambda: MappingProxyType({}))
     delta: Delta | None = None
     """None: not known, compare."""
+    traffic: Mapping[str, TrafficPolicy] = field(default_factory=lambda: MappingProxyType({}))
+    authentications: Mapping[str, Authentication] = field(default_factory=lambda: _NO_AUTHENTICATIONS)
+    nodes: Mapping[str, Node] = field(default_factory=lambda: MappingProxyType({}))
+    """By the node's name; empty unless the mesh encrypts with WireGuard."""
+    gateways: Mapping[str, Gateway] = field(default_factory=lambda: MappingProxyType({}))
 
     def since(self, before: Snapshot) -> Delta | None:
         """What differs from `before`; None: not known, compare."""
@@ -285,7 +493,7 @@ class LocalWorkload:
     netns_path: str
 
 
-Entity = Workload | Service | Route | Policy
+Entity = Workload | Service | Route | Policy | TrafficPolicy | Authentication | Node | Gateway
 
 
 def decode(entity: bytes, node: str | None = None) -> Entity:
@@ -300,15 +508,11 @@ def decode(entity: bytes, node: str | None = None) -> Entity:
         message.ParseFromString(entity)
     except Exception as error:
         raise ValueError(f"not an encoded Entity: {error}") from error
-    kind = message.WhichOneof("kind")
+    kind: str = message.WhichOneof("kind") or ""
     if kind == "workload":
         return _workload(message.workload, node)
-    if kind == "service":
-        return _service(message.service)
-    if kind == "route":
-        return _route(message.route)
-    if kind == "policy":
-        return _policy(message.policy)
+    if kind in _DECODERS:
+        return _DECODERS[kind](getattr(message, kind))
     raise ValueError("an Entity of a kind that this agent does not know: upgrade the agent before the controller sends it")
 
 
@@ -333,7 +537,19 @@ def _workload(m: pb.Workload, node: str | None) -> Workload:
         zone=_text(m.zone),
         weight=m.weight or 1,
         acceleration=_text(m.acceleration),
+        mtls=Mtls(m.mtls),
+        mtls_ports=_mtls_ports(tuple((p.port, p.mode) for p in m.mtls_ports)),
+        awaits_tunnels=m.awaits_tunnels,
+        authentications=_texts(tuple(m.authentications)),
+        egress_deny=m.egress_deny,
     )
+
+
+def _make_mtls_ports(ports: tuple[tuple[int, int], ...]) -> tuple[tuple[int, Mtls], ...]:
+    return tuple((port, Mtls(mode)) for port, mode in ports)
+
+
+_mtls_ports: Shared[tuple[tuple[int, int], ...], tuple[tuple[int, Mtls], ...]] = Shared(_make_mtls_ports)
 
 
 def _labels(m: Mapping[str, str]) -> Mapping[str, str]:
@@ -381,7 +597,18 @@ def _service(m: pb.Service) -> Service:
         traffic_distribution=m.traffic_distribution,
         affinity_s=m.affinity_s,
         load_balancing=m.load_balancing,
+        fail_open=m.fail_open,
+        external=External.of(m.external) if m.HasField("external") else None,
     )
+
+
+def _node(m: pb.Node) -> Node:
+    if not m.HasField("wireguard"):
+        return Node(m.name)
+    end = m.wireguard
+    if len(end.public_key) != 32 or not any(end.public_key) or not 1 <= end.port <= 65535 or not end.endpoints:
+        raise ValueError(f"node {m.name} has no usable WireGuard key, port or address")
+    return Node(m.name, WireGuardEnd(end.public_key, end.port, tuple(str(ipaddress.ip_address(text)) for text in end.endpoints)))
 
 
 def _string(m: pb.StringMatch) -> StringMatch:
@@ -398,7 +625,30 @@ def _match(m: pb.RouteMatch) -> RouteMatch:
         method=m.method,
         headers=tuple((h.name, _string(h.value)) for h in m.headers),
         query=tuple((q.name, _string(q.value)) for q in m.query),
+        grpc=_grpc(m.grpc) if m.HasField("grpc") else None,
     )
+
+
+def _grpc(m: pb.GrpcMethod) -> GrpcMethod:
+    return GrpcMethod(_string(m.service) if m.HasField("service") else None, _string(m.method) if m.HasField("method") else None)
+
+
+def _caller(s: pb.Source) -> Source:
+    return Source(
+        principals=tuple(s.principals),
+        not_principals=tuple(s.not_principals),
+        namespaces=tuple(s.namespaces),
+        not_namespaces=tuple(s.not_namespaces),
+        service_accounts=tuple(s.service_accounts),
+        not_service_accounts=tuple(s.not_service_accounts),
+        ip_blocks=_blocks(s.ip_blocks),
+        not_ip_blocks=_blocks(s.not_ip_blocks),
+        labels=tuple(sorted(s.labels.items())),
+    )
+
+
+def _claim(m: pb.ClaimCondition) -> ClaimCondition:
+    return ClaimCondition(tuple(m.path), tuple(m.values), tuple(m.not_values))
 
 
 def _rule(m: pb.RouteRule) -> RouteRule:
@@ -406,24 +656,51 @@ def _rule(m: pb.RouteRule) -> RouteRule:
         name=m.name,
         matches=tuple(_match(match) for match in m.matches),
         backends=tuple(
-            Backend(b.service, b.port, b.weight, b.invalid, _edit(b.request_headers), _edit(b.response_headers)) for b in m.backends
+            Backend(b.service, b.port, b.weight, b.invalid, _edit(b.request_headers), _edit(b.response_headers), b.hostname)
+            for b in m.backends
         ),
         retry=Retry(m.retry.attempts, tuple(m.retry.codes), m.retry.backoff_ms) if m.HasField("retry") else None,
         request_timeout_ms=m.request_timeout_ms,
         backend_request_timeout_ms=m.backend_request_timeout_ms,
         request_headers=_edit(m.request_headers),
         response_headers=_edit(m.response_headers),
+        redirect=Redirect.of(m.redirect) if m.HasField("redirect") else None,
+        rewrite=Rewrite.of(m.rewrite) if m.HasField("rewrite") else None,
+        mirrors=tuple(Mirror(one.service, one.port, one.parts, one.whole) for one in m.mirrors),
+        cors=_cors(m.cors) if m.HasField("cors") else None,
+        session=Session(m.session.cookie, m.session.path, m.session.lifetime_ms, m.session.header) if m.HasField("session") else None,
+        callers=tuple(tuple(_caller(source) for source in one.sources) for one in m.callers if one.sources or not one.claims),
+        invalid=m.invalid,
+        claims=tuple(_claim(condition) for one in m.callers for condition in one.claims),
     )
+
+
+def _cors(m: pb.Cors) -> Cors:
+    # (is it a regular expression?, text): what a StringMatch of an origin can be
+    origins = tuple((origin.kind == pb.StringMatch.REGEX, origin.value) for origin in m.origins)
+    return Cors(origins, m.methods, m.headers, m.expose, m.max_age_s, m.credentials)
 
 
 def _route(m: pb.Route) -> Route:
     return Route(
         name=f"{m.namespace}/{m.name}",
-        parents=tuple((p.service, p.port) for p in m.parents),
+        parents=tuple((p.service, p.port) for p in m.parents if p.service),
         hostnames=tuple(m.hostnames),
         rules=tuple(_rule(rule) for rule in m.rules),
         created=m.created,
+        grpc=m.grpc,
+        gateways=tuple(AtGateway(p.gateway, p.listener, tuple(p.hostnames)) for p in m.parents if p.gateway),
+        not_from_gateways=tuple(m.not_from_gateways),
     )
+
+
+def _gateway(m: pb.Gateway) -> Gateway:
+    listeners = tuple(GatewayListener(one.name, one.port, one.hostname, tuple(one.certificates)) for one in m.listeners)
+    for one in listeners:
+        secured = {bool(other.certificates) for other in listeners if other.port == one.port}
+        if not one.name or not 1 <= one.port <= 65535 or len(secured) > 1:
+            raise ValueError(f"gateway {m.namespace}/{m.name} has a listener {one.name[:300]!r} that cannot be served on port {one.port}")
+    return Gateway(f"{m.namespace}/{m.name}", listeners)
 
 
 def _blocks(texts: Iterable[str]) -> tuple[str, ...]:
@@ -439,35 +716,74 @@ def _policy(m: pb.Policy) -> Policy:
         action=Action(m.action),
         rules=tuple(
             PolicyRule(
-                sources=tuple(
-                    Source(
-                        tuple(s.principals),
-                        tuple(s.not_principals),
-                        tuple(s.namespaces),
-                        tuple(s.not_namespaces),
-                        tuple(s.service_accounts),
-                        tuple(s.not_service_accounts),
-                        _blocks(s.ip_blocks),
-                        _blocks(s.not_ip_blocks),
-                        tuple(sorted(s.labels.items())),
-                    )
-                    for s in rule.sources
-                ),
-                operations=tuple(
-                    Operation(
-                        tuple(o.ports),
-                        tuple(o.not_ports),
-                        tuple(o.methods),
-                        tuple(o.not_methods),
-                        tuple(o.paths),
-                        tuple(o.not_paths),
-                        tuple(o.hosts),
-                        tuple(o.not_hosts),
-                        tuple(o.protocols),
-                    )
-                    for o in rule.operations
-                ),
+                sources=tuple(map(_source, rule.sources)),
+                operations=tuple(map(_operation, rule.operations)),
+                also_sources=tuple(map(_source, rule.also_sources)),
+                also_operations=tuple(map(_operation, rule.also_operations)),
             )
             for rule in m.rules
         ),
     )
+
+
+def _source(m: pb.Source) -> Source:
+    return Source(
+        tuple(m.principals),
+        tuple(m.not_principals),
+        tuple(m.namespaces),
+        tuple(m.not_namespaces),
+        tuple(m.service_accounts),
+        tuple(m.not_service_accounts),
+        _blocks(m.ip_blocks),
+        _blocks(m.not_ip_blocks),
+        tuple(sorted(m.labels.items())),
+        tuple(m.request_principals),
+        tuple(m.not_request_principals),
+    )
+
+
+def _operation(m: pb.Operation) -> Operation:
+    return Operation(
+        tuple(m.ports),
+        tuple(m.not_ports),
+        tuple(m.methods),
+        tuple(m.not_methods),
+        tuple(m.paths),
+        tuple(m.not_paths),
+        tuple(m.hosts),
+        tuple(m.not_hosts),
+        tuple(m.protocols),
+        tuple(HeaderCondition(h.name, tuple(h.values), tuple(h.not_values)) for h in m.headers),
+        tuple(_claim(condition) for condition in m.claims),
+    )
+
+
+def _authentication(m: pb.Authentication) -> Authentication:
+    return Authentication(
+        name=f"{m.namespace}/{m.name}",
+        issuers=tuple(
+            TokenIssuer(
+                issuer=i.issuer,
+                audiences=tuple(i.audiences),
+                keys=i.keys,
+                headers=tuple((h.name, h.prefix) for h in i.headers),
+                parameters=tuple(i.parameters),
+                cookies=tuple(i.cookies),
+                forward=i.forward,
+                payload_header=i.payload_header,
+                claim_headers=tuple((h.header, h.claim) for h in i.claim_headers),
+            )
+            for i in m.issuers
+        ),
+    )
+
+
+_DECODERS: Mapping[str, Callable[[Any], Entity]] = {
+    "service": _service,
+    "route": _route,
+    "policy": _policy,
+    "traffic": traffic.decode,
+    "authentication": _authentication,
+    "node": _node,
+    "gateway": _gateway,
+}

@@ -163,6 +163,16 @@ def create(target: Path) -> None:
     run_in(Path("/proc/self/ns/net"), unshare)
 
 
+def apart(function: Callable[[], T]) -> T:
+    """Run `function` in a new network namespace, which goes with it. Raises what `function` raises, and OSError."""
+
+    def enter() -> T:
+        _checked(_libc.unshare(CLONE_NEWNET), "make a network namespace")
+        return function()
+
+    return run_in(Path("/proc/self/ns/net"), enter)
+
+
 def _checked(result: int, what: str) -> None:
     if result:
         code = ctypes.get_errno()

@@ -6,14 +6,15 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from agent import egress
 from agent.balancing import node_zone, preferred, shares
 from agent.errors import NotFound
-from agent.model import Action, Service, ServicePort, Snapshot, Workload, port_name
-from agent.policy import PROTOCOLS, Caller, Decision, Verdict, decide, protecting
+from agent.external import External
+from agent.model import NO_DIRECT, Action, Direct, Mtls, RouteRule, Service, ServicePort, Snapshot, Workload, port_name
+from agent.policy import PROTOCOLS, TCP, Caller, Decision, Verdict, decide, protecting, source_matches
 from agent.report import BackendPlan, Plan
 
-FAIL_MODE = "closed"
-NO_ROUTE = "{} is L7 and its HTTPRoutes have no usable backend: see 'meshagent get httproute -o json' for the reason"
+NO_ROUTE = "{} is L7 and its routes have no usable backend: see 'meshagent get httproute -o json' (or grpcroute) for the reason"
 
 
 def qualified(name: str) -> str:
@@ -102,8 +103,8 @@ def _leaf(name: str) -> str:
     return name.partition("/")[2]
 
 
-def plan(snapshot: Snapshot, source: Workload, destination: str, trust_domain: str) -> Plan:
-    """Explain a call from `source` to `destination` (see `find_destination`)."""
+def plan(snapshot: Snapshot, source: Workload, destination: str, trust_domain: str, direct: Direct = NO_DIRECT) -> Plan:
+    """Explain a call from `source` to `destination` (see `find_destination`); `direct` is what WireGuard encrypts on the source's node."""
     found = find_destination(snapshot, destination)
     problems = []
     if not source.enrolled:
@@ -112,9 +113,9 @@ def plan(snapshot: Snapshot, source: Workload, destination: str, trust_domain: s
     service_port = found.service_port
     level = "L7" if service_port and service_port.waypoint else "L4"
     if service_port:
-        backends = _shares(snapshot, found, source.node)
+        backends = _shares(snapshot, found, source, caller)
         reason = service_port.reason
-        if not backends:
+        if not backends and not _is_external(found):
             problems.append(
                 NO_ROUTE.format(found) if service_port.waypoint else f"{found} has no ready endpoint: connections are refused at once"
             )
@@ -124,10 +125,16 @@ def plan(snapshot: Snapshot, source: Workload, destination: str, trust_domain: s
     decisions = {w.name: decide(protecting(w, snapshot), caller, target, found.protocol) for w, target, _ in backends}
     if isinstance(found.entity, Workload) and any(d.verdict is Verdict.WAYPOINT for d in decisions.values()):
         level, reason = "L7", "its AuthorizationPolicy has HTTP rules"
-    decision = _combined(decisions.values())
+    decision = _to_outside(found, snapshot, caller) if _is_external(found) else _combined(decisions.values())
+    plaintext = not source.enrolled or found.protocol != TCP
+    problems += [
+        f"{w.name} refuses plaintext from another node on port {target} (PeerAuthentication STRICT), and this call is not tunnelled"
+        for w, target, _ in backends
+        if plaintext and w.node != source.node and w.mtls_of(target) is Mtls.STRICT
+    ]
     if decision.verdict is not Verdict.DENY:
         problems += [f"{n} refuses {source.name}: {d.rule}" for n, d in sorted(decisions.items()) if d.verdict is Verdict.DENY]
-    if decision.verdict is Verdict.WAYPOINT:
+    if decision.verdict is Verdict.WAYPOINT and not _is_external(found):
         reason += f"; each request is decided by {', '.join(sorted({p.name for w, _, _ in backends for p in protecting(w, snapshot)}))}"
     return Plan(
         source=source.name,
@@ -141,10 +148,31 @@ def plan(snapshot: Snapshot, source: Workload, destination: str, trust_domain: s
             BackendPlan(w.name, f"{w.addresses[0]}:{target}" if w.addresses else "", w.node, round(share, 4))
             for w, target, share in backends
         ),
-        encryption=_encryption(source, [w for w, _, _ in backends]),
-        fail_mode=FAIL_MODE,
+        encryption=_encryption(source, found.protocol, [(w, target) for w, target, _ in backends], direct),
+        fail_mode=_fail_mode(found, decision),
         problems=tuple(problems),
     )
+
+
+def _is_external(found: Destination) -> bool:
+    return isinstance(found.entity, Service) and found.entity.external is not None
+
+
+def _to_outside(found: Destination, snapshot: Snapshot, caller: Caller) -> Decision:
+    """What the waypoint of the caller's node says of a call to an ExternalService."""
+    if isinstance(found.entity, Workload) or found.service_port is None:
+        return Decision(Verdict.NONE, "")
+    policies = egress.policies(found.entity, snapshot)
+    if External.is_stream(found.service_port):
+        policies = egress.without_requests(policies)
+    return decide(policies, caller, found.port)
+
+
+def _fail_mode(found: Destination, decision: Decision) -> str:
+    """What becomes of the call while the waypoint is away."""
+    if isinstance(found.entity, Workload) or not (found.service_port and found.service_port.waypoint) or not found.entity.fail_open:
+        return "closed"
+    return "closed: a policy needs the request" if decision.verdict is Verdict.WAYPOINT else "open: without a waypoint it is L4"
 
 
 def targets(snapshot: Snapshot, destination: str) -> tuple[str, frozenset[str]]:
@@ -162,12 +190,14 @@ def allowing(snapshot: Snapshot, workloads: Iterable[str]) -> str:
     return ", ".join(sorted(found))
 
 
-def _shares(snapshot: Snapshot, found: Destination, node: str) -> list[tuple[Workload, int, float]]:
-    """(workload, target port, share) of everything that may answer a caller on `node`; several rules of a route share alike."""
+def _shares(snapshot: Snapshot, found: Destination, source: Workload, caller: Caller) -> list[tuple[Workload, int, float]]:
+    """(workload, target port, share) of everything that may answer `source`; several rules of a route share alike."""
+    node = source.node
     zone = node_zone(snapshot.workloads.values(), node)
     answers: dict[tuple[str, int], tuple[Workload, int, float]] = {}
-    for (service, port), part in _behind(snapshot, found).items():
-        distribution = snapshot.services[service].traffic_distribution if service in snapshot.services else ""
+    for (service, port), part in _behind(snapshot, found, caller).items():
+        wished = (one.balancing.prefer for one in snapshot.traffic.values() if (service, port) in one.targets)
+        distribution = next(wished, "") or (snapshot.services[service].traffic_distribution if service in snapshot.services else "")
         near = preferred(snapshot.endpoints(service, port, found.protocol), distribution, node, zone)
         for workload, target, share in shares(near):
             before = answers.get((workload.name, target), (workload, target, 0.0))[2]
@@ -175,12 +205,15 @@ def _shares(snapshot: Snapshot, found: Destination, node: str) -> list[tuple[Wor
     return sorted(answers.values(), key=lambda item: (item[0].name, item[1]))
 
 
-def _behind(snapshot: Snapshot, found: Destination) -> dict[tuple[str, int], float]:
-    """The service ports that stand behind a service port, each with its share: those of its HTTPRoutes, or itself."""
+def _behind(snapshot: Snapshot, found: Destination, caller: Caller | None = None) -> dict[tuple[str, int], float]:
+    """The service ports that stand behind a service port for a caller (None: for any), each with its share: those of its routes, or itself."""
     own = (found.entity.name, found.port)
     port = found.service_port
     routes = [r for r in snapshot.routes.values() if any(s == own[0] and p in (0, own[1]) for s, p in r.parents)]
-    rules = [rule for route in routes for rule in route.rules]
+    if caller:  # routes of the caller's namespace are instead of the service's own
+        consumers = [route for route in routes if route.consumes(own[0])]
+        routes = [r for r in consumers if r.namespace == caller.namespace] or [r for r in routes if r not in consumers]
+    rules = [rule for route in routes for rule in route.rules if caller is None or _is_for(rule, caller)]
     if not rules or not port or not port.waypoint:
         return {own: 1.0}
     behind: dict[tuple[str, int], float] = {}
@@ -190,6 +223,10 @@ def _behind(snapshot: Snapshot, found: Destination) -> dict[tuple[str, int], flo
             if total and b.weight and not b.invalid:
                 behind[b.service, b.port] = behind.get((b.service, b.port), 0.0) + b.weight / total / len(rules)
     return behind
+
+
+def _is_for(rule: RouteRule, caller: Caller) -> bool:
+    return all(any(source_matches(source, caller) for source in sources) for sources in rule.callers)
 
 
 def _combined(decisions: Iterable[Decision]) -> Decision:
@@ -202,10 +239,23 @@ def _combined(decisions: Iterable[Decision]) -> Decision:
     return Decision(Verdict.NONE, "")
 
 
-def _encryption(source: Workload, backends: list[Workload]) -> str:
-    nodes = {w.node for w in backends}
-    if nodes <= {source.node}:
+def _encryption(source: Workload, protocol: str, backends: Iterable[tuple[Workload, int]], direct: Direct) -> str:
+    far = [(w, target) for w, target in backends if w.node != source.node]
+    if not far:
         return "none: both ends are on one node"
-    return (
-        "none: plaintext between nodes" if source.node not in nodes else "none: plaintext to other nodes, never leaves the node otherwise"
-    )
+    if not source.enrolled:
+        return "none: plaintext between nodes"
+    ways: dict[str, set[str]] = {}
+    for w, target in far:
+        tunnel = protocol == TCP and direct.tunnels(w, w.mtls_of(target))
+        ways.setdefault(_MTLS if tunnel else _WIREGUARD if direct(w) else _PLAINTEXT, set()).add(w.name)
+    plain = sorted(ways.pop(_PLAINTEXT, ()))
+    if not ways:
+        return f"none: {_PLAINTEXT}"
+    words = [f"{way}{' to ' + ', '.join(sorted(names)) if len(ways) > 1 else ''}" for way, names in sorted(ways.items(), reverse=True)]
+    return f"{', '.join(words)}{', but plaintext to ' if plain else ''}{', '.join(plain)}"
+
+
+_MTLS = "mTLS between nodes (HBONE)"
+_WIREGUARD = "WireGuard between nodes"
+_PLAINTEXT = "plaintext between nodes"

@@ -104,7 +104,10 @@ def _within(caller: Caller, blocks: tuple[str, ...]) -> bool:
 
 
 def source_matches(source: Source, caller: Caller) -> bool:
-    """True if the caller fits. A stranger fits no positive list of names or labels, and every negative one, as in Istio."""
+    """True if the caller fits. A stranger fits no positive list of names or labels, and every negative one, as in Istio.
+
+    Tokens come with the request and are left out: see `Source.l7`.
+    """
     lists = (
         (source.principals, source.not_principals, caller.principal),
         (source.namespaces, source.not_namespaces, caller.namespace),
@@ -137,19 +140,26 @@ def _fits(operation: Operation, port: int, protocol: str) -> bool:
 
 def _rule_matches(rule: PolicyRule, is_source: Matcher, port: int, protocol: str) -> Verdict | None:
     """None: no. ALLOW: yes, whatever the request. WAYPOINT: it depends on the request."""
-    if rule.sources and not any(map(is_source, rule.sources)):
+    sources = [s for s in rule.sources if is_source(s)]
+    operations = [o for o in rule.operations if _fits(o, port, protocol)]
+    if (rule.sources and not sources) or (rule.operations and not operations):
         return None
-    if not rule.operations:
-        return Verdict.ALLOW
-    fitting = [o for o in rule.operations if _fits(o, port, protocol)]
-    if not fitting:
+    if not all(map(is_source, rule.also_sources)) or not all(_fits(o, port, protocol) for o in rule.also_operations):
         return None
-    return Verdict.WAYPOINT if all(o.l7 for o in fitting) else Verdict.ALLOW
+    # Of alternatives one that does not ask is enough; of what must hold besides, everything counts.
+    asks = (bool(sources) and all(s.l7 for s in sources)) or (bool(operations) and all(o.l7 for o in operations))
+    asks = asks or any(s.l7 for s in rule.also_sources) or any(o.l7 for o in rule.also_operations)
+    return Verdict.WAYPOINT if asks else Verdict.ALLOW
 
 
 def protecting(workload: Workload, snapshot: Snapshot) -> tuple[Policy, ...]:
     """Policies that protect a workload, by name. One that is named but missing counts as an ALLOW without rules: it denies everything."""
-    return tuple(snapshot.policies.get(name) or Policy(name, Action.ALLOW) for name in sorted(workload.policies))
+    return named(workload.policies, snapshot)
+
+
+def named(policies: Iterable[str], snapshot: Snapshot) -> tuple[Policy, ...]:
+    """The policies of these names, sorted; one that is missing is as in `protecting`."""
+    return tuple(snapshot.policies.get(name) or Policy(name, Action.ALLOW) for name in sorted(policies))
 
 
 def decide(policies: Sequence[Policy], caller: Caller, port: int, protocol: str = TCP) -> Decision:
@@ -204,7 +214,7 @@ class Classes:
 
     def __init__(self, policies: Iterable[Policy]) -> None:
         """Collect the distinct sources of all policies."""
-        self.sources = tuple(dict.fromkeys(s for p in policies for rule in p.rules for s in rule.sources))
+        self.sources = tuple(dict.fromkeys(s for p in policies for rule in p.rules for s in (*rule.sources, *rule.also_sources)))
         self._index = {source: number for number, source in enumerate(self.sources)}
         self._labels = frozenset(name for s in self.sources for name, _ in s.labels)
         self._names = tuple(self._labels)
@@ -319,8 +329,8 @@ def compile_rows(policies: Sequence[Policy], classes: Classes, present: Iterable
     sources: set[int] = set()
     for policy in policies:
         for rule in policy.rules:
-            sources.update(classes.number(s) for s in rule.sources)
-            for operation in rule.operations:
+            sources.update(classes.number(s) for s in (*rule.sources, *rule.also_sources))
+            for operation in (*rule.operations, *rule.also_operations):
                 ports.update(operation.ports, operation.not_ports)
     rows: dict[Row, Decision] = {}
     seen: dict[frozenset[int], dict[tuple[str, int], Decision]] = {}

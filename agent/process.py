@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import select
 import signal
 from collections.abc import Sequence
@@ -49,6 +50,16 @@ def spawn(launcher: str, argv: Sequence[str], output: Path, config: str) -> Proc
     )
     stat = _stat(pid)
     return Process(pid, stat[1] if stat else 0, config)
+
+
+def leave_no_core(process: Process) -> None:
+    """Have the kernel write no core dump of a process, and hand none to a handler: it gets private keys over its lifetime.
+
+    A limit of 1 byte is less than any dump and, where core_pattern names a program, means "no dump" (fs/coredump.c, do_coredump); 0 would not do there.
+    Whoever may not raise a limit of 0 keeps it.
+    """
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        resource.prlimit(process.pid, resource.RLIMIT_CORE, (1, 1))
 
 
 def record(path: Path, process: Process) -> None:

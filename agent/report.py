@@ -24,12 +24,23 @@ class HookStatus:
 
 @dataclass(frozen=True, slots=True)
 class WaypointStatus:
-    """Envoy. `nacks` counts configurations that it refused since the agent started."""
+    """Envoy. `nacks` counts resources that it refused since the agent started; of `rejected` it runs on the version before.
+
+    `last_nack`: resource and reason of the latest refusal, or "". `sent`: resources that went to it, by type. `pushes`: how often it then had everything;
+    `pushed_seconds`: how long all of these took, `last_push_seconds`: the last one. `resident_bytes`: its memory, None if it does not run.
+    """
 
     ready: bool
     version: str
     pid: int | None
     nacks: int
+    rejected: int = 0
+    last_nack: str = ""
+    sent: dict[str, int] = field(default_factory=dict)
+    pushes: int = 0
+    pushed_seconds: float = 0.0
+    last_push_seconds: float = 0.0
+    resident_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +93,68 @@ class AccelerationStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class CertificateStatus:
+    """One certificate. Times: Unix seconds, None if there is none; `serial`: hexadecimal digits; `chain`: PEM, leaf first, only where it was asked for.
+
+    `workload` is NAMESPACE/NAME, "" for the node's own. `problem`: why there is none, or no newer one; "" if all is well.
+    """
+
+    workload: str
+    spiffe_id: str
+    serial: str = ""
+    not_before: float | None = None
+    expires_at: float | None = None
+    renews_at: float | None = None
+    problem: str = ""
+    chain: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityStatus:
+    """Certificates of this node. `mode`: "off" (the controller has no identity service), "waiting" (it has not been reached yet), or "on".
+
+    `kept`: where keys are kept for a restart of the agent; "" if only in its memory. `node`: None where an operator made the node's certificate.
+    """
+
+    mode: str = "off"
+    connected: bool = False
+    trust_domain: str = ""
+    trust_sequence: int | None = None
+    roots: int = 0
+    revoked: int = 0
+    kept: str = ""
+    workload_socket: str = ""
+    node: CertificateStatus | None = None
+    workloads: tuple[CertificateStatus, ...] = ()
+    signed: int = 0
+    failures: int = 0
+    callers_refused: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WireGuardPeer:
+    """Another node. `state`: "encrypted", "waiting" (for a handshake), or "none" (it has no WireGuard). `handshake_age_seconds`: None before the first."""
+
+    node: str
+    state: str
+    handshake_age_seconds: float | None
+    sent_bytes: int
+    received_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WireGuardStatus:
+    """`mode`: "off" (the mesh does not use it), "unavailable" (it does, but this node cannot: `reason`), or "on". `public_key` in base64."""
+
+    mode: str = "off"
+    reason: str = ""
+    public_key: str = ""
+    port: int = 0
+    mtu: int = 0
+    peers: tuple[WireGuardPeer, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """`meshagent status`. `problems` are sentences for people, each with the next step."""
 
@@ -95,6 +168,8 @@ class Status:
     probe: ProbeStatus = ProbeStatus()
     acceleration: AccelerationStatus = AccelerationStatus()
     foreign_programs: tuple[ForeignProgram, ...] = ()
+    identity: IdentityStatus = IdentityStatus()
+    wireguard: WireGuardStatus = WireGuardStatus()
 
 
 @dataclass(frozen=True, slots=True)

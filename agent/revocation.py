@@ -1,4 +1,4 @@
-"""Closes living connections that a changed policy forbids: what the kernel would refuse now must not go on because it began earlier.
+"""Closes living connections that a changed policy or mTLS mode forbids: what the kernel would refuse now must not go on because it began earlier.
 
 Every connection of the enrolled namespaces is decided again as `agent.policy` says, at the caller and at the receiver. Where the request decides
 (WAYPOINT) a connection stays, also one that never went through the waypoint: it is decided by request when it is opened again.
@@ -15,14 +15,15 @@ from typing import NamedTuple
 
 from agent import addresses
 from agent.bpf.datapath import DataPath
-from agent.bpf.manifest import Direction
+from agent.bpf.manifest import Direction, Redirect
 from agent.bpf.manifest import Verdict as Row
 from agent.bpf.sockets import LiveSocket, Sockets
-from agent.config import Config
+from agent.config import HBONE_PORT, Config
 from agent.enrolment import Enrolled
 from agent.errors import KernelRefused
 from agent.ids import Ids
-from agent.model import LocalWorkload, Snapshot, Workload
+from agent.model import LocalWorkload, Mtls, Snapshot, Workload
+from agent.patience import within
 from agent.policy import Caller, Decision, Verdict, decide, protecting
 
 _log = logging.getLogger(__name__)
@@ -61,11 +62,18 @@ class Judge:
         record, (here, there) = found.record, found.ends
         if record.direction == Direction.INBOUND:
             name = self._ids.name(record.source)
+            if here[1] == HBONE_PORT:
+                return None  # a tunnel: decided by connection, in Envoy when it is opened and at the caller while it lives
+            if local.workload.mtls_of(here[1]) is Mtls.STRICT and name not in self._local:
+                return Forbidden(found, name or addresses.text(there[0]), local.workload.name, "STRICT: plaintext from outside this node")
             known = self._snapshot.workloads.get(name or self._remote(there[0]))
             source, destination = name or addresses.text(there[0]), local.workload.name
             caller, port = self._caller(known, there[0]), here[1]
-        elif record.direction == Direction.FROM_WAYPOINT or record.redirected or record.verdict == Row.DENY:
+        elif record.direction == Direction.FROM_WAYPOINT or record.redirected == Redirect.WAYPOINT or record.verdict == Row.DENY:
             return None  # decided by request; or a kernel thread's, which the caller's end never refuses (bpf_src/mesh_connect.c)
+        elif record.redirected == Redirect.TUNNEL:
+            source, destination = local.workload.name, self._ids.name(record.target)
+            caller, port = self._caller(local.workload, there[0]), record.origdst_port
         else:
             source, destination = local.workload.name, self._who(there[0])
             caller, port = self._caller(local.workload, there[0]), there[1]
@@ -125,7 +133,7 @@ class Revocation:
             await asyncio.to_thread(self.close_forbidden)
             await asyncio.sleep(PAUSE_S)
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._wanted.wait(), SETTLE_S)
+                await within(self._wanted.wait(), SETTLE_S)
                 continue
             await asyncio.to_thread(self.close_forbidden)
 
@@ -192,7 +200,11 @@ def affects(before: Snapshot | None, after: Snapshot) -> bool:
         for name in delta.workloads
         if name in after.workloads and _standing(before.workloads.get(name)) != _standing(after.workloads[name])
     ]
-    return bool(changed) and (bool(after.policies) or any(w.policies for w in changed))
+    return bool(changed) and (bool(after.policies) or any(w.policies or _strict(w) for w in changed))
+
+
+def _strict(workload: Workload) -> bool:
+    return Mtls.STRICT in {workload.mtls, *(mode for _, mode in workload.mtls_ports)}
 
 
 def _standing(workload: Workload | None) -> object:
@@ -206,4 +218,6 @@ def _standing(workload: Workload | None) -> object:
         workload.addresses,
         workload.enrolled,
         workload.network_namespace,
+        workload.mtls,
+        workload.mtls_ports,
     )

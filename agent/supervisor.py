@@ -12,9 +12,9 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent import drift, features, lock, memory, probe
 from agent.api import Api
@@ -23,31 +23,46 @@ from agent.bpf.acceleration import failing
 from agent.bpf.datapath import DataPath
 from agent.bpf.events import Events
 from agent.bpf.manifest import HOOKED
+from agent.bpf.sockets import Sockets
 from agent.config import Config
 from agent.discovery import Discovery
+from agent.distrust import Distrust, Waypoint
 from agent.enrolment import Enrolled, Enrolment
 from agent.errors import EnvironmentUnfit, KernelRefused, MeshError
+from agent.gateways import GatewayCertificates
+from agent.identity.part import identities
 from agent.ids import Ids
-from agent.l7 import envoy
-from agent.l7.resources import Resources
+from agent.l7 import audit, envoy, externals, gateways, names, secrets
+from agent.l7.resources import Resource, Resources
 from agent.l7.snapshot import Builder, tracing
 from agent.l7.xds import XdsServer
-from agent.model import Snapshot, Workload
+from agent.model import Direct, Snapshot, Workload
 from agent.names.service import Names
+from agent.patience import within
+from agent.quota import Quotas
+from agent.relay import Relay
 from agent.report import (
     AccelerationStatus,
+    CertificateStatus,
     ControllerStatus,
     ForeignProgram,
     HookStatus,
+    IdentityStatus,
     ProbeStatus,
     Status,
     WaypointStatus,
     WorkloadStatus,
 )
+from agent.requests import Requests
 from agent.revocation import Revocation
 from agent.sweep import Sweep
 from agent.telemetry import MeshCollector, MetricsServer
 from agent.trace import Pair, Tracer
+from agent.tunnels import Tunnels
+from agent.wireguard.part import WireGuard
+
+if TYPE_CHECKING:
+    from agent.identity.store import Svid  # and not at run time: see agent/identity/part.py
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +73,7 @@ DEAD_AFTER_S = 10.0
 STATUS_TIMEOUT_S = 5.0
 RETRY_S = 5.0
 RETIRE_S = 2.0
+TUNNEL_ENDS_S = 0.2
 SWEEP_S = 60.0
 
 
@@ -76,6 +92,9 @@ class Supervisor:
         self._enforcing = asyncio.Lock()
         self._configured = asyncio.Event()
         self._relaxable = asyncio.Event()
+        self._releasable = asyncio.Event()
+        self._given = False
+        """Was Envoy given what WireGuard was last prepared for?"""
         self._enforced_inbound: frozenset[str] = frozenset()
         self._held_back = False
         self._beat = time.monotonic()
@@ -84,6 +103,10 @@ class Supervisor:
         self._probed = probe.Result()
         self._probed_at: float | None = None
         self._drift = drift.Drift()
+        self._packed: dict[str, tuple[Svid, Mapping[str, Resource]]] = {}
+        """Envoy's secrets by SPIFFE ID, and what each was made of."""
+        self._asks_for_peers = False
+        self._gateways = GatewayCertificates(config, self._secrets_changed)
 
     async def run(self) -> None:
         """Start everything and keep it running."""
@@ -117,15 +140,35 @@ class Supervisor:
         self.ids = Ids(config.run_dir / "ids")
         self._enrolment = Enrolment(config, self.datapath, self.ids)
         self._revocation = Revocation(config, self.datapath, self.ids)
+        self._tunnels = Tunnels(config)
+        self._wireguard = WireGuard(config, self._wireguard_changed, self._say_anew)
+        await self._wireguard.start()
         self._sweep = Sweep(self.datapath.maps, self.ids)
-        self._names = Names(config, self._enrolment.tables.set_resolvers)
+        self._roots = externals.system_roots()
+        self._names = Names(config, self._enrolment.tables.set_resolvers, allow=self._enrolment.tables.allow_resolvers)
         try:
             self._probe.prepare()
         except OSError as error:  # the probe then says that its namespace is missing; pods do not depend on it
             _log.error("the live probe has no network namespace", extra={"reason": str(error)})
         self._waypoint = envoy.Envoy(config, self.datapath.generation)
-        self._xds = XdsServer(config.xds_socket, self._tracer.on_record)
-        self._discovery = Discovery(config, self.apply)
+        self._xds = XdsServer(config.xds_socket, self._tracer.on_record, audit.Reporter().on_record)
+        self._identity, self._serve_workloads = identities(config)
+        self._distrust = Distrust(
+            config,
+            Sockets(self.datapath.maps),
+            Waypoint(self._ask_for_peers, lambda: self._xds.has(names.RUNTIME, names.RUNTIME_LAYER), self._configure_tunnels),
+            self._identity.doubt,
+            lambda: [one.netns_path for one in self.enrolled.local],
+        )
+        self._xds.on_shown = self._distrust.shown
+        self._gateways.load()
+        self._identity.subscribe(self._secrets_changed)
+        self._identity.load()
+        self._secrets_changed()
+        self._relay = Relay(config)
+        self._discovery = Discovery(config, self.apply, self._wireguard.announcement, self._relay.run)
+        self._quotas = Quotas(config.node, lambda: self._discovery.channel)
+        self._xds.services.append(self._quotas.serve)
         # Before anything is attached: a port that is taken must not leave a half-started agent behind.
         collector = MeshCollector(
             self.datapath,
@@ -134,6 +177,8 @@ class Supervisor:
             enrolled=lambda: self._enrolled,
             rows=lambda: {name: mirror.count for name, mirror in self._enrolment.tables.mirrors.items()},
             closed_by_policy=lambda: self._revocation.closed,
+            audited=lambda: audit.counts(config.envoy_admin_socket) if audit.wanted(self.snapshot) else {},
+            requests=Requests(config.envoy_admin_socket, lambda: self.snapshot.services).text,
         )
         self._metrics = MetricsServer(config, collector, self._status_from_thread, lambda: time.monotonic() - self._beat < DEAD_AFTER_S)
         self._set_tracing(frozenset())
@@ -159,7 +204,7 @@ class Supervisor:
 
     async def _serve(self) -> None:
         events = Events(self.datapath.maps["mesh_events"], self.ids, self._tracer.on_event, expected=probe.NAME)
-        api = Api(self._config, self)
+        api = Api(self._config, self, self._relay)
         self._metrics.start()
         try:
             await run_forever(
@@ -172,11 +217,20 @@ class Supervisor:
                     "truth": self._seek_truth(),
                     "names": self._names.run(),
                     "relax": self._relax(),
+                    "release": self._release(),
                     "revocation": self._revocation.run(),
                     "sweep": self._sweep_up(),
                     "retire": self._retire(),
                     "heartbeat": self._heartbeat(),
                     "api": api.run(),
+                    "identity": self._identity.run(),
+                    "tunnels": self._begin_tunnels(),
+                    "distrust": self._distrust.run(),
+                    "tunnel-ends": report_tunnel_ends(self._tunnel_ends, self._discovery.report_tunnels),
+                    "workload-api": self._serve_workloads(),
+                    "wireguard": self._wireguard.run(),
+                    "quotas": self._quotas.run(),
+                    "gateways": self._gateways.run(),
                 }
             )
         finally:
@@ -191,6 +245,8 @@ class Supervisor:
                 await asyncio.to_thread(self._attach)
 
     async def _bring_into_force(self, snapshot: Snapshot) -> None:
+        self._given = False
+        await self._wireguard.prepare(snapshot)
         # What the receiver has enforced so far it goes on to enforce until Envoy has the rules that make that needless (`_relax`).
         needed = await asyncio.to_thread(self._builder.needs_inbound, snapshot)
         strict = needed | self._enforced_inbound
@@ -198,45 +254,156 @@ class Supervisor:
         self._residents = residents(self._config.node, snapshot, self.snapshot, self._residents)
         self._snapshot = snapshot
         self._revocation.changed(snapshot, self.enrolled)
+        self._quotas.update(snapshot)
+        self._gateways.want(any(gateways.of(one, snapshot) for one in self._residents.values()))
         await self._configure_waypoint()
+        await self._wireguard.finish(dialled=True)
+        self._given = True
+        self._releasable.set()
         self._configured.set()
-        if strict != needed:
+        self._tunnels.keep(self._builder.identities)
+        if strict != needed or self._builder.identities != self._tunnels.ready:
             self._relaxable.set()
 
     async def _enforce(self, snapshot: Snapshot, enforce_inbound: frozenset[str]) -> None:
         try:
-            self._enrolled = await asyncio.to_thread(lambda: self._enrolment.enforce(self._probe.extend(snapshot), enforce_inbound))
+            tunnels = self._tunnels.usable() if self._secured else {}
+            self._enrolled = await asyncio.to_thread(
+                lambda: self._enrolment.enforce(self._probe.extend(snapshot), enforce_inbound, tunnels, self._wireguard.direct)
+            )
         except (OSError, RuntimeError) as error:
             raise KernelRefused(f"cannot bring version {snapshot.version} into force: {error}") from error
-        self._names.update(snapshot, self.enrolled.local)
+        enrolled = self.enrolled
+        self._names.update(snapshot, enrolled.local)
+        self._identity.update(enrolled.local, (snapshot.workloads[name] for name, _ in enrolled.missing if name in snapshot.workloads))
         self._enforced_inbound = enforce_inbound
 
+    def _secrets_changed(self) -> None:
+        """Envoy gets certificates as they change; listeners name them (`agent.l7.secrets`)."""
+        trust, of_gateways = self._identity.trust, gateways.secrets(self._gateways.held)
+        if trust is None:
+            self._xds.set_secrets(of_gateways)
+            return
+        self._distrust.trusted(trust.revoked, trust.roots)
+        svids = self._identity.svids()
+        before = self._packed
+        self._packed = {
+            name: before[name]
+            if name in before and before[name][0] is svid
+            else (svid, secrets.certificate(name, svid.chain.pem, svid.key.pem()))
+            for name, svid in svids.items()
+        }
+        name, roots = secrets.trust(trust.trust_domain, trust.pem, trust.crl)
+        own = {n: resource for _, packed in self._packed.values() for n, resource in packed.items()}
+        self._xds.set_secrets({name: roots} | own | of_gateways)
+
     async def _relax(self) -> None:
-        """Let the waypoint's own authorization suffice once Envoy has taken it."""
+        """Let the waypoint's own authorization suffice, and use its tunnels, once Envoy has taken them."""
         while True:
             await self._relaxable.wait()
             self._relaxable.clear()
-            if not await self._xds.wait_acked(RETRY_S) or self._xds.state.rejected:
+            taken = await self._xds.wait_acked(RETRY_S) and not self._xds.state.rejected
+            async with self._enforcing:
+                if self._relaxable.is_set():
+                    continue
+                try:
+                    await self._make_use(taken)
+                except (MeshError, OSError) as error:
+                    _log.error(
+                        "what Envoy has taken is not made use of: the receiver goes on to enforce, new tunnels are not used; trying again",
+                        extra={"reason": str(error)},
+                    )
+                    taken = False
+            if not taken:
                 await asyncio.sleep(RETRY_S)
                 self._relaxable.set()
-                continue
+
+    async def _release(self) -> None:
+        """Have WireGuard let go of what is not dialled any more, once Envoy has taken everything: until then it may dial what is to take a tunnel now.
+
+        An Envoy that is away may still run on what it had, and one that refuses something goes on to: then nothing is let go of.
+        """
+        while True:
+            await self._releasable.wait()
+            self._releasable.clear()
+            taken = await self._xds.wait_acked(RETRY_S, lingering=True) and not self._xds.state.rejected
             async with self._enforcing:
-                if not self._relaxable.is_set():
-                    try:
-                        await self._enforce(self.snapshot, await asyncio.to_thread(self._builder.needs_inbound, self.snapshot))
-                    except MeshError as error:
-                        _log.error("the receiver goes on to enforce what the waypoint does already", extra={"reason": str(error)})
+                if self._releasable.is_set():
+                    continue  # Envoy was given something else meanwhile
+                if taken and self._given:
+                    await self._wireguard.finish()
+            if not taken:
+                await asyncio.sleep(RETRY_S)
+                self._releasable.set()
+
+    async def _make_use(self, taken: bool) -> None:
+        """Of tunnels that Envoy has, whatever else it has refused; of its authorization if it has `taken` everything."""
+        has = {i for i in self._builder.identities if self._xds.has(names.CLUSTER, names.tunnel(self._tunnels.address(i)))}
+        news = self._tunnels.mark_ready(has)
+        needed = await asyncio.to_thread(self._builder.needs_inbound, self.snapshot) if taken else self._enforced_inbound
+        if news or needed != self._enforced_inbound:
+            await self._enforce(self.snapshot, needed)
 
     async def _configure_waypoint(self) -> None:
         """Build Envoy's configuration in a thread: with many workloads it takes longer than the event loop may stand still."""
         zone = node_zone(self._residents.values(), self._config.node)
-        built = await asyncio.to_thread(self._builder.build, self.snapshot, self.enrolled.local, zone)
+        loopback = self._tunnels.address if self._secured else None
+        snapshot, local, trust = self.snapshot, self.enrolled.local, self._distrust.distrusted
+        built = await asyncio.to_thread(self._builder.build, snapshot, local, zone, loopback, trust, self._wireguard.direct)
         if built is not self._built:
             self._built = built
             self._serve_to_waypoint(self._tracer.pairs)
 
     def _serve_to_waypoint(self, pairs: frozenset[Pair]) -> None:
-        self._xds.set({**self._built, **tracing(frozenset(pair.source for pair in pairs))})
+        self._xds.set({**self._built, **tracing(frozenset(pair.source for pair in pairs), peers=self._asks_for_peers)})
+
+    def _ask_for_peers(self, asked: bool) -> None:
+        self._asks_for_peers = asked
+        if self._built:
+            self._serve_to_waypoint(self._tracer.pairs)
+
+    async def _configure_tunnels(self) -> None:
+        async with self._enforcing:
+            if self._snapshot is not None:
+                await self._configure_waypoint()
+
+    async def _begin_tunnels(self) -> None:
+        """Tunnel to other nodes as soon as there are certificates."""
+        await self._identity.active.wait()
+        while True:
+            try:
+                async with self._enforcing:
+                    if self._snapshot is not None:
+                        await self._bring_into_force(self._snapshot)
+                break
+            except MeshError as error:
+                _log.error("there are certificates, but no tunnels yet; trying again", extra={"reason": str(error)})
+                await asyncio.sleep(RETRY_S)
+        await asyncio.Event().wait()
+
+    def _tunnel_ends(self) -> frozenset[str]:
+        """Workloads of which nobody knows yet that tunnels end there, and they do: certificate, listener and routes are in Envoy."""
+        awaiting = [one.workload for one in self.enrolled.local if one.workload.awaits_tunnels]
+        return frozenset(
+            workload.name
+            for workload in awaiting
+            if all(self._xds.has(kind, names.listener(names.HBONE, workload.name)) for kind in (names.LISTENER, names.ROUTES))
+            and self._xds.has(names.SECRET, workload.identity(self._config.trust_domain))
+        )
+
+    async def _wireguard_changed(self) -> None:
+        """What WireGuard encrypts is not what it was."""
+        async with self._enforcing:
+            if self._snapshot is not None:
+                await self._bring_into_force(self._snapshot)
+
+    def _say_anew(self) -> None:
+        self._discovery.reconnect()
+
+    @property
+    def direct(self) -> Direct:
+        """Which workloads are reached without a tunnel, because WireGuard encrypts the way to them."""
+        return self._wireguard.direct
 
     async def _serve_waypoint(self) -> None:
         """Serve Envoy once there is something to say: an adopted Envoy must not be told that nothing exists."""
@@ -256,7 +423,7 @@ class Supervisor:
         try:
             while True:
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(news.wait(), EAGER_POLL_S if watch.eager else NAMESPACE_POLL_S)
+                    await within(news.wait(), EAGER_POLL_S if watch.eager else NAMESPACE_POLL_S)
                 news.clear()
                 try:
                     async with self._enforcing:
@@ -316,6 +483,11 @@ class Supervisor:
             await asyncio.sleep(HEARTBEAT_S)
 
     @property
+    def _secured(self) -> bool:
+        """Are there tunnels? Also those of the agent before this one: Envoy still has its certificates when they were kept nowhere else."""
+        return self._identity.active.is_set() or bool(self._tunnels.ready)
+
+    @property
     def snapshot(self) -> Snapshot:
         """What is in force; empty before the first."""
         return self._snapshot or Snapshot()
@@ -362,6 +534,10 @@ class Supervisor:
 
         return asyncio.run_coroutine_threadsafe(ask(), self._loop).result(STATUS_TIMEOUT_S)
 
+    def identity(self, workload: str) -> IdentityStatus | CertificateStatus:
+        """The certificates of this node, or one workload's. Called on the event loop."""
+        return self._identity.show(workload) if workload else self._identity.status()
+
     def status(self) -> Status:
         """The state of the node now. Called on the event loop."""
         config = self._config
@@ -386,9 +562,16 @@ class Supervisor:
         if self._probed.problem:
             problems.append(self._probed.problem)
         problems += self._names.problems()
+        problems += externals.problems(snapshot, self._roots)
+        problems += self._identity.problems()
+        problems += self._wireguard.problems()
+        problems += self._quotas.problems()
+        problems += self._gateways.problems()
         problems += self._enrolment.acceleration.problems()
         if self._revocation.problem:
             problems.append(self._revocation.problem)
+        if self._distrust.problem:
+            problems.append(self._distrust.problem)
         counters = self.datapath.counters()
         problems += [
             f"{counters[c]} times {c} in the kernel programs: see mesh_datapath_events in /metrics" for c in _TROUBLE if counters[c]
@@ -416,7 +599,19 @@ class Supervisor:
             ),
             node=config.node,
             hooks=hooks,
-            waypoint=WaypointStatus(waypoint.ready, waypoint.version, waypoint.pid, xds.nacks),
+            waypoint=WaypointStatus(
+                waypoint.ready,
+                waypoint.version,
+                waypoint.pid,
+                xds.nacks,
+                xds.rejected,
+                xds.last_nack,
+                dict(xds.sent),
+                xds.pushes,
+                xds.pushed_s,
+                xds.last_push_s,
+                waypoint.resident_bytes(),
+            ),
             controller=ControllerStatus(discovery.connected, snapshot.version, discovery.lag_s),
             workloads=workloads,
             problems=tuple(problems),
@@ -425,7 +620,29 @@ class Supervisor:
                 tuple(sorted(self._enrolment.acceleration.chosen)), failing(self._enrolment.acceleration.checks)
             ),
             foreign_programs=tuple(ForeignProgram(f.id, f.name, f.attach_type, f.place) for f in self._drift.foreign),
+            identity=self._identity.status(),
+            wireguard=self._wireguard.status(),
         )
+
+
+async def report_tunnel_ends(up: Callable[[], frozenset[str]], report: Callable[[frozenset[str]], Awaitable[str]]) -> None:
+    """For ever have the controller told which workloads are `up`, until it does not ask any more."""
+    told: frozenset[str] = frozenset()
+    again, problem = 0.0, ""
+    while True:
+        await asyncio.sleep(TUNNEL_ENDS_S)
+        found = up()
+        if not found or (found <= told and time.monotonic() < again):
+            told &= found
+            continue
+        before, problem = problem, await report(found)
+        told, again = (found, time.monotonic() + RETRY_S) if not problem else (frozenset(), 0.0)
+        if problem:
+            if problem != before:
+                _log.warning(
+                    "the controller is not told where tunnels end; trying again", extra={"workloads": len(found), "reason": problem}
+                )
+            await asyncio.sleep(RETRY_S)
 
 
 def residents(node: str, snapshot: Snapshot, before: Snapshot, known: Mapping[str, Workload]) -> Mapping[str, Workload]:

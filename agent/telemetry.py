@@ -13,7 +13,7 @@ from pathlib import Path
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
@@ -27,7 +27,7 @@ from agent.enrolment import Enrolled
 from agent.errors import EnvironmentUnfit
 from agent.flows import Flow, Flows
 from agent.ids import Ids
-from agent.report import Status
+from agent.report import IdentityStatus, Status, WaypointStatus, WireGuardStatus
 
 _ENDS = ("source_workload", "source_namespace", "destination_workload", "destination_namespace")
 _LABELS = (*_ENDS, "destination_service", "port", "security_policy", "direction")
@@ -117,7 +117,7 @@ class FlowMetrics:
                 continue
             found[exposition.labels(_VERDICT_LABELS, [*ends, _VERDICTS[verdict], ids.name(rule), _REASONS[reason], *way])] += count
             if verdict == Verdict.DENY and direction == Direction.OUTBOUND and protocol == socket.IPPROTO_TCP:
-                name = "EPERM" if reason in {Reason.POLICY, Reason.NO_ENTRY} else self._refused
+                name = "EPERM" if reason in {Reason.POLICY, Reason.NO_ENTRY, Reason.EGRESS} else self._refused
                 # No port is counted here: that of a service is known by its name, that of a workload's own address is not.
                 port = ids.name(service).rpartition(":")[2].partition("/")[0]
                 labels = pair_labels(ids, flows.Pair(source, target, service, 0, direction, protocol), port)
@@ -131,7 +131,8 @@ def pair_labels(ids: Ids, pair: flows.Pair, port: str | None = None) -> list[str
         return [_OTHER] * len(_LABELS)
     service = ids.name(pair.service).rpartition(":")[0]
     ends = _ends(ids, pair.source, pair.target, service)
-    return [*ends, service, str(pair.port) if port is None else port, "none", _DIRECTIONS[pair.direction]]
+    security = "mutual_tls" if pair.mutual_tls else "none"  # Istio's words, https://istio.io/latest/docs/reference/config/metrics/#labels
+    return [*ends, service, str(pair.port) if port is None else port, security, _DIRECTIONS[pair.direction]]
 
 
 def _ends(ids: Ids, source: int, target: int, service: str) -> list[str]:
@@ -167,7 +168,7 @@ def _connections(tcp: Mapping[str, Flow]) -> Iterator[str]:
 
 
 class MeshCollector(Collector):
-    """The mesh's own metrics. Those of connections, which are many, are in `flows`."""
+    """The mesh's own metrics. Those of connections, which are many, are in `flows`, those of requests (`agent.requests`) in `requests`."""
 
     def __init__(
         self,
@@ -178,15 +179,19 @@ class MeshCollector(Collector):
         enrolled: Callable[[], Enrolled] = Enrolled,
         rows: Callable[[], Mapping[str, int]] = dict,
         closed_by_policy: Callable[[], int] = int,
+        audited: Callable[[], Mapping[tuple[str, str], int]] = dict,
+        requests: Callable[[], Iterator[str]] = lambda: iter(()),
     ) -> None:
         """All of these are called from the scrape's thread. `rows` are the numbers of rows that the agent keeps in maps: those need not be counted."""
         self._datapath = datapath
         self._status = status
         self._rows = rows
         self._closed_by_policy = closed_by_policy
+        self._audited = audited
         self._fill: dict[str, int] = {}
         self._filled_at = 0.0
         self.flows = FlowMetrics(datapath, ids, enrolled)
+        self.requests = requests
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: the registry must not scrape at registration."""
@@ -207,10 +212,13 @@ class MeshCollector(Collector):
             )
         yield GaugeMetricFamily("mesh_waypoint_ready", "1 if Envoy answers and has its listeners.", float(status.waypoint.ready))
         yield CounterMetricFamily("mesh_xds_nacks", "Configurations that Envoy refused.", status.waypoint.nacks)
+        yield from _pushes(status.waypoint)
         yield GaugeMetricFamily(
             "mesh_workloads_redirected", "Local workloads in the data path.", sum(w.redirected for w in status.workloads)
         )
         yield from _truth(status)
+        yield from _identity(status.identity)
+        yield from _wireguard(status.wireguard)
         yield GaugeMetricFamily(
             "mesh_loader_seconds", "Time the loader child took at the last start; 0 if the pins served.", self._datapath.loader_s
         )
@@ -225,6 +233,14 @@ class MeshCollector(Collector):
         for name, value in self._datapath.counters().items():
             counters.add_metric((name,), value)
         yield counters
+        requests = CounterMetricFamily(
+            "mesh_policy_audit_requests",
+            "Requests that enforcing an AUDIT policy would deny, as the waypoint saw them.",
+            labels=("rule", "side"),
+        )
+        for (side, rule), count in sorted(self._audited().items()):
+            requests.add_metric((rule, side), count)
+        yield requests
         yield from self._map_fill()
 
     def _map_fill(self) -> Iterator[Metric]:
@@ -240,6 +256,23 @@ class MeshCollector(Collector):
             capacity.add_metric((name,), tables[name].capacity)
         yield entries
         yield capacity
+
+
+def _pushes(waypoint: WaypointStatus) -> Iterator[Metric]:
+    """What Envoy's configuration costs."""
+    yield GaugeMetricFamily("mesh_xds_rejected", "Resources of which Envoy runs on the version before.", waypoint.rejected)
+    sent = CounterMetricFamily("mesh_xds_resources_sent", "Resources that went to Envoy.", labels=("type",))
+    for kind, count in sorted(waypoint.sent.items()):
+        sent.add_metric((kind,), count)
+    yield sent
+    yield SummaryMetricFamily(
+        "mesh_xds_push_seconds",
+        "From a change of Envoy's configuration until it has acknowledged, or refused, all of it.",
+        waypoint.pushes,
+        waypoint.pushed_seconds,
+    )
+    if waypoint.resident_bytes is not None:
+        yield GaugeMetricFamily("mesh_waypoint_resident_memory_bytes", "Envoy's resident memory.", waypoint.resident_bytes)
 
 
 def _truth(status: Status) -> Iterator[Metric]:
@@ -261,6 +294,69 @@ def _truth(status: Status) -> Iterator[Metric]:
     for place, number in Counter(f.attach_type for f in status.foreign_programs).items():
         foreign.add_metric((place,), number)
     yield foreign
+
+
+def _identity(status: IdentityStatus) -> Iterator[Metric]:
+    """Certificates: when they end, and whether there is trouble to get new ones. Nothing where the controller has no identity service."""
+    if status.mode == "off":
+        return
+    yield GaugeMetricFamily("mesh_identity_connected", "1 if the controller's identity service is reached.", float(status.connected))
+    yield GaugeMetricFamily("mesh_trust_roots", "Roots that are trusted.", status.roots)
+    yield GaugeMetricFamily("mesh_trust_revoked", "Certificates that are revoked.", status.revoked)
+    expiry = GaugeMetricFamily(
+        "mesh_identity_expiry_timestamp_seconds",
+        "When a workload's certificate ends, Unix time; 0 if it has none.",
+        labels=("workload", "namespace"),
+    )
+    failing = GaugeMetricFamily(
+        "mesh_identity_renewal_failing", "1 if a workload's certificate cannot be got or renewed.", labels=("workload", "namespace")
+    )
+    for one in status.workloads:
+        namespace, _, name = one.workload.partition("/")
+        expiry.add_metric((name, namespace), one.expires_at or 0.0)
+        failing.add_metric((name, namespace), float(bool(one.problem)))
+    yield expiry
+    yield failing
+    if (node := status.node) is not None:
+        yield GaugeMetricFamily(
+            "mesh_node_certificate_expiry_timestamp_seconds",
+            "When the node's own certificate ends, Unix time; 0 if it has none.",
+            node.expires_at or 0.0,
+        )
+        yield GaugeMetricFamily(
+            "mesh_node_certificate_renewal_failing", "1 if the node cannot join or renew its certificate.", float(bool(node.problem))
+        )
+    yield CounterMetricFamily("mesh_identity_signed", "Certificates that workloads of this node got.", status.signed)
+    yield CounterMetricFamily("mesh_identity_sign_failures", "Requests for a workload's certificate that failed.", status.failures)
+    yield CounterMetricFamily(
+        "mesh_workload_api_refused", "Calls and connections that the workload socket refused.", status.callers_refused
+    )
+
+
+MAX_NODES = 500
+"""So many other nodes have series of their own."""
+
+
+def _wireguard(status: WireGuardStatus) -> Iterator[Metric]:
+    """How WireGuard is doing; nothing where the mesh does not use it. Of more than MAX_NODES nodes the first by name."""
+    if status.mode == "off":
+        return
+    yield GaugeMetricFamily("mesh_wireguard_available", "1 if this node can use WireGuard, as its mesh does.", float(status.mode == "on"))
+    peers = GaugeMetricFamily("mesh_wireguard_peers", "Other nodes, by whether WireGuard encrypts the way to them.", labels=("state",))
+    for state in ("encrypted", "waiting", "none"):
+        peers.add_metric((state,), sum(peer.state == state for peer in status.peers))
+    yield peers
+    age = GaugeMetricFamily("mesh_wireguard_handshake_age_seconds", "Since the last handshake with a node.", labels=("node",))
+    sent = CounterMetricFamily("mesh_wireguard_sent_bytes", "Encrypted bytes to a node.", labels=("node",))
+    received = CounterMetricFamily("mesh_wireguard_received_bytes", "Encrypted bytes from a node.", labels=("node",))
+    for peer in status.peers[:MAX_NODES]:
+        if peer.handshake_age_seconds is not None:
+            age.add_metric((peer.node,), peer.handshake_age_seconds)
+            sent.add_metric((peer.node,), peer.sent_bytes)
+            received.add_metric((peer.node,), peer.received_bytes)
+    yield age
+    yield sent
+    yield received
 
 
 class _Quiet(WSGIRequestHandler):
@@ -293,7 +389,9 @@ class MetricsServer:
         def application(environ, start_response):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
             path = environ["PATH_INFO"]
             if path == "/metrics":
-                page: Iterable[bytes] = itertools.chain((generate_latest(registry),), map(str.encode, collector.flows.text()))
+                page: Iterable[bytes] = itertools.chain(
+                    (generate_latest(registry),), map(str.encode, collector.flows.text()), map(str.encode, collector.requests())
+                )
                 headers = [("Content-Type", exposition.CONTENT_TYPE)]
                 if "gzip" in environ.get("HTTP_ACCEPT_ENCODING", ""):
                     headers.append(("Content-Encoding", "gzip"))

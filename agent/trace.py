@@ -29,9 +29,12 @@ _NEXT_STEPS = {
     Reason.NO_BACKEND: "no endpoint is ready: see the Workloads that the service selects",
     Reason.SPOOFED: "a process uses the address of a local workload from outside its namespace",
     Reason.NO_LISTENER: "the waypoint is not ready: see 'meshagent status'",
-    Reason.WAYPOINT_PORT: "ports 15001 and 15006 belong to the waypoint: dial the service's own port",
+    Reason.WAYPOINT_PORT: "ports 15001, 15002, 15003 and 15006 belong to the waypoint: dial the service's own port",
     Reason.NO_PORT: "the service has no such port: see its spec.ports",
     Reason.AUDIT: "nothing was refused; with action DENY this AuthorizationPolicy would refuse it",
+    Reason.PLAINTEXT: "STRICT: plaintext from outside this node was refused; enrol the caller, or make the port PERMISSIVE in its PeerAuthentication",
+    Reason.NO_TUNNEL: "STRICT: this node's waypoint cannot prove yet who the workload is, and plaintext was not tried: see 'meshagent status'",
+    Reason.EGRESS: "declare an ExternalService for the destination, or allow egress in the caller's namespace (annotation meshagent.io/egress: allow)",
     Reason.UNKNOWN_ADDRESS: "declare this address in the Workload's spec.addresses",
 }
 _OUTCOMES = {
@@ -59,8 +62,12 @@ class Pair:
     """The ALLOW policies of the targets, for people: what to name when none of their rules matched."""
 
     def covers(self, event: Event) -> bool:
-        """True if an event belongs to this pair. A receiver may know a stranger only by address: such events never do."""
-        return event.source == self.source and ((bool(self.service) and event.service == self.service) or event.target in self.targets)
+        """True if an event belongs to this pair. A receiver may know a stranger only by address: such events never do.
+
+        A call of the source that was not let out of the mesh does: nobody knows what its address stands for, it may be what was meant.
+        """
+        found = (bool(self.service) and event.service == self.service) or event.target in self.targets or _not_let_out(event)
+        return event.source == self.source and found
 
 
 @dataclass(slots=True)
@@ -138,7 +145,7 @@ class Watch:
         hops = [*self._first_hops(steps), Hop("waypoint", self.node, record.duration_ns, request)]
         if record.upstream_address:
             waited = max(0, record.first_upstream_byte_ns - record.upstream_connected_ns)
-            backend = _known(address=record.upstream_address, cluster=record.upstream_cluster)
+            backend = _known(address=record.upstream_address, cluster=record.upstream_cluster, via="tunnel" if record.tunnelled else "")
             hops.append(Hop("backend", self.node, waited, backend))
         hops.append(
             Hop("response", self.node, record.duration_ns, {"sentBytes": record.bytes_received, "receivedBytes": record.bytes_sent})
@@ -161,7 +168,7 @@ class Watch:
         }
         hops.append(Hop("close", self.node, last.duration_ns, detail))
         next_step = _CLOSE_STEPS.get(reason)
-        if next_step and last.redirected:
+        if next_step and (last.redirected or last.tunnelled):
             next_step = "the waypoint does not listen: see 'meshagent status'"
         outcome = _OUTCOMES[reason]
         return self._connection(self._destination(last), hops, outcome, last.rule or None, next_step)
@@ -175,6 +182,8 @@ class Watch:
                     rule=event.rule,
                     dialled=event.dialled,
                     to="waypoint" if event.redirected else event.target or event.remote,
+                    past="waypoint, which is away" if event.reason == Reason.FAIL_OPEN else "",
+                    via="tunnel" if event.tunnelled else "",
                     remote=event.remote,
                     pid=event.pid,
                     command=event.command,
@@ -197,11 +206,12 @@ class Watch:
         )
         hop = Hop(at, self.node, event.duration_ns, detail)
         outcome = "denied"
-        if reason in {Reason.NO_BACKEND, Reason.NO_PORT}:
+        if reason in {Reason.NO_BACKEND, Reason.NO_PORT, Reason.NO_TUNNEL}:
             outcome = "refused"
         elif event.kind is EventKind.AUDITED:
             outcome = "would be denied"
-        return self._connection(self._destination(event), [hop], outcome, event.rule or None, _NEXT_STEPS.get(reason))
+        destination = event.dialled if _not_let_out(event) else self._destination(event)
+        return self._connection(destination, [hop], outcome, event.rule or None, _NEXT_STEPS.get(reason))
 
     def _connection(self, destination: str, hops: list[Hop], outcome: str, rule: str | None, next_step: str | None) -> Connection:
         return Connection(
@@ -217,6 +227,10 @@ def _remember(table: OrderedDict[Any, Any], key: object, value: object) -> None:
     table.move_to_end(key)
     while len(table) > _REMEMBERED:
         table.popitem(last=False)
+
+
+def _not_let_out(event: Event) -> bool:
+    return event.kind is EventKind.DENIED and event.reason == Reason.EGRESS
 
 
 def _verdict(event: Event) -> str:

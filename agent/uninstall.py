@@ -13,6 +13,7 @@ from agent import lock, netns, probe
 from agent.config import Config
 from agent.l7 import envoy
 from agent.names import dnsmasq as names
+from agent.wireguard.device import Device
 
 _PATIENCE_S = 10.0
 
@@ -29,7 +30,7 @@ def uninstall(config: Config) -> list[str]:
             link.unlink()
         shutil.rmtree(config.pin_dir)
         done.append(f"removed programs, maps and {len(links)} links below {config.pin_dir}")
-    done += _stop_children(config)
+    done += _stop_helpers(config)
     mounts = netns.held(config.netns_dir)
     for mount in mounts:
         netns.release(mount)
@@ -43,11 +44,17 @@ def uninstall(config: Config) -> list[str]:
         if directory.is_dir():
             _remove_files(directory)
             done.append(f"removed {directory}")
+    if config.workload_socket.parent.is_dir():
+        config.workload_socket.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody else keeps something there
+            config.workload_socket.parent.rmdir()
+            done.append(f"removed {config.workload_socket.parent}")
     return done
 
 
-def _stop_children(config: Config) -> list[str]:
-    done = ["stopped Envoy"] if envoy.stop(config.run_dir) else []
+def _stop_helpers(config: Config) -> list[str]:
+    done = ["removed the WireGuard device with its routes and rules"] if Device(str(config.run_dir)).remove() else []
+    done += ["stopped Envoy"] if envoy.stop(config.run_dir) else []
     if servers := names.stop(config):
         done.append(f"stopped {servers} name servers")
     return done
@@ -92,12 +99,17 @@ _OWN = (
     "xds.sock",
     "envoy*",
     "ids",
+    "tunnels",
+    "tunnels-ready",
+    "tunnels-distrusted",
     "ids.*",
     "acceleration.json",
     "manifest-*",
     "loader.log",
     "netns",
+    "identity",
     "snapshot.*",
+    "wireguard",
 )
 
 

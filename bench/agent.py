@@ -48,6 +48,9 @@ IDLE_PERCENT = 0.5
 SCRAPE_MS = 250.0
 CHANGE_MS = 5.0
 PAIRS = 10_000
+SERIES = 10_000
+SERIES_PAIRS = 240
+"""Enough for so many series of mesh_tcp_*: a pair that has had connections has more than forty, most of them buckets of its two histograms."""
 IDLE_S = 5.0
 """Of one round."""
 CHANGES = 10
@@ -113,8 +116,17 @@ def _large(progress: Callable[[str], None]) -> list[Result]:
             for i in range(LEAST_ROUNDS + 1):
                 progress(f"changes: round {i} of {LEAST_ROUNDS}" if i else "changes: warming up")
                 changed.append(statistics.median(controller.change(next(one), READY_S) * 1e3 for _ in range(CHANGES)))
+            progress(f"{SERIES_PAIRS} pairs")
+            fill(model, 0, SERIES_PAIRS)
+            few = []
+            for _ in range(LEAST_ROUNDS + 1):
+                seconds, page = scrape(node, "identity")
+                few.append(seconds * 1e3)
+                series = check_page(page.decode(), SERIES_PAIRS)
+            if series < SERIES:
+                raise LabError(f"{SERIES_PAIRS} pairs have {series} series, {SERIES} were wanted")
             progress(f"{PAIRS} pairs")
-            fill(model)
+            fill(model, SERIES_PAIRS, PAIRS)
             used = []
             times: dict[str, list[float]] = {"gzip": [], "identity": []}
             size = {}
@@ -125,15 +137,16 @@ def _large(progress: Callable[[str], None]) -> list[Result]:
                     taken.append(seconds * 1e3)
                     size[encoding] = len(page)
                     if encoding == "identity":
-                        check_page(page.decode())
+                        all_series = check_page(page.decode(), PAIRS)
                 used.append(resident_mb(status.read_text()))
     setup = f"{model.size}; one node, no load, no pinning"
-    scraped = f"{setup}; {PAIRS} pairs of workloads; the first scrape is left out"
+    scraped = f"{setup}; {PAIRS} pairs of workloads, {all_series} series; the first scrape is left out"
     return [
         _against("agent-rss-large", "MB", memory, LARGE_RSS_MB, f"{setup}; before changes and scrapes"),
         _against("agent-rss-large-scraped", "MB", used[1:], LARGE_RSS_MB, f"{scraped}; after {len(changed) * CHANGES} changes"),
         _against("agent-idle", "% of a core", idle, IDLE_PERCENT, f"{setup}; {IDLE_S:g} s in each round; the whole cgroup of the agent"),
         _against("agent-change", "ms", changed[1:], CHANGE_MS, f"{setup}; sent to acknowledged, median of {CHANGES} changes in a row"),
+        _against("agent-scrape-series", "ms", few[1:], SCRAPE_MS, f"{setup}; {SERIES_PAIRS} pairs, {series} series; the first is left out"),
         _against("agent-scrape", "ms", times["gzip"][1:], SCRAPE_MS, f"{scraped}; gzip, {size['gzip']} bytes"),
         _against("agent-scrape-plain", "ms", times["identity"][1:], SCRAPE_MS, f"{scraped}; not compressed, {size['identity']} bytes"),
     ]
@@ -215,19 +228,19 @@ def cgroup_seconds(stat: str) -> float:
     return int(dict(line.split() for line in stat.splitlines())["usage_usec"]) / 1e6
 
 
-def pairs(model: Model, count: int) -> list[tuple[str, str, str]]:
-    """(source, target, service and port) of so many pairs of workloads, as `agent.ids` knows them: two callers, each endpoint in turn."""
+def pairs(model: Model, first: int, end: int) -> list[tuple[str, str, str]]:
+    """(source, target, service and port) of pairs of workloads by number, as `agent.ids` knows them: two callers, each endpoint in turn."""
     size = model.size
     found = []
-    for number in range(count):
+    for number in range(first, end):
         service, endpoint = number // 2 % size.services, number // 2 // size.services
         caller = (CALLER, SERVER)[number % 2]
         found.append((caller.full_name, model.workload_name(service, endpoint), f"{model.service_name(service)}:{PORT}"))
     return found
 
 
-def fill(model: Model) -> None:
-    """Write what the kernel would have counted, beside the agent, into its pinned map."""
+def fill(model: Model, first: int, end: int) -> None:
+    """For these pairs, write what the kernel would have counted, beside the agent, into its pinned map."""
     (pin,) = paths.agent_pins(NODE).glob("maps-*/mesh_stats")
     (manifest,) = paths.agent_run(NODE).glob("manifest-*.json")
     with tempfile.TemporaryDirectory(prefix="meshbench-") as directory:
@@ -242,7 +255,7 @@ def fill(model: Model) -> None:
         connect_ns=51_000_000, rtt_ns=50_000_000, connect_bucket=buckets, rtt_bucket=buckets,
     )  # fmt: skip
     try:
-        for source, target, service in pairs(model, PAIRS):
+        for source, target, service in pairs(model, first, end):
             if not (known["workload"].issuperset((source, target)) and service in known["service"]):
                 raise LabError(f"the agent has no number for {source}, {target} or {service}")
             key = table.layout.key.pack(
@@ -283,12 +296,14 @@ def scrape(node: Node, encoding: str) -> tuple[float, bytes]:
     return seconds, page
 
 
-def check_page(page: str) -> None:
-    """Raise LabError unless every pair is there, with names."""
-    found = [line for line in page.splitlines() if line.startswith(_OPENED)]
+def check_page(page: str, wanted: int) -> int:
+    """Return how many series of TCP a page of /metrics has. Raises LabError unless so many pairs are there, with names."""
+    series = [line for line in page.splitlines() if line.startswith("mesh_tcp_")]
+    found = [line for line in series if line.startswith(_OPENED)]
     unknown = sum('source_workload="unknown"' in line or 'destination_workload="unknown"' in line for line in found)
-    if len(found) - unknown < PAIRS:
-        raise LabError(f"/metrics names {len(found) - unknown} pairs of workloads, {PAIRS} were counted")
+    if len(found) - unknown < wanted:
+        raise LabError(f"/metrics names {len(found) - unknown} pairs of workloads, {wanted} were counted")
+    return len(series)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The proxies that the waypoint is compared with: one bare Envoy, and two with mTLS between them. Configurations only; `bench.l7` starts them.
+"""The proxies that the mesh is compared with: one bare Envoy, and two with mTLS between them. Configurations only; benchmarks start them.
 
 Both are as cheap as Envoy gets: static, one route, no access log, no request id, no header added, no statistics filter. A sidecar of a real
 mesh has filters for metrics and telemetry on top, so the comparison flatters sidecars. Between sidecars HTTP/1.1 keeps its connections, as in
@@ -8,7 +8,7 @@ Istio by default (meshConfig.h2UpgradePolicy: DO_NOT_UPGRADE), with TLS 1.3, P-2
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +45,26 @@ def hop(
             }
         ],
     }
-    chain: dict[str, Any] = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
-    if accept_tls is not None:
-        chain["transport_socket"] = {"name": "envoy.transport_sockets.tls", "typed_config": accept_tls}
-    cluster: dict[str, Any] = {
-        "name": "target",
-        "type": "STATIC",
-        "connect_timeout": "2s",
-        "circuit_breakers": {"thresholds": [dict.fromkeys(("max_connections", "max_pending_requests", "max_requests"), _LIMIT)]},
-        "load_assignment": {
-            "cluster_name": "target",
-            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(*target)}}]}],
-        },
-    }
-    if open_tls is not None:
-        cluster["transport_socket"] = {"name": "envoy.transport_sockets.tls", "typed_config": open_tls}
+    chain = _secured({"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}, accept_tls)
     listener = {"name": "hop", "address": _address(*listen), "filter_chains": [chain]}
-    return json.dumps({"static_resources": {"listeners": [listener], "clusters": [cluster]}}, indent=1)
+    return _bootstrap([listener], [_cluster("target", target, open_tls)])
+
+
+def tcp(
+    hops: Sequence[tuple[tuple[str, int], tuple[str, int]]],
+    *,
+    accept_tls: Mapping[str, Any] | None = None,
+    open_tls: Mapping[str, Any] | None = None,
+) -> str:
+    """Return the configuration of one Envoy that knows nothing of HTTP: bytes from each `listen` to its `target`, TLS as in `hop`."""
+    listeners, clusters = [], []
+    for i, (listen, target) in enumerate(hops):
+        name = f"target-{i}"
+        proxy = {"@type": _TYPE + "filters.network.tcp_proxy.v3.TcpProxy", "stat_prefix": name, "cluster": name}
+        chain = _secured({"filters": [{"name": "envoy.filters.network.tcp_proxy", "typed_config": proxy}]}, accept_tls)
+        listeners.append({"name": f"hop-{i}", "address": _address(*listen), "filter_chains": [chain]})
+        clusters.append(_cluster(name, target, open_tls))
+    return _bootstrap(listeners, clusters)
 
 
 def command(binary: Path, configuration: Path, concurrency: int) -> list[str]:
@@ -102,6 +105,28 @@ def mutual_tls(directory: Path, me: str, peer: str) -> dict[str, Any]:
 
 
 _ROUTE = {"match": {"prefix": "/"}, "route": {"cluster": "target", "timeout": "0s"}}
+
+
+def _secured(thing: dict[str, Any], tls: Mapping[str, Any] | None) -> dict[str, Any]:
+    return thing if tls is None else {**thing, "transport_socket": {"name": "envoy.transport_sockets.tls", "typed_config": tls}}
+
+
+def _cluster(name: str, target: tuple[str, int], tls: Mapping[str, Any] | None) -> dict[str, Any]:
+    cluster = {
+        "name": name,
+        "type": "STATIC",
+        "connect_timeout": "2s",
+        "circuit_breakers": {"thresholds": [dict.fromkeys(("max_connections", "max_pending_requests", "max_requests"), _LIMIT)]},
+        "load_assignment": {
+            "cluster_name": name,
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(*target)}}]}],
+        },
+    }
+    return _secured(cluster, tls)
+
+
+def _bootstrap(listeners: Sequence[dict[str, Any]], clusters: Sequence[dict[str, Any]]) -> str:
+    return json.dumps({"static_resources": {"listeners": listeners, "clusters": clusters}}, indent=1)
 
 
 def _address(address: str, port: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from agent.bpf.manifest import PROGRAMS
 from bench import floor
 from bench.main import run
 from bench.result import Result, Target, rounds
-from bench.testbed import CALLER, NODE, PLAIN_CALLER, PLAIN_SERVER, SERVER, VIP, Testbed, seat, testbed
+from bench.testbed import CALLER, NODE, ONE_NODE, PLAIN_CALLER, PLAIN_SERVER, SERVER, VIP, Testbed, seat, testbed
 from lab import cgroup, netns, paths
 from lab.errors import LabError
 from lab.process import Seat
@@ -125,7 +125,7 @@ QUESTIONS = (
 
 def measure(progress: Callable[[str], None]) -> list[Result]:
     """Bring the lab up and let every case take its turn."""
-    with testbed(DOCUMENTS, progress) as bed, floor.attached(seat(PLAIN_CALLER).cgroup, _record_bytes()) as least, counting():
+    with testbed(DOCUMENTS, progress, ONE_NODE) as bed, floor.attached(seat(PLAIN_CALLER).cgroup, _record_bytes()) as least, counting():
         for pod in (SERVER, PLAIN_SERVER):
             bed.start(f"serve-{pod.name}", pod, bed.cpus.far, ["python3", "-c", _SERVE, str(PORT)], PORT)
         cases = _cases()

@@ -16,7 +16,7 @@ from typing import TypeVar
 from bench import tools
 from bench.main import run
 from bench.result import Result, Target, pairs, rounds
-from bench.testbed import CALLER, PLAIN_CALLER, PLAIN_SERVER, SERVER, VIP, Testbed, service, testbed
+from bench.testbed import CALLER, ONE_NODE, PLAIN_CALLER, PLAIN_SERVER, SERVER, VIP, Testbed, service, testbed
 from lab.errors import LabError
 from lab.topology import Pod
 
@@ -71,7 +71,7 @@ class Connects:
 
 def measure(progress: Callable[[str], None]) -> list[Result]:
     """Bring the lab up and measure everything."""
-    with testbed(RESOURCES, progress) as bed:
+    with testbed(RESOURCES, progress, ONE_NODE) as bed:
         for side in (OURS, PLAIN):
             bed.start(f"ping-{side.server.name}", side.server, bed.cpus.far, tools.sockperf_server(side.server.addresses[0], PING), PING)
             bed.start(f"bulk-{side.server.name}", side.server, bed.cpus.far, ["iperf3", "--server", "--port", str(BULK)], BULK)

@@ -1,7 +1,7 @@
 """One lab for a benchmark: two pods in the mesh and two on the same wires that no program of the mesh ever touches.
 
-"No mesh" is measured without taking the mesh down, so that the two can take turns. The plain pods hang on the same bridge of the same
-node, no Workload describes them, and their programs are started in a cgroup beside the node's, where the lab keeps hosts outside the mesh.
+"No mesh" is measured without taking the mesh down, so that the two can take turns. The plain pods hang on the same bridges of the same
+nodes, no Workload describes them, and their programs are started in a cgroup beside the node's, where the lab keeps hosts outside the mesh.
 A cgroup program runs for the sockets of processes below the cgroup it is attached to, and sk_lookup for the namespaces it is linked to:
 here neither is the case (`_require` asks the kernel), so it executes no instruction of ours for them, not even an early exit. What is
 left is two static keys of the kernel's (`cgroup_bpf_enabled_key`, `bpf_sk_lookup_enabled`), which are on for the whole machine; each leads
@@ -34,8 +34,9 @@ CALLER = Pod("caller", NODE, ("10.77.1.11",), service_account="caller", labels={
 SERVER = Pod("server", NODE, ("10.77.1.21",), service_account="server", labels={"app": "server"})
 PLAIN_CALLER = Pod("plain-caller", NODE, ("10.77.1.12",), mesh=False)
 PLAIN_SERVER = Pod("plain-server", NODE, ("10.77.1.22",), mesh=False)
+ONE_NODE = Topology((Node(NODE, 1),), (CALLER, SERVER, PLAIN_CALLER, PLAIN_SERVER))
 VIP = "10.96.0.10"
-"""Address of the one Service, which SERVER backs."""
+"""Address of the one Service, which SERVER backs (pods with the label app: server)."""
 READY_S = 15.0
 
 
@@ -95,15 +96,14 @@ def seat(pod: Pod) -> Seat:
 
 
 @contextmanager
-def testbed(documents: Sequence[dict[str, Any]], progress: Callable[[str], None]) -> Iterator[Testbed]:
+def testbed(documents: Sequence[dict[str, Any]], progress: Callable[[str], None], topology: Topology) -> Iterator[Testbed]:
     """Bring the lab up with these resources and the Workloads of its mesh pods in force; take it down at the end."""
     if os.geteuid() != 0:
         raise LabError("a lab makes network namespaces, cgroups and mounts: run it as root (sudo)")
-    pods = (CALLER, SERVER, PLAIN_CALLER, PLAIN_SERVER)
-    with Lab(Topology((Node(NODE, 1),), pods), progress=progress) as lab:
-        lab.apply(_yaml([*(resources.workload(pod) for pod in pods if pod.mesh), *documents]))
+    with Lab(topology, progress=progress) as lab:
+        lab.apply(to_yaml([*(resources.workload(pod) for pod in topology.pods if pod.mesh), *documents]))
         lab.settle()
-        for pod in pods:
+        for pod in topology.pods:
             _require(pod, touched=pod.mesh)
         chosen = cpus()
         with awake(chosen) as spinners:
@@ -135,7 +135,8 @@ def _bpftool(*args: str) -> list[dict[str, Any]]:
     return found if isinstance(found, list) else []
 
 
-def _yaml(documents: Sequence[dict[str, Any]]) -> str:
+def to_yaml(documents: Sequence[dict[str, Any]]) -> str:
+    """Return resources as text for `Lab.apply`."""
     stream = io.StringIO()
     YAML(typ="safe").dump_all(documents, stream)
     return stream.getvalue()

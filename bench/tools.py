@@ -1,6 +1,6 @@
 """The load generators: their command lines, and what they print turned into numbers. Called by the benchmarks; runs nothing itself.
 
-All of them are closed loops: the next message is sent when the answer to the last one is there.
+All of them but h2load are closed loops: the next message is sent when the answer to the last one is there.
 """
 
 from __future__ import annotations
@@ -41,9 +41,13 @@ def sockperf_server(address: str, port: int) -> list[str]:
     return ["sockperf", "server", "--tcp", "-i", address, "-p", str(port)]
 
 
-def sockperf(address: str, port: int, seconds: int) -> list[str]:
-    """Return the command of a ping-pong over one TCP connection (sockperf blocks in recvfrom, it does not spin)."""
-    return ["sockperf", "ping-pong", "--tcp", "-i", address, "-p", str(port), "-m", str(MESSAGE_BYTES), "-t", str(seconds), "--full-rtt"]
+def sockperf(address: str, port: int, seconds: int, rate: int | None = None) -> list[str]:
+    """Return the command of a ping-pong over one TCP connection (sockperf blocks in recvfrom, it does not spin).
+
+    With a `rate`, messages a second, the next message waits for its time; for that it spins.
+    """
+    argv = ["sockperf", "ping-pong", "--tcp", "-i", address, "-p", str(port), "-m", str(MESSAGE_BYTES), "-t", str(seconds), "--full-rtt"]
+    return argv if rate is None else [*argv, "--mps", str(rate)]
 
 
 def parse_sockperf(text: str) -> PingPong:
@@ -73,6 +77,45 @@ def parse_wrk(text: str) -> Http:
     return Http(int(total[1]), float(rate[1]), percentiles["50"], percentiles["99"])
 
 
+def h2load(url: str, connections: int, each: int, seconds: int, log: str, headers: Sequence[str] = ()) -> list[str]:
+    """Return the command of an open loop of HTTP/1.1 requests, `each` a second on every connection; it writes a line for each request into `log`.
+
+    At most 100 a second and connection: h2load looks at its clock every 10 ms (nghttp2, src/h2load.cc, rps_watcher), and would send bursts.
+    """
+    if each > H2LOAD_MOST:
+        raise ValueError(f"{each} requests a second on one connection are more than h2load spreads evenly: {H2LOAD_MOST}")
+    argv = ["h2load", "--h1", "-t", "1", "-c", str(connections), f"--rps={each}", "-D", str(seconds), f"--log-file={log}"]
+    return [*argv, *(part for header in headers for part in ("-H", header)), url]
+
+
+def parse_h2load(log: str, connections: int, each: int) -> Http:
+    """Read h2load's log: latencies from the moment in which a request was due, not from that in which it was sent.
+
+    A request that has to wait because the one before it on its connection is not answered is late, and its caller waits from when it was due
+    (https://www.scylladb.com/2021/04/22/on-coordinated-omission/). The first request of each connection sets its schedule. The log does not say
+    which connection a line belongs to: what is sent n-th is what was due n-th. ToolFailed if any request failed.
+    """
+    rows = sorted((int(start), int(status), int(took)) for start, status, took in (line.split()[:3] for line in log.splitlines()))
+    bad = [status for _, status, _ in rows if not 200 <= status < 300]
+    if bad or len(rows) <= connections:
+        raise ToolFailed(f"h2load: {len(bad)} of {len(rows)} requests failed, the first with status {bad[0] if bad else '-'}")
+    first = [start for start, _, _ in rows[:connections]]
+    late = sorted(
+        max(0.0, start - (first[number % connections] + number // connections * 1e6 / each)) + took
+        for number, (start, _, took) in enumerate(rows)
+    )
+    lasted = (rows[-1][0] - rows[0][0]) / 1e6
+    return Http(len(rows), len(rows) / lasted, _at(late, 50), _at(late, 99))
+
+
+H2LOAD_MOST = 100
+
+
+def _at(ordered: Sequence[float], percent: int) -> float:
+    """Nearest rank."""
+    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
+
+
 def iperf(address: str, port: int, seconds: int) -> list[str]:
     """Return the command that sends as much as it can over one TCP connection."""
     return ["iperf3", "--client", address, "--port", str(port), "--time", str(seconds), "--json"]
@@ -87,14 +130,17 @@ def parse_iperf(text: str) -> float:
         raise ToolFailed(f"iperf3: {_last(text)}") from error
 
 
-def nginx(port: int) -> str:
-    """Return the configuration of an nginx whose answers cost as little as can be: one process, two bytes, no log, no file."""
+def nginx(port: int, answer: str = "ok") -> str:
+    """Return the configuration of an nginx whose answers cost as little as can be: one process, few bytes, no log, no file but its pid's.
+
+    That one it removes when it ends: "pid /dev/null" took the device away.
+    """
     return (
-        "daemon off; master_process off; pid /dev/null; error_log stderr;\n"
+        f"daemon off; master_process off; pid /run/meshbench-nginx-{port}.pid; error_log stderr;\n"
         "events { worker_connections 1024; }\n"
         "http {\n"
         "  access_log off; keepalive_requests 1000000000; keepalive_time 1d;\n"
-        f"  server {{ listen {port} backlog=4096; default_type text/plain; location / {{ return 200 ok; }} }}\n"
+        f"  server {{ listen {port} backlog=4096; default_type text/plain; location / {{ return 200 {answer}; }} }}\n"
         "}\n"
     )
 

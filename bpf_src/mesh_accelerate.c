@@ -8,7 +8,8 @@
  * Leaving matters: on kernels with FIONREAD for sockmap (6.18.14) a member's FIONREAD is 0 for data that arrives over TCP.
  *
  * A write that began before the socket joined (TCP Fast Open; a thread that waits in send() for the handshake) goes past mesh_sk_msg. It is
- * noticed before its first segment leaves (BPF_SOCK_OPS_HDR_OPT_LEN_CB), and makes that direction TCP.
+ * noticed before its first segment leaves (BPF_SOCK_OPS_HDR_OPT_LEN_CB), and makes that direction TCP. A caller whose SYN was sent twice is often
+ * taken for one: the kernel computes the MSS once more then, without a write, and which of the two it is cannot be told here.
  *
  * Sequence numbers prove that both ends see one and the same TCP connection: no NAT, no proxy and no namesake in between. */
 

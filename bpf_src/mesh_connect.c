@@ -83,12 +83,74 @@ static __always_inline bool mesh_is_query(u64 netns_cookie, const struct mesh_ad
 	return port == MESH_DNS_SERVICE_PORT && mesh_resolver.lookup(&key);
 }
 
+/* Is this a query to a resolver that the namespace's resolv.conf names, whoever answers it? */
+static __always_inline bool mesh_is_resolver(u64 netns_cookie, const struct mesh_addr *destination, u16 port)
+{
+	struct mesh_resolver_key key = { .netns_cookie = netns_cookie | MESH_RESOLVER_ALLOWED, .address = *destination };
+
+	return port == MESH_DNS_SERVICE_PORT && mesh_resolver.lookup(&key);
+}
+
 /* Is this an address of a service? Row 0 of its ports says so: what asks for another port gets an answer, not silence. */
 static __always_inline bool mesh_is_service(const struct mesh_addr *address)
 {
 	struct mesh_service_key key = { .address = *address };
 
 	return mesh_service.lookup(&key) != NULL;
+}
+
+/* May a caller not go to a destination that is no workload's and no service's? The unspecified address is the caller itself. */
+static __always_inline bool mesh_is_shut_in(const struct mesh_known *self, u64 netns_cookie, const struct mesh_addr *destination, u16 port)
+{
+	if (!(self->flags & MESH_WORKLOAD_EGRESS_DENY) || mesh_addr_is_unspecified(destination) || mesh_is_resolver(netns_cookie, destination, port))
+		return false;
+	if (!mesh_is_kernel())
+		return true;
+	mesh_count(MESH_COUNT_KERNEL_SOCKET);
+	return false;
+}
+
+/* Does a name from outside lead the waypoint into the mesh, or to the node? */
+static __always_inline bool mesh_leads_inside(const struct mesh_addr *destination, u32 epoch)
+{
+	struct mesh_known known;
+
+	return mesh_addr_is_loopback(destination) || mesh_addr_is_unspecified(destination) || mesh_addr_is_link_local(destination) ||
+	       mesh_know_address(destination, epoch, &known) || mesh_is_service(destination);
+}
+
+/* Does the waypoint listen for this caller? Asked of the sockets themselves: no agent is needed to know that Envoy has gone. */
+static __always_inline bool mesh_waypoint_listens(struct bpf_sock_addr *ctx)
+{
+	struct bpf_sock_tuple tuple = {};
+	struct bpf_sock *sk;
+
+	tuple.ipv4.saddr = bpf_htonl(0x7f000001);
+	tuple.ipv4.daddr = bpf_htonl(0x7f000001);
+	tuple.ipv4.dport = bpf_htons(MESH_OUTBOUND_PORT);
+	sk = bpf_sk_lookup_tcp(ctx, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
+	if (!sk)
+		return false;
+	bpf_sk_release(sk);
+	return true;
+}
+
+/* The number of the tunnel that a call to a port of `target` takes; 0 = none. As long as nobody can prove who `target` is, denies a STRICT port. */
+static __always_inline u32 mesh_tunnel_to(const struct mesh_known *target, u16 port, struct mesh_decision *decision)
+{
+	u32 number = target->tunnel & 0xffffff, mtls;
+
+	if (target->netns_cookie)
+		return 0;
+	mtls = mesh_mtls_of(target, port);
+	if (!(mtls & MESH_WORKLOAD_TUNNEL))
+		return 0;
+	if (!number && mtls & MESH_WORKLOAD_STRICT) {
+		decision->verdict = MESH_VERDICT_DENY;
+		decision->reason = MESH_REASON_NO_TUNNEL;
+		decision->rule = 0;
+	}
+	return number;
 }
 
 /* Decides for the call described by `destination` and `port`, and may change both. */
@@ -103,7 +165,8 @@ static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_a
 	struct mesh_config *config;
 	struct bpf_sock *sk = ctx->sk;
 	struct mesh_sock *sock;
-	bool waypoint = false, served = false;
+	bool waypoint = false, served = false, open = false, stream = false;
+	u32 tunnel = 0;
 
 	if (!mesh_know_namespace(netns_cookie, epoch, &self))
 		return MESH_PASS;
@@ -111,6 +174,12 @@ static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_a
 		return MESH_REFUSE;
 	config = mesh_config.lookup(&zero);
 	waypoint = mesh_is_waypoint(config);
+	if (waypoint && sk->mark == MESH_MARK_OUTSIDE && mesh_leads_inside(destination, epoch)) {
+		struct mesh_parties who = { .source = self.id, .port = *port, .direction = MESH_FROM_WAYPOINT, .protocol = protocol };
+
+		mesh_count_decision(&who, 0, MESH_VERDICT_DENY, MESH_REASON_EGRESS);
+		return MESH_FORBID;
+	}
 	if (mesh_addr_is_loopback(destination) && (waypoint || !mesh_is_query(netns_cookie, destination, *port))) {
 		mesh_sock.sk_storage_delete(sk); /* of an earlier connect() of this socket */
 		return MESH_PASS;
@@ -144,6 +213,11 @@ static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_a
 		sock->service = service.id;
 		sock->traced = mesh_traced(config, sock->source, 0, sock->service);
 		waypoint = service.flags & MESH_SERVICE_WAYPOINT;
+		stream = service.flags & MESH_SERVICE_STREAM;
+		if (waypoint && service.flags & MESH_SERVICE_FAIL_OPEN && !mesh_waypoint_listens(ctx)) {
+			waypoint = false;
+			open = true;
+		}
 		if (!waypoint) {
 			backend = mesh_choose(&service, netns_cookie, mesh_addr_is4(destination), now);
 			if (!backend)
@@ -162,6 +236,8 @@ static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_a
 				sock->traced = mesh_traced(config, sock->source, sock->target, 0);
 			if (sock->direction == MESH_OUTBOUND && target.netns_cookie != netns_cookie) { /* a pod may reach itself */
 				decision = mesh_decide(target.policy, self.identity, *port, protocol);
+				if (protocol == IPPROTO_TCP && decision.verdict < MESH_VERDICT_DENY)
+					tunnel = mesh_tunnel_to(&target, *port, &decision);
 				sock->rule = decision.rule;
 				sock->verdict = decision.verdict;
 				if (decision.verdict == MESH_VERDICT_DENY && mesh_is_kernel()) {
@@ -171,19 +247,36 @@ static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_a
 				if (decision.verdict != MESH_VERDICT_NONE || decision.audit)
 					mesh_account(sock, &decision);
 				if (decision.verdict == MESH_VERDICT_DENY)
-					return MESH_FORBID;
+					return decision.reason == MESH_REASON_NO_TUNNEL ? MESH_REFUSE : MESH_FORBID;
 				waypoint = decision.verdict == MESH_VERDICT_WAYPOINT;
 			}
 		} else if (!served && mesh_is_service(destination)) {
 			return mesh_refuse(sock, MESH_REASON_NO_PORT);
+		} else if (sock->direction == MESH_OUTBOUND && mesh_is_shut_in(&self, netns_cookie, destination, *port)) {
+			decision.verdict = MESH_VERDICT_DENY;
+			decision.reason = MESH_REASON_EGRESS;
+			mesh_account(sock, &decision);
+			return MESH_FORBID;
 		}
 	}
-	if (waypoint) {
+	if (open && !waypoint) { /* no policy needs the request */
+		mesh_count(MESH_COUNT_FAIL_OPEN);
+		decision.reason = MESH_REASON_FAIL_OPEN;
+	}
+	if (waypoint || tunnel) {
 		sock->origdst = *destination;
 		sock->origdst_port = *port;
-		sock->redirected = 1;
+	}
+	if (waypoint) {
+		sock->redirected = MESH_REDIRECT_WAYPOINT;
 		mesh_addr_to_loopback(destination);
-		*port = MESH_OUTBOUND_PORT;
+		*port = stream ? MESH_EGRESS_PORT : MESH_OUTBOUND_PORT;
+	} else if (tunnel) {
+		/* IPv6 has one loopback address only, so an IPv6 socket goes to ::ffff:127.x.y.z. One that is IPV6_V6ONLY, which one bound to an IPv6
+		 * address is too, gets ENETUNREACH there: closed. */
+		sock->redirected = MESH_REDIRECT_TUNNEL;
+		mesh_addr_from4(destination, bpf_htonl(0x7f000000 | tunnel));
+		*port = MESH_TUNNEL_PORT;
 	}
 	sock->remote = *destination;
 	sock->remote_port = *port;
@@ -194,6 +287,23 @@ static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_a
 	if (sock->traced)
 		mesh_report_call(MESH_EVENT_CONNECT, sock, &decision, bpf_get_socket_cookie(ctx));
 	return sock->redirected || served ? MESH_REWRITE : MESH_PASS;
+}
+
+/* A protocol that the mesh does not carry (SCTP, MPTCP, ping) is no way out for whoever may not go out. */
+static __always_inline int mesh_connect_other(struct bpf_sock_addr *ctx, const struct mesh_addr *destination)
+{
+	u64 netns_cookie = bpf_get_netns_cookie(ctx);
+	u32 zero = 0, epoch = mesh_current_epoch();
+	struct mesh_known self, target;
+	struct mesh_parties who = { .direction = MESH_OUTBOUND };
+
+	if (!mesh_know_namespace(netns_cookie, epoch, &self) || mesh_is_waypoint(mesh_config.lookup(&zero)))
+		return 1;
+	if (mesh_addr_is_loopback(destination) || mesh_know_address(destination, epoch, &target) || !mesh_is_shut_in(&self, netns_cookie, destination, 0))
+		return 1;
+	who.source = self.id;
+	mesh_count_decision(&who, 0, MESH_VERDICT_DENY, MESH_REASON_EGRESS);
+	return 0;
 }
 
 /* 1 lets the call go on, 0 makes it fail: with EPERM unless another errno is set (kernel/bpf/cgroup.c, bpf_prog_run_array_cg). */
@@ -254,7 +364,7 @@ int mesh_connect4(struct bpf_sock_addr *ctx)
 	int outcome;
 
 	if (!protocol)
-		return 1;
+		return mesh_connect_other(ctx, &destination);
 	outcome = mesh_connect(ctx, &destination, &port, protocol);
 	if (outcome >= MESH_FORBID)
 		return mesh_refused(outcome);
@@ -270,7 +380,7 @@ int mesh_connect6(struct bpf_sock_addr *ctx)
 	int outcome;
 
 	if (!protocol)
-		return 1;
+		return mesh_connect_other(ctx, &destination);
 	outcome = mesh_connect(ctx, &destination, &port, protocol);
 	if (outcome >= MESH_FORBID)
 		return mesh_refused(outcome);

@@ -90,6 +90,12 @@ static __always_inline int mesh_sendmsg(struct bpf_sock_addr *ctx, struct mesh_a
 		return MESH_PASS; /* whoever was let in is answered */
 	if (!sock.target && !served && !own && mesh_is_service(destination))
 		return mesh_refuse(&sock, MESH_REASON_NO_PORT);
+	if (!sock.target && !served && !own && mesh_is_shut_in(&self, netns_cookie, destination, *port)) {
+		decision.verdict = MESH_VERDICT_DENY;
+		decision.reason = MESH_REASON_EGRESS;
+		mesh_account(&sock, &decision);
+		return MESH_FORBID;
+	}
 	if (sock.target && !own && target.netns_cookie != netns_cookie) {
 		decision = mesh_decide(target.policy, self.identity, *port, IPPROTO_UDP);
 		if (decision.verdict == MESH_VERDICT_DENY && mesh_is_kernel()) {

@@ -52,6 +52,20 @@ static __always_inline bool mesh_addr_is_loopback(const struct mesh_addr *addres
 	return !address->word[0] && !address->word[1] && !address->word[2] && address->word[3] == bpf_htonl(1);
 }
 
+/* 0.0.0.0 and ::, which connect() takes for the caller itself (net/ipv4/af_inet.c, net/ipv6/tcp_ipv6.c). */
+static __always_inline bool mesh_addr_is_unspecified(const struct mesh_addr *address)
+{
+	return !address->word[0] && !address->word[1] && !address->word[3] && (!address->word[2] || address->word[2] == bpf_htonl(0xffff));
+}
+
+/* 169.254.0.0/16 and fe80::/10. */
+static __always_inline bool mesh_addr_is_link_local(const struct mesh_addr *address)
+{
+	if (mesh_addr_is4(address))
+		return (address->word[3] & bpf_htonl(0xffff0000)) == bpf_htonl(0xa9fe0000);
+	return (address->word[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
+}
+
 /* Both ends of the connection, local first. Ports in host order: remote_port is a __be32 with the port in its upper half
  * (net/core/filter.c, sock_ops_convert_ctx_access). */
 struct mesh_ends {
@@ -117,6 +131,7 @@ struct mesh_known {
 	u64 netns_cookie; /* 0 = not enrolled on this node */
 	u32 id;
 	u32 flags;
+	u32 tunnel;
 	u32 identity;
 	u32 policy;
 };
@@ -129,6 +144,7 @@ static __always_inline bool mesh_know(const struct mesh_workload *row, u32 owner
 	known->netns_cookie = *(volatile const u64 *)&row->netns_cookie;
 	known->id = *(volatile const u32 *)&row->id;
 	known->flags = *(volatile const u32 *)&row->flags;
+	known->tunnel = *(volatile const u32 *)&row->tunnel;
 	identity = *(volatile const u64 *)&row->identity[epoch];
 	policy = *(volatile const u64 *)&row->policy[epoch];
 	known->identity = identity;
@@ -171,6 +187,35 @@ static __always_inline bool mesh_know_address(const struct mesh_addr *address, u
 	else
 		__builtin_memset(known, 0, sizeof(*known));
 	return row != NULL;
+}
+
+/* Whose row of mesh_mtls it is: what mesh_owner is for the other tables. */
+static __always_inline u32 mesh_mtls_owner(const struct mesh_mtls_key *key)
+{
+	return key->workload ^ key->port * 0x27d4eb2fu;
+}
+
+/* MESH_WORKLOAD_MTLS of a port. A row that has become another's twice while it was read counts as both: closed. */
+static __always_inline u32 mesh_mtls_of(const struct mesh_known *known, u16 port)
+{
+	struct mesh_mtls_key key = { .workload = known->id, .port = port };
+	u64 *row, word;
+
+	if (!(known->flags & MESH_WORKLOAD_MTLS_PORTS))
+		return known->flags & MESH_WORKLOAD_MTLS;
+	row = mesh_mtls.lookup(&key);
+	if (!row)
+		return known->flags & MESH_WORKLOAD_MTLS;
+	word = *(volatile u64 *)row;
+	if (word >> 32 != mesh_mtls_owner(&key)) {
+		row = mesh_mtls.lookup(&key);
+		if (!row)
+			return known->flags & MESH_WORKLOAD_MTLS;
+		word = *(volatile u64 *)row;
+		if (word >> 32 != mesh_mtls_owner(&key))
+			return MESH_WORKLOAD_MTLS;
+	}
+	return word & MESH_WORKLOAD_MTLS;
 }
 
 /* The identity of somebody who is known by an address only. */
@@ -248,9 +293,14 @@ static __always_inline void mesh_count_decision(const struct mesh_parties *who, 
 	};
 	u64 *counter = mesh_verdicts.lookup(&key), one = 1;
 
+	if (!counter) {
+		if (!mesh_verdicts.insert(&key, &one))
+			return;
+		counter = mesh_verdicts.lookup(&key); /* unless another processor was first, it is full */
+	}
 	if (counter)
 		mesh_add(*counter, 1);
-	else if (mesh_verdicts.insert(&key, &one))
+	else
 		mesh_count(MESH_COUNT_VERDICT_FOLDED);
 }
 
@@ -301,6 +351,8 @@ static __always_inline struct mesh_stats *mesh_stats_of(const struct mesh_sock *
 	struct mesh_parties who;
 
 	mesh_parties_of(sock, &who);
+	if (sock->redirected == MESH_REDIRECT_TUNNEL)
+		who.direction |= MESH_STATS_TUNNELLED;
 	return mesh_stats_for(&who);
 }
 

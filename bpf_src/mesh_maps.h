@@ -26,6 +26,7 @@ MESH_MAP("array", u32, struct mesh_config, mesh_config, 1, 0);
 MESH_MAP("array", u32, u32, mesh_epoch, 1, 0); /* 0 or 1 */
 MESH_MAP("hash", u64, struct mesh_workload, mesh_workload, 4096, BPF_F_NO_PREALLOC);
 MESH_MAP("hash", struct mesh_addr, struct mesh_workload, mesh_address, 262144, BPF_F_NO_PREALLOC);
+MESH_MAP("hash", struct mesh_mtls_key, u64, mesh_mtls, 65536, BPF_F_NO_PREALLOC);
 MESH_MAP("hash", struct mesh_service_key, struct mesh_service, mesh_service, 65536, BPF_F_NO_PREALLOC);
 MESH_MAP("hash", struct mesh_backend_key, struct mesh_backend, mesh_backend, 524288, BPF_F_NO_PREALLOC);
 MESH_MAP("hash", struct mesh_member_key, u32, mesh_member, 131072, BPF_F_NO_PREALLOC);
@@ -41,6 +42,7 @@ MESH_MAP("lru_hash", struct mesh_peer_key, struct mesh_peer, mesh_peer, 65536, 0
 MESH_MAP("lru_hash", struct mesh_affinity_key, struct mesh_affinity, mesh_affinity, 65536, 0);
 MESH_MAP("hash", struct mesh_load_key, u64, mesh_load, 65536, BPF_F_NO_PREALLOC);
 MESH_MAP("sk_storage", int, struct mesh_sock, mesh_sock, 0, BPF_F_NO_PREALLOC);
+MESH_MAP("sk_storage", int, struct mesh_origdst, mesh_accepted, 0, BPF_F_NO_PREALLOC); /* on the waypoint's end of a redirected connection */
 
 /* Results, written here, read by the agent. */
 MESH_MAP("percpu_hash", struct mesh_stats_key, struct mesh_stats, mesh_stats, 16384, BPF_F_NO_PREALLOC);
@@ -49,7 +51,7 @@ MESH_MAP("percpu_array", u32, u64, mesh_counter, MESH_COUNT_MAX, 0);
 MESH_MAP("percpu_array", u32, struct mesh_budget, mesh_budget, 1, 0);
 MESH_MAP("array", u32, struct mesh_stats, mesh_blank, 1, 0); /* never written: all zero */
 
-/* The waypoint's inbound listening sockets: mesh_sk_lookup hands connections to them. */
+/* The waypoint's listening sockets for what comes in: mesh_sk_lookup hands connections to them. */
 struct mesh_listener_table_t {
 	struct mesh_listener_key key;
 	u64 leaf;

@@ -42,10 +42,10 @@ static __always_inline int mesh_refuse_inbound(struct mesh_flow_key *ends, struc
 	return SK_DROP;
 }
 
-/* Hands the connection to the waypoint's inbound listener of this namespace. */
-static __always_inline int mesh_steer(struct bpf_sk_lookup *ctx, u64 netns_cookie, bool ipv4)
+/* Hands the connection to the listener that the waypoint has on `port` of this namespace. */
+static __always_inline int mesh_steer(struct bpf_sk_lookup *ctx, u64 netns_cookie, bool ipv4, u16 port)
 {
-	struct mesh_listener_key key = { .netns_cookie = netns_cookie, .ipv4 = ipv4 };
+	struct mesh_listener_key key = { .netns_cookie = netns_cookie, .ipv4 = ipv4, .port = port };
 	struct bpf_sock *listener = mesh_listener.lookup(&key);
 	int error;
 
@@ -101,7 +101,7 @@ int mesh_sk_lookup(struct bpf_sk_lookup *ctx)
 	struct mesh_known self, peer, caller;
 	struct mesh_flow *flow, seen = {};
 	u32 epoch = mesh_current_epoch(), identity = MESH_IDENTITY_UNKNOWN;
-	bool traced = false, from_waypoint = false, begins = true;
+	bool traced = false, from_waypoint = false, begins = true, within, strict;
 
 	if (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_UDP)
 		return SK_PASS;
@@ -119,17 +119,29 @@ int mesh_sk_lookup(struct bpf_sk_lookup *ctx)
 	who.protocol = ends.protocol;
 	who.port = ends.destination_port;
 
+	within = mesh_addr_is_loopback(&ends.source);
+	if (!within && mesh_addr_is_loopback(&ends.destination)) /* a socket that is bound to an address of the pod */
+		within = mesh_know_address(&ends.source, epoch, &peer) && peer.netns_cookie;
 	if (ends.protocol == IPPROTO_TCP &&
 	    (ends.destination_port == MESH_INBOUND_PORT ||
-	     (ends.destination_port == MESH_OUTBOUND_PORT && !mesh_addr_is_loopback(&ends.source))))
+	     ((ends.destination_port == MESH_OUTBOUND_PORT || ends.destination_port == MESH_TUNNEL_PORT || ends.destination_port == MESH_EGRESS_PORT) && !within)))
 		return mesh_refuse_inbound(&ends, &who, MESH_REASON_WAYPOINT_PORT);
-	if (mesh_addr_is_loopback(&ends.source) || mesh_addr_equal(&ends.source, &ends.destination))
+	if (within || mesh_addr_equal(&ends.source, &ends.destination))
 		return SK_PASS; /* within the pod: the application's own, or the waypoint's last step */
 
 	if (!mesh_know_address(&ends.destination, epoch, &self) || !self.netns_cookie) /* bpf_get_netns_cookie does not exist here */
 		return mesh_refuse_inbound(&ends, &who, MESH_REASON_UNKNOWN_ADDRESS);
 	who.target = self.id;
 	mesh_know_address(&ends.source, epoch, &peer);
+	if (ends.protocol == IPPROTO_TCP && ends.destination_port == MESH_HBONE_PORT) {
+		who.source = peer.id;
+		if (self.policy == MESH_POLICY_CLOSED) /* then the cookie may be another's */
+			return mesh_refuse_inbound(&ends, &who, MESH_REASON_NO_ENTRY);
+		if (mesh_steer(ctx, self.netns_cookie, ctx->family == AF_INET, MESH_HBONE_PORT))
+			return mesh_refuse_inbound(&ends, &who, MESH_REASON_NO_LISTENER);
+		return SK_PASS; /* the certificate says who calls, and the waypoint who may */
+	}
+	strict = mesh_mtls_of(&self, ends.destination_port) & MESH_WORKLOAD_STRICT;
 	if (ends.protocol == IPPROTO_UDP) {
 		if (mesh_was_asked(&ends, &self, &peer))
 			return SK_PASS; /* an answer */
@@ -148,7 +160,10 @@ int mesh_sk_lookup(struct bpf_sk_lookup *ctx)
 			identity = caller.identity;
 	} else if (peer.netns_cookie) {
 		who.source = peer.id;
-		return self.policy ? mesh_refuse_inbound(&ends, &who, MESH_REASON_SPOOFED) : SK_PASS;
+		return self.policy || strict ? mesh_refuse_inbound(&ends, &who, MESH_REASON_SPOOFED) : SK_PASS;
+	} else if (strict) {
+		who.source = peer.id;
+		return mesh_refuse_inbound(&ends, &who, MESH_REASON_PLAINTEXT);
 	} else if (peer.id) {
 		who.source = peer.id;
 		identity = peer.identity; /* on another node: its address is all there is without mTLS */
@@ -161,7 +176,7 @@ int mesh_sk_lookup(struct bpf_sk_lookup *ctx)
 	}
 	decision = mesh_decide(self.policy, identity, ends.destination_port, ends.protocol);
 	if (decision.verdict == MESH_VERDICT_WAYPOINT && (!from_waypoint || self.flags & MESH_WORKLOAD_ENFORCE_INBOUND)) {
-		if (ends.protocol == IPPROTO_UDP || mesh_steer(ctx, self.netns_cookie, ctx->family == AF_INET)) {
+		if (ends.protocol == IPPROTO_UDP || mesh_steer(ctx, self.netns_cookie, ctx->family == AF_INET, MESH_INBOUND_PORT)) {
 			decision.verdict = MESH_VERDICT_DENY;
 			decision.reason = MESH_REASON_NO_LISTENER;
 		}

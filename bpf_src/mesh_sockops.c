@@ -101,7 +101,8 @@ static __always_inline void mesh_origdst_key_of(struct bpf_sock_ops *ctx, struct
 {
 	key->netns_cookie = bpf_get_netns_cookie(ctx);
 	key->source_port = ends->local_port;
-	key->ipv4 = mesh_addr_is4(&ends->remote);
+	key->port = ends->remote_port;
+	key->loopback = ends->remote.word[3];
 }
 
 /* The caller's end, before its SYN leaves. */
@@ -118,6 +119,7 @@ static __always_inline void mesh_on_connect(struct bpf_sock_ops *ctx)
 		return;
 	mesh_watch(ctx);
 	mesh_ends_of(ctx, &ends);
+	mesh_load_begin(sock);
 	if (sock->redirected) {
 		mesh_origdst_key_of(ctx, &ends, &origdst_key);
 		origdst.address = sock->origdst;
@@ -127,7 +129,6 @@ static __always_inline void mesh_on_connect(struct bpf_sock_ops *ctx)
 		return;
 	}
 	mesh_flow_key_of(&ends, true, &flow_key);
-	mesh_load_begin(sock);
 	flow.netns_cookie = bpf_get_netns_cookie(ctx);
 	flow.workload = sock->source;
 	flow.service = sock->service;
@@ -176,7 +177,7 @@ static __always_inline void mesh_on_accepted(struct bpf_sock_ops *ctx)
 	if (!mesh_know_namespace(bpf_get_netns_cookie(ctx), epoch, &self) || !sk)
 		return;
 	mesh_ends_of(ctx, &ends);
-	if (mesh_addr_is_loopback(&ends.remote) || mesh_addr_equal(&ends.remote, &ends.local))
+	if (mesh_addr_is_loopback(&ends.remote) || mesh_addr_is_loopback(&ends.local) || mesh_addr_equal(&ends.remote, &ends.local))
 		return; /* within the pod: the application's own, or the waypoint's last step */
 	sock = mesh_sock.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!sock) {
@@ -299,18 +300,58 @@ int mesh_sockops(struct bpf_sock_ops *ctx)
 	return 1;
 }
 
-/* Attached to the waypoint's cgroup only: remembers its inbound listeners for mesh_sk_lookup. */
-int mesh_listen(struct bpf_sock_ops *ctx)
+/* The waypoint's own listeners, for mesh_sk_lookup: only listen() puts a socket there. */
+static __always_inline void mesh_on_listen(struct bpf_sock_ops *ctx)
 {
 	struct mesh_listener_key key = {};
 	int error;
 
-	if (ctx->op != BPF_SOCK_OPS_TCP_LISTEN_CB || ctx->local_port != MESH_INBOUND_PORT)
-		return 1;
+	key.port = ctx->local_port;
+	if (key.port != MESH_INBOUND_PORT && key.port != MESH_HBONE_PORT)
+		return;
 	key.netns_cookie = bpf_get_netns_cookie(ctx);
 	key.ipv4 = ctx->family == AF_INET;
 	error = mesh_listener.sock_hash_update(ctx, &key, BPF_ANY); /* a statement of its own: bcc appends a semicolon */
 	if (error)
 		mesh_count(MESH_COUNT_LISTENER_FAILED);
+}
+
+/* The waypoint's end of a redirected connection. A caller that sends and closes at once takes its row along before the waypoint has accepted, so what
+ * the row says moves to the socket that the waypoint will get: this runs before the caller's FIN can arrive. */
+static __always_inline void mesh_on_handed_over(struct bpf_sock_ops *ctx)
+{
+	struct mesh_origdst_key key = {};
+	struct bpf_sock *sk = ctx->sk;
+	struct mesh_origdst *kept, *found;
+	struct mesh_ends ends;
+
+	if (!sk || (ctx->local_port != MESH_OUTBOUND_PORT && ctx->local_port != MESH_TUNNEL_PORT && ctx->local_port != MESH_EGRESS_PORT))
+		return;
+	mesh_ends_of(ctx, &ends);
+	key.netns_cookie = bpf_get_netns_cookie(ctx);
+	key.source_port = ends.remote_port;
+	key.port = ends.local_port;
+	key.loopback = ends.local.word[3];
+	found = mesh_origdst.lookup(&key);
+	if (!found)
+		return;
+	kept = mesh_accepted.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (kept)
+		*kept = *found;
+	else
+		mesh_count(MESH_COUNT_STORAGE_FAILED); /* mesh_getsockopt asks the row */
+}
+
+/* Attached to the waypoint's cgroup only. */
+int mesh_listen(struct bpf_sock_ops *ctx)
+{
+	switch (ctx->op) {
+	case BPF_SOCK_OPS_TCP_LISTEN_CB:
+		mesh_on_listen(ctx);
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		mesh_on_handed_over(ctx);
+		break;
+	}
 	return 1;
 }

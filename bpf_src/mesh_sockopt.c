@@ -1,5 +1,6 @@
 /* cgroup/getsockopt, attached to the waypoint's cgroup: answers SO_ORIGINAL_DST for connections that mesh_connect redirected, so that stock
- * Envoy's original_dst listener filter works without iptables. Other options and other sockets pass untouched. */
+ * Envoy's original_dst listener filter works without iptables. Other options and other sockets pass untouched.
+ * A tunnel is always entered by IPv4: an AF_INET socket is answered with a sockaddr_in6 if that is where its caller wanted to go. */
 
 #define MESH_SO_ORIGINAL_DST 80 /* and IP6T_SO_ORIGINAL_DST: include/uapi/linux/netfilter_ipv4.h, netfilter_ipv6/ip6_tables.h */
 
@@ -11,6 +12,7 @@ int mesh_getsockopt(struct bpf_sockopt *ctx)
 	struct mesh_origdst *found;
 	struct bpf_sock *sk;
 	u8 *value, *end;
+	bool in4;
 
 	if (ctx->optname != MESH_SO_ORIGINAL_DST || (ctx->level != IPPROTO_IP && ctx->level != IPPROTO_IPV6))
 		return 1;
@@ -19,13 +21,22 @@ int mesh_getsockopt(struct bpf_sockopt *ctx)
 		return 1;
 	key.netns_cookie = bpf_get_netns_cookie(ctx);
 	key.source_port = bpf_ntohs(sk->dst_port);
-	key.ipv4 = sk->family == AF_INET;
-	found = mesh_origdst.lookup(&key);
+	key.port = sk->src_port;
+	in4 = sk->family == AF_INET;
+	if (in4) {
+		key.loopback = sk->src_ip4;
+		mesh_keep_branch();
+	} else {
+		key.loopback = sk->src_ip6[3];
+	}
+	found = mesh_accepted.sk_storage_get(sk, 0, 0);
+	if (!found)
+		found = mesh_origdst.lookup(&key);
 	if (!found)
 		return 1;
 	value = ctx->optval;
 	end = ctx->optval_end;
-	if (key.ipv4) {
+	if (in4 && mesh_addr_is4(&found->address)) {
 		struct sockaddr_in *in = (void *)value;
 
 		if ((void *)(in + 1) > (void *)end)

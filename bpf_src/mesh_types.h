@@ -3,7 +3,10 @@
 
 /* Ports of the waypoint inside a pod's namespace; host order. */
 #define MESH_OUTBOUND_PORT 15001
+#define MESH_TUNNEL_PORT 15002
+#define MESH_EGRESS_PORT 15003
 #define MESH_INBOUND_PORT 15006
+#define MESH_HBONE_PORT 15008
 /* Port of the mesh's name server inside a pod's namespace, on loopback; host order. */
 #define MESH_DNS_PORT 15053
 #define MESH_DNS_SERVICE_PORT 53
@@ -32,6 +35,10 @@ enum mesh_reason {
 	MESH_REASON_UNKNOWN_ADDRESS = 7, /* an enrolled namespace was reached at an address that its workload does not declare */
 	MESH_REASON_NO_PORT = 8,         /* the service has no such port */
 	MESH_REASON_AUDIT = 9,           /* let through, but a rule that is only audited would deny */
+	MESH_REASON_PLAINTEXT = 10,      /* the port is STRICT, and nobody on this node opened the connection */
+	MESH_REASON_NO_TUNNEL = 11,      /* the destination is STRICT, and the waypoint is not ready to prove who it is */
+	MESH_REASON_FAIL_OPEN = 12,      /* let through: the waypoint is away, and the service's fail mode is open */
+	MESH_REASON_EGRESS = 13,         /* nobody declared the destination, and the caller may go nowhere else; or a name from outside led into the mesh */
 };
 
 enum mesh_direction {
@@ -69,15 +76,26 @@ enum mesh_counter {
 	MESH_COUNT_REVERSE_FAILED = 8,    /* mesh_peer refused an entry: a datagram socket sees the endpoint instead of the service */
 	MESH_COUNT_LOAD_FAILED = 9,       /* mesh_load full: the endpoint is chosen as if it were idle */
 	MESH_COUNT_KERNEL_SOCKET = 10,    /* a kernel thread's connection inside an enrolled namespace, left alone */
-	MESH_COUNT_MAX = 11,
+	MESH_COUNT_FAIL_OPEN = 11,        /* a connection that went past an absent waypoint: MESH_SERVICE_FAIL_OPEN */
+	MESH_COUNT_MAX = 12,
 };
 
 #define MESH_WORKLOAD_ENFORCE_INBOUND 1u /* L7 policy is enforced at the receiver even for connections from a local waypoint */
 #define MESH_WORKLOAD_ACCELERATE 2u /* its connections to workloads of this node that have it too bypass TCP: mesh_accelerate.c */
+#define MESH_WORKLOAD_TUNNEL 4u      /* on another node: reached through the waypoint's tunnel (HBONE), if there is one or the port is STRICT */
+#define MESH_WORKLOAD_STRICT 8u      /* what comes from outside this node in plaintext is refused */
+#define MESH_WORKLOAD_MTLS_PORTS 16u /* some of its ports have a row in mesh_mtls, which says both of the above in place of its own flags */
+#define MESH_WORKLOAD_EGRESS_DENY 32u /* it may go to services and workloads, and nowhere else */
+#define MESH_WORKLOAD_MTLS (MESH_WORKLOAD_TUNNEL | MESH_WORKLOAD_STRICT)
 
 #define MESH_SERVICE_WAYPOINT 1u /* L7 */
 #define MESH_SERVICE_LEAST 2u    /* the less loaded of two endpoints */
 #define MESH_SERVICE_STICKY 4u   /* session affinity: mesh_affinity, mesh_member */
+#define MESH_SERVICE_FAIL_OPEN 8u /* L4 will do as long as the waypoint is away */
+#define MESH_SERVICE_STREAM 16u /* with MESH_SERVICE_WAYPOINT: not HTTP, to MESH_EGRESS_PORT */
+
+/* SO_MARK of the waypoint's sockets to destinations outside the mesh: what a name resolves to is not ours to say, and must not lead inside. */
+#define MESH_MARK_OUTSIDE 0x6d736865u
 
 #define MESH_FLOW_WAYPOINT 1u /* opened by this node's waypoint */
 #define MESH_FLOW_TRACED 2u
@@ -104,6 +122,15 @@ struct mesh_workload {
 	__u64 netns_cookie; /* 0 = not enrolled on this node */
 	__u32 id;    /* of the workload, for metrics; never 0 */
 	__u32 flags; /* MESH_WORKLOAD_* */
+	__u32 tunnel; /* lower 24 bits of the loopback address that stands for its SPIFFE ID at the tunnel listener; 0 = none, nobody can prove it yet */
+	__u32 pad;
+};
+
+/* A port whose mode is not its workload's. The value is one word, as above: owner (mesh_mtls_owner) << 32 | MESH_WORKLOAD_MTLS. */
+struct mesh_mtls_key {
+	__u32 workload;
+	__u16 port; /* host order */
+	__u16 pad;
 };
 
 /* A stranger by CIDR block: the longest prefix that holds its address. */
@@ -230,18 +257,21 @@ struct mesh_peer {
 	__u16 pad;
 };
 
-/* A resolver that an enrolled namespace uses: its queries go to the mesh's name server in that namespace. */
+/* A resolver that an enrolled namespace uses: its queries go to the mesh's name server in that namespace. With MESH_RESOLVER_ALLOWED in the cookie, which
+ * only counts up from 1, the row says that it may be asked, also where MESH_WORKLOAD_EGRESS_DENY forbids all else. */
+#define MESH_RESOLVER_ALLOWED (1ull << 63)
 struct mesh_resolver_key {
 	__u64 netns_cookie;
 	struct mesh_addr address;
 };
 
-/* A redirected connection, by what the waypoint can see of it. */
+/* A redirected connection, by what the waypoint can see of it. Where it was redirected to is part of that: a caller's port may have connections to
+ * several loopback addresses at a time. */
 struct mesh_origdst_key {
 	__u64 netns_cookie;
 	__u16 source_port; /* host order */
-	__u16 ipv4;        /* 1: IPv4 (also as ::ffff:0:0/96), 0: IPv6 */
-	__u32 pad;
+	__u16 port;        /* of the listener, host order */
+	__be32 loopback;   /* address of the listener, its last word: 127.x.y.z (also as ::ffff:127.x.y.z), or 1 of ::1 */
 };
 
 struct mesh_origdst {
@@ -253,7 +283,13 @@ struct mesh_origdst {
 struct mesh_listener_key {
 	__u64 netns_cookie;
 	__u32 ipv4;
-	__u32 pad;
+	__u32 port; /* host order */
+};
+
+enum mesh_redirect {
+	MESH_REDIRECT_NONE = 0,
+	MESH_REDIRECT_WAYPOINT = 1, /* to the waypoint's outbound listener */
+	MESH_REDIRECT_TUNNEL = 2,   /* to its tunnel listener */
 };
 
 /* Kept on the socket from connect() or accept to close. */
@@ -273,7 +309,7 @@ struct mesh_sock {
 	__u16 load_port; /* of struct mesh_load_key; 0 = not counted there */
 	__u8 direction; /* enum mesh_direction */
 	__u8 verdict;   /* enum mesh_verdict */
-	__u8 redirected; /* 1: sent to the waypoint's outbound listener */
+	__u8 redirected; /* enum mesh_redirect */
 	__u8 traced;
 	__u8 protocol;
 	__u8 loaded; /* 1: counted in mesh_load */
@@ -287,9 +323,10 @@ struct mesh_stats_key {
 	__u32 target;
 	__u32 service;
 	__u16 port; /* host order, as dialled (outbound) or listened on (inbound) */
-	__u8 direction;
+	__u8 direction; /* enum mesh_direction, and MESH_STATS_TUNNELLED */
 	__u8 protocol;
 };
+#define MESH_STATS_TUNNELLED 128u /* through a tunnel to another node */
 
 #define MESH_BUCKETS 16
 /* Upper bounds are 2^(slot + MESH_BUCKET_SHIFT) ns: 16.4 us, 32.8 us, ... 0.27 s, 0.54 s; the last slot has no bound. */
@@ -347,7 +384,7 @@ struct mesh_event {
 	__u8 verdict;   /* enum mesh_verdict */
 	__u8 direction; /* enum mesh_direction */
 	__u8 reason;    /* enum mesh_reason, or enum mesh_close in MESH_EVENT_CLOSED */
-	__u8 redirected;
+	__u8 redirected; /* enum mesh_redirect */
 	__u8 protocol;
 	char comm[16];
 };

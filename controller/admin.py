@@ -101,9 +101,21 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             conditions.insert(0, {"type": "Accepted", "status": "False", "reason": "Invalid", "message": kept + reasons})
         if item is not None:
             metadata = {"namespace": key.namespace, **item.metadata} if key.namespace else dict(item.metadata)
-            return {**item.data, "metadata": metadata, "status": {"conditions": conditions, "source": item.file}}
+            more = self._mesh.compiled.status.get(key, {})
+            return {**_public(item.data), "metadata": _public(metadata), "status": {"conditions": conditions, **more, "source": item.file}}
         metadata = {"name": key.name, "namespace": key.namespace} if key.namespace else {"name": key.name}
         return {"apiVersion": kinds()[key.kind].api_version, "kind": key.kind, "metadata": metadata, "status": {"conditions": conditions}}
+
+
+def _public(data: Mapping[str, Any]) -> dict[str, Any]:
+    """An object, or its metadata, without what a Secret holds; kubectl writes all of it into an annotation again."""
+    shown = {name: value for name, value in data.items() if name not in {"data", "stringData"}}
+    if annotations := shown.get("annotations"):
+        shown["annotations"] = {name: value for name, value in annotations.items() if name != _LAST_APPLIED}
+    return shown
+
+
+_LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 
 
 def _read(documents: Any) -> list[tuple[Checked, Problem | None]]:

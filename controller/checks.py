@@ -8,25 +8,26 @@ from __future__ import annotations
 
 import ipaddress
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from controller import authentication, conditions, externals, gatewaychecks, regexes, routechecks, traffic
 from controller.documents import Path
 from controller.durations import milliseconds
 from controller.objects import (
     ACCELERATION_LABEL,
     BALANCING_ANNOTATION,
     DEFAULT_POLICY_LABEL,
+    DRY_RUN_ANNOTATION,
+    EGRESS_ANNOTATION,
+    FAIL_MODE_ANNOTATION,
     HTTP_FIELDS,
     MODE_LABEL,
     WAYPOINT_ANNOTATION,
+    is_namespace_wide,
 )
 
 Found = tuple[Path, str]
-
-# What Python's `re` accepts and RE2 does not (https://github.com/google/re2/wiki/Syntax): Envoy would refuse the whole configuration.
-_NOT_RE2 = re.compile(r"\(\?(?:[=!>(#]|<[=!]|P=)|\\[1-9]|[*+?}]\+")
 
 
 def check(kind: str, namespace: str, value: Mapping[str, Any]) -> Iterator[Found]:
@@ -37,10 +38,32 @@ def check(kind: str, namespace: str, value: Mapping[str, Any]) -> Iterator[Found
         yield from _service(spec)
     elif kind == "Workload":
         yield from _addresses(("spec", "addresses"), spec["addresses"])
-    elif kind == "HTTPRoute":
-        yield from _route(spec, namespace)
+    elif kind in {"HTTPRoute", "GRPCRoute"}:
+        yield from _route(spec, namespace, grpc=kind == "GRPCRoute")
+    elif kind == "CallerMatch":
+        for number, entry in enumerate(spec.get("from", [])):
+            yield from _source(("spec", "from", number, "source"), entry["source"])
+        yield from routechecks.claims(spec.get("claims", []))
     elif kind == "AuthorizationPolicy":
         yield from _policy(spec)
+        yield from _dry_run(value["metadata"], spec)
+    elif kind == "PeerAuthentication":
+        yield from _peers(spec)
+    elif kind == "RequestAuthentication":
+        yield from _attachment(spec)
+        yield from authentication.check(spec)
+    else:
+        yield from _elsewhere(kind, spec)
+
+
+def _elsewhere(kind: str, spec: Mapping[str, Any]) -> Iterator[Found]:
+    """Kinds whose checks are in modules of their own."""
+    if kind == "TrafficPolicy":
+        yield from traffic.check(spec, _regex)
+    elif kind == "ExternalService":
+        yield from externals.check(spec, _address)
+    elif kind == "Gateway":
+        yield from gatewaychecks.gateway(spec)
 
 
 def _labels(kind: str, metadata: Mapping[str, Any]) -> Iterator[Found]:
@@ -71,7 +94,22 @@ _SWITCHES: Final = (
         {"allow", "deny"},
         '"allow" (the default) or "deny" (what no ALLOW policy allows is denied)',
     ),
+    (
+        "annotations",
+        {"Namespace"},
+        EGRESS_ANNOTATION,
+        {"allow", "deny"},
+        '"allow" or "deny" (its workloads reach services, workloads and ExternalServices only)',
+    ),
+    ("annotations", {"AuthorizationPolicy"}, DRY_RUN_ANNOTATION, {"true", "false"}, '"true" or "false"'),
     ("annotations", {"Service"}, WAYPOINT_ANNOTATION, {"true", "false"}, '"true" or "false"'),
+    (
+        "annotations",
+        {"Service"},
+        FAIL_MODE_ANNOTATION,
+        {"closed", "open"},
+        '"closed" (the default) or "open" (without a waypoint its L7 ports are served as L4)',
+    ),
     ("annotations", {"Service"}, BALANCING_ANNOTATION, {"random", "least-connections"}, '"random" (the default) or "least-connections"'),
 )
 
@@ -149,15 +187,20 @@ def _service_ports(ports: list[Mapping[str, Any]]) -> Iterator[Found]:
         names.add(name)
 
 
-def _route(spec: Mapping[str, Any], namespace: str) -> Iterator[Found]:
-    seen: set[tuple[str, int]] = set()
+def _route(spec: Mapping[str, Any], namespace: str, *, grpc: bool) -> Iterator[Found]:
+    seen: set[tuple[str, str, str, int, str]] = set()
     for index, parent in enumerate(spec["parentRefs"]):
         path: Path = ("spec", "parentRefs", index)
-        if parent.get("namespace", namespace) != namespace:
-            yield (*path, "namespace"), f'must be the route\'s own namespace "{namespace}": consumer routes are not supported yet'
-        slot = (parent["name"], parent.get("port", 0))
+        yield from gatewaychecks.parent(path, parent)
+        slot = (
+            gatewaychecks.kind_of(parent),
+            parent.get("namespace", namespace),
+            parent["name"],
+            parent.get("port", 0),
+            parent.get("sectionName", ""),
+        )
         if slot in seen:
-            yield path, f"service {parent['name']} is listed twice with the same port"
+            yield path, f"{slot[0].lower()} {parent['name']} is listed twice with the same port"
         seen.add(slot)
     names: set[str] = set()
     for index, rule in enumerate(spec.get("rules", [])):
@@ -166,14 +209,17 @@ def _route(spec: Mapping[str, Any], namespace: str) -> Iterator[Found]:
             yield (*path, "name"), f'"{rule["name"]}" is used twice'
         if "name" in rule:
             names.add(rule["name"])
-        yield from _route_rule(path, rule)
+        yield from _route_rule(path, rule, grpc=grpc)
+    yield from routechecks.rules(spec)
 
 
-def _route_rule(path: Path, rule: Mapping[str, Any]) -> Iterator[Found]:
+def _route_rule(path: Path, rule: Mapping[str, Any], *, grpc: bool) -> Iterator[Found]:
     for index, match in enumerate(rule.get("matches", [])):
         here = (*path, "matches", index)
         if "path" in match:
             yield from _path_match((*here, "path"), match["path"])
+        if grpc:
+            yield from routechecks.grpc_method((*here, "method"), match)
         for field in ("headers", "queryParams"):
             yield from _named((*here, field), match.get(field, []), fold=field == "headers")
     yield from _filters((*path, "filters"), rule.get("filters", []))
@@ -199,15 +245,8 @@ def _path_match(path: Path, match: Mapping[str, Any]) -> Iterator[Found]:
 
 
 def _regex(path: Path, text: str) -> Iterator[Found]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python's doubts about its own future syntax do not concern RE2
-            re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        yield path, f"not a regular expression: {error}"
-        return
-    if _NOT_RE2.search(text):
-        yield path, "look-around, back references and possessive quantifiers do not exist in RE2, which Envoy uses"
+    if wrong := regexes.problem(text):
+        yield path, wrong
 
 
 def _named(path: Path, items: list[Mapping[str, Any]], *, fold: bool) -> Iterator[Found]:
@@ -221,24 +260,21 @@ def _named(path: Path, items: list[Mapping[str, Any]], *, fold: bool) -> Iterato
             yield from _regex((*path, index, "value"), item["value"])
 
 
-_FILTER_FIELD = {"RequestHeaderModifier": "requestHeaderModifier", "ResponseHeaderModifier": "responseHeaderModifier"}
-
-
 def _filters(path: Path, filters: list[Mapping[str, Any]]) -> Iterator[Found]:
     seen: set[str] = set()
     for index, item in enumerate(filters):
         here = (*path, index)
         kind = item["type"]
-        if kind in seen:
+        if kind in seen and kind not in routechecks.REPEATABLE:
             yield (*here, "type"), f'"{kind}" may be there only once'
         seen.add(kind)
-        field = _FILTER_FIELD[kind]
+        field = routechecks.FIELDS[kind]
         if field not in item:
             yield (*here, field), f'is required for type "{kind}"'
             continue
-        for other in set(_FILTER_FIELD.values()) & set(item) - {field}:
+        for other in set(routechecks.FIELDS.values()) & set(item) - {field}:
             yield (*here, other), f'does not belong to type "{kind}"'
-        edit = item[field]
+        edit = item[field] if field.endswith("HeaderModifier") else {}
         for part in ("set", "add"):
             yield from _named((*here, field, part), edit.get(part, []), fold=True)
             for number, header in enumerate(edit.get(part, [])):
@@ -248,14 +284,41 @@ def _filters(path: Path, filters: list[Mapping[str, Any]]) -> Iterator[Found]:
                     yield (*here, field, part, number, "value"), "must not hold control characters"
 
 
-def _policy(spec: Mapping[str, Any]) -> Iterator[Found]:
+def _attachment(spec: Mapping[str, Any]) -> Iterator[Found]:
     if "targetRefs" in spec and "selector" in spec:
         yield ("spec", "selector"), "cannot be combined with spec.targetRefs: choose one"
+
+
+def _peers(spec: Mapping[str, Any]) -> Iterator[Found]:
+    yield from _attachment(spec)
+    ports = spec.get("portLevelMtls", {})
+    # https://istio.io/latest/docs/reference/config/security/peer_authentication/: ports are those of selected workloads.
+    if ports and is_namespace_wide(spec):
+        yield ("spec", "portLevelMtls"), "needs spec.targetRefs or labels in spec.selector: ports belong to workloads"
+    for port in ports:
+        if not _is_port(port) or port.startswith("0"):  # "080" and "80" would be one port with two modes
+            yield ("spec", "portLevelMtls", port), "is not a port from 1 to 65535"
+
+
+def _policy(spec: Mapping[str, Any]) -> Iterator[Found]:
+    yield from _attachment(spec)
+    for index, reference in enumerate(spec.get("targetRefs", [])):
+        if (reference.get("group", "") == "meshagent.io") is not (reference["kind"] == externals.KIND):
+            group = "meshagent.io" if reference["kind"] == externals.KIND else '""'
+            yield ("spec", "targetRefs", index, "group"), f"must be {group} for kind {reference['kind']}"
     for index, rule in enumerate(spec.get("rules", [])):
         for number, entry in enumerate(rule.get("from", [])):
             yield from _source(("spec", "rules", index, "from", number, "source"), entry["source"])
         for number, entry in enumerate(rule.get("to", [])):
             yield from _operation(("spec", "rules", index, "to", number, "operation"), entry["operation"])
+        for number, condition in enumerate(rule.get("when", [])):
+            yield from conditions.check(("spec", "rules", index, "when", number), condition, _source, _operation)
+
+
+def _dry_run(metadata: Mapping[str, Any], spec: Mapping[str, Any]) -> Iterator[Found]:
+    path = ("metadata", "annotations", DRY_RUN_ANNOTATION)
+    if (metadata.get("annotations") or {}).get(DRY_RUN_ANNOTATION) == "true" and spec.get("action", "ALLOW") == "ALLOW":
+        yield path, "is for DENY: what an ALLOW would deny is what it does not name; write that as a DENY with notPaths and so on"
 
 
 def _wildcards(path: Path, text: str) -> Iterator[Found]:
@@ -310,6 +373,10 @@ def _source(path: Path, source: Mapping[str, Any]) -> Iterator[Found]:
                 yield from _wildcards(here, text)
 
 
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535
+
+
 def _operation(path: Path, operation: Mapping[str, Any]) -> Iterator[Found]:
     about_requests = sorted(HTTP_FIELDS & set(operation))
     if about_requests and "TCP" not in operation.get("protocols", ["TCP"]):
@@ -321,7 +388,7 @@ def _operation(path: Path, operation: Mapping[str, Any]) -> Iterator[Found]:
             here = (*path, field, index)
             if field in {"ports", "notPorts"}:
                 text = str(value)
-                if not (text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535):
+                if not _is_port(text):
                     yield here, f'"{text[:80]}" is not a port from 1 to 65535'
                 continue
             if field in {"paths", "notPaths"} and "{" in value:

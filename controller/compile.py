@@ -6,33 +6,44 @@ References that do not resolve are no errors here: they become `Backend.invalid`
 from __future__ import annotations
 
 import calendar
+import datetime as dt
 import ipaddress
 import re
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from controller import authentication, conditions, externals, protocols, routes, traffic
 from controller.conflicts import virtual_addresses, workload_addresses
 from controller.durations import milliseconds
+from controller.gateways import CONTROLLER, Ingress
+from controller.jwks import Fetched
 from controller.objects import (
     ACCELERATION_LABEL,
     BALANCING_ANNOTATION,
     DEFAULT_POLICY_LABEL,
+    DRY_RUN_ANNOTATION,
+    EGRESS_ANNOTATION,
+    FAIL_MODE_ANNOTATION,
     HTTP_FIELDS,
+    HTTP_SOURCE_FIELDS,
     MODE_LABEL,
+    ROOT_NAMESPACE,
     WAYPOINT_ANNOTATION,
     ZONE_LABEL,
     Key,
     Object,
+    is_namespace_wide,
 )
+from controller.secrets import Pair
 from meshapi import discovery_pb2 as pb
 
-HTTP_APP_PROTOCOLS: Final = frozenset({"http", "http2", "h2c", "grpc", "grpc-web", "kubernetes.io/h2c", "kubernetes.io/ws"})
 DEFAULT_RETRIES: Final = 1  # HTTPRouteRetry.attempts left out: "implementation-specific"
 DEFAULT_DENY: Final = "(default-deny)"
 """Name of the policy that stands for meshagent.io/default-policy: deny; no object can have it."""
+DEFAULT_MTLS: Final = "PERMISSIVE"
 DEFAULT_AFFINITY_S: Final = 10800  # ClientIPConfig.timeoutSeconds left out (Service v1)
 _DISTRIBUTIONS: Final = {"PreferClose": "PreferSameZone"}  # the old name (KEP-3015)
 _BALANCING: Final = {"random": ""}
@@ -59,6 +70,12 @@ class Compiled:
 
     entities: dict[str, pb.Entity] = field(default_factory=dict)
     conditions: dict[Key, list[Condition]] = field(default_factory=lambda: defaultdict(list))
+    status: dict[Key, dict[str, Any]] = field(default_factory=dict)
+    """What else stands in an object's status: of Gateways and of routes attached to them."""
+    certificates: dict[str, dict[str, Pair]] = field(default_factory=dict, repr=False)
+    awaited: list[float] = field(default_factory=list)
+    """When certificates of gateways begin to hold that do not yet, Unix seconds."""
+    """Of gateways, by node and by the name of the Secret. No part of the model."""
 
 
 @dataclass(slots=True)
@@ -66,26 +83,55 @@ class _World:
     """Indexes over the objects, made once per compilation."""
 
     objects: Mapping[Key, Object]
+    authority: bool
     services: dict[str, Object] = field(default_factory=dict)
     workloads: list[Object] = field(default_factory=list)
+    members: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # namespace -> workloads
     enrolled: set[str] = field(default_factory=set)  # workloads in the mesh
     backing: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # service -> workloads
     backed: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # workload -> services
     policies: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # workload -> policies
     service_policies: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # service -> policies that name it
-    routes: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))  # service -> (port or 0, route)
+    egress: str = "allow"  # where no Namespace says otherwise
+    external_policies: dict[str, list[Object]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # ExternalService -> policies that name it
+    authentications: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # workload -> RequestAuthentications
+    service_authentications: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # service -> those that name it
+    keys: Mapping[str, Fetched] = field(default_factory=dict)  # URI -> keys of token issuers
+    mtls: dict[str, Object] = field(default_factory=dict)  # workload or namespace -> the PeerAuthentication that decides for it
+    routes: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))  # service -> (port or 0, "KIND NS/NAME")
+    grpc: set[tuple[str, int]] = field(default_factory=set)  # service ports that a GRPCRoute says speak gRPC, if nothing else does
+    ingress: Ingress = field(default_factory=lambda: Ingress({}, (), dt.datetime.min.replace(tzinfo=dt.timezone.utc)))
+    traffic: dict[traffic.Port, str] = field(default_factory=dict)  # service and port -> the TrafficPolicy that decides for it
 
     def of(self, kind: str) -> list[Object]:
-        return [self.objects[key] for key in sorted(self.objects) if key.kind == kind]
+        return [self.objects[key] for key in sorted(key for key in self.objects if key.kind == kind)]
 
 
-def compile_model(objects: Mapping[Key, Object]) -> Compiled:
-    """Return the workload model of `objects`; the same objects always give the same bytes."""
-    world, out = _World(objects), Compiled()
+def compile_model(
+    objects: Mapping[Key, Object],
+    *,
+    authority: bool = False,
+    keys: Mapping[str, Fetched] | None = None,
+    egress: str = "allow",
+    now: float | None = None,
+) -> Compiled:
+    """Return the workload model of `objects`; the same objects always give the same bytes, as long as certificates of gateways hold at `now` (Unix s).
+
+    `authority` says that this controller gives workloads certificates; without them there is no mutual TLS, whatever objects ask for. `keys` are those that
+    RequestAuthentications name by URI. `egress` is "allow" or "deny", for namespaces that do not say.
+    """
+    world, out = _World(objects, authority, keys=keys or {}, egress=egress), Compiled()
     _index_backing(world)
     _index_policies(world, out)
-    for route in world.of("HTTPRoute"):
-        _route(world, out, route)
+    _index_authentications(world, out)
+    _index_mtls(world, out)
+    enrolled = [workload for workload in world.workloads if workload.key.qualified in world.enrolled]
+    world.ingress = Ingress(objects, enrolled, dt.datetime.fromtimestamp(time.time() if now is None else now, dt.timezone.utc))
+    _index_routes(world, out)
+    _gateways(world, out)
+    _index_traffic(world, out)
     for name, service in world.services.items():
         message = _service(world, name, service)
         out.entities[f"service/{name}"] = pb.Entity(service=message)
@@ -93,8 +139,9 @@ def compile_model(objects: Mapping[Key, Object]) -> Compiled:
         if wrong := _not_at_the_waypoint(service, message.ports):
             out.conditions[service.key].append(wrong)
     for workload in world.workloads:
-        out.entities[f"workload/{workload.key.qualified}"] = pb.Entity(workload=_workload(world, workload))
+        out.entities[f"workload/{workload.key.qualified}"] = pb.Entity(workload=_workload(world, out, workload))
         out.conditions[workload.key].append(_accepted())
+    _externals(world, out)
     for namespace in world.of("Namespace"):
         out.conditions[namespace.key].append(_accepted())
         if namespace.labels.get(DEFAULT_POLICY_LABEL) == "deny":
@@ -103,6 +150,17 @@ def compile_model(objects: Mapping[Key, Object]) -> Compiled:
             policy = pb.Policy(namespace=name, name=DEFAULT_DENY, action=pb.Policy.ALLOW)
             out.entities[f"policy/{name}/{DEFAULT_DENY}"] = pb.Entity(policy=policy)
     return out
+
+
+def _externals(world: _World, out: Compiled) -> None:
+    items = world.of(externals.KIND)
+    taken = {address for workload in world.workloads for address in workload_addresses(workload)}
+    ipv6 = any(":" in address for address in taken)
+    taken |= {address for service in world.services.values() for address in virtual_addresses(service)}
+    found = externals.compile_externals(items, externals.Known(frozenset(taken), world.services, ipv6, world.external_policies), _created)
+    out.entities |= {f"service/{name}": pb.Entity(service=service) for name, service in found.services.items()}
+    for key, conditions_ in found.conditions.items():
+        out.conditions[key] += [Condition(*one) for one in conditions_]
 
 
 def _accepted(message: str = "in force") -> Condition:
@@ -117,6 +175,7 @@ def _index_backing(world: _World) -> None:
     world.workloads = world.of("Workload")
     by_label: dict[tuple[str, str, str], list[Object]] = defaultdict(list)
     for workload in world.workloads:
+        world.members[workload.key.namespace].append(workload)
         if workload.spec.get("networkNamespace") and _inherited(world, workload, MODE_LABEL) != "none":
             world.enrolled.add(workload.key.qualified)
         for name, value in workload.labels.items():
@@ -137,51 +196,160 @@ def _index_backing(world: _World) -> None:
 def _index_policies(world: _World, out: Compiled) -> None:
     for policy in world.of("AuthorizationPolicy"):
         out.entities[f"policy/{policy.key.qualified}"] = pb.Entity(policy=_policy(policy))
-        conditions = out.conditions[policy.key]
-        protected: dict[str, Object] = {}
-        missing = []
-        if "targetRefs" in policy.spec:
-            for reference in policy.spec["targetRefs"]:
-                service = f"{policy.key.namespace}/{reference['name']}"
-                if service in world.services:
-                    world.service_policies[service].append(policy)
-                    protected.update((workload.key.qualified, workload) for workload in world.backing[service])
-                else:
-                    missing.append(service)
-            if missing:
-                conditions.append(
-                    Condition(
-                        "ResolvedRefs", False, "TargetNotFound", f"there is no Service {', '.join(missing)}: nothing is protected there"
-                    )
-                )
-        else:
-            labels = policy.spec.get("selector", {}).get("matchLabels", {})
-            protected = {
-                workload.key.qualified: workload
-                for workload in world.workloads
-                if workload.key.namespace == policy.key.namespace and _selects(labels, workload.labels)
-            }
+        protected, unresolved = _selected(world, policy)
         for name in protected:
             world.policies[name].append(policy)
-        conditions.insert(0, _accepted("in force" if world.enrolled & protected.keys() else "valid"))
-        if (protected or not missing) and (wrong := _unenforced(world, protected)):
+        for service in _target_services(policy):
+            world.service_policies[service].append(policy)
+        outside = _target_externals(policy)
+        for name in outside:
+            world.external_policies[name].append(policy)
+        conditions = out.conditions[policy.key]
+        conditions.append(_accepted("in force" if outside or world.enrolled & protected else "valid"))
+        conditions += unresolved
+        if (protected or not (unresolved or outside)) and (wrong := _unenforced(world, protected, "its namespace")):
             conditions.append(wrong)
 
 
-def _unenforced(world: _World, selected: Collection[str]) -> Condition | None:
+def _index_authentications(world: _World, out: Compiled) -> None:
+    for item in world.of("RequestAuthentication"):
+        out.entities[f"authentication/{item.key.qualified}"] = pb.Entity(authentication=authentication.entity(item, world.keys))
+        selected, unresolved = _selected(world, item)
+        for name in selected:
+            world.authentications[name].append(item)
+        for service in _target_services(item):
+            world.service_authentications[service].append(item)
+        conditions = out.conditions[item.key]
+        conditions.append(_accepted("in force" if world.enrolled & selected else "valid"))
+        conditions += unresolved
+        if (selected or not unresolved) and (wrong := _unenforced(world, selected, "its namespace")):
+            conditions.append(wrong)
+        portless = sorted(name for name in selected if not _token_ports(world, name))
+        if portless:
+            message = f"tokens are not looked at where no HTTP port of a Service leads: {_names(portless)}"
+            conditions.append(Condition("Enforced", False, "NoHTTPPort", message))
+        reason, message = authentication.problems(item, world.keys)
+        if reason:
+            conditions.append(Condition("KeysCurrent", False, reason, message))
+
+
+def _token_ports(world: _World, workload: str) -> set[int]:
+    """Target ports of a workload that its RequestAuthentications are about: what its services do not declare to speak something else than HTTP."""
+    ports = (port for service in world.backed[workload] for port in service.spec["ports"])
+    return {_target(port) for port in ports if _may_be_http(port)}
+
+
+def _may_be_http(port: Mapping[str, Any]) -> bool:
+    return port.get("protocol", "TCP") == "TCP" and (protocols.declared(port).lower() or "http") in protocols.HTTP
+
+
+def _target_services(item: Object) -> list[str]:
+    references = (reference for reference in item.spec.get("targetRefs", ()) if reference["kind"] == "Service")
+    return [f"{item.key.namespace}/{reference['name']}" for reference in references]
+
+
+def _target_externals(item: Object) -> list[str]:
+    references = (reference for reference in item.spec.get("targetRefs", ()) if reference["kind"] == externals.KIND)
+    return [f"{item.key.namespace}/{reference['name']}" for reference in references]
+
+
+def _selected(world: _World, item: Object) -> tuple[set[str], list[Condition]]:
+    """Return the workloads that an object's targetRefs or selector choose, and what is to be said about targets that are not there."""
+    if "targetRefs" not in item.spec:
+        labels = item.spec.get("selector", {}).get("matchLabels", {})
+        members = world.members.get(item.key.namespace, ())
+        return {workload.key.qualified for workload in members if _selects(labels, workload.labels)}, []
+    services = _target_services(item)
+    missing = [f"Service {service}" for service in services if service not in world.services]
+    missing += [
+        f"{externals.KIND} {name}" for name in _target_externals(item) if Key(externals.KIND, *name.split("/")) not in world.objects
+    ]
+    message = f"there is no {', no '.join(missing)}: nothing is protected there"
+    return (
+        {workload.key.qualified for service in services for workload in world.backing.get(service, ())},
+        [Condition("ResolvedRefs", False, "TargetNotFound", message)] if missing else [],
+    )
+
+
+def _index_mtls(world: _World, out: Compiled) -> None:
+    """Find the PeerAuthentication that decides for each workload, namespace and, as that of ROOT_NAMESPACE, the mesh: the oldest.
+
+    https://istio.io/latest/docs/reference/config/security/peer_authentication/; what comes too late says so as Gateway API's policies do
+    (https://gateway-api.sigs.k8s.io/geps/gep-713/, Conflicted).
+    """
+    for item in sorted(world.of("PeerAuthentication"), key=_created):
+        selected, unresolved = _selected(world, item)
+        wide, where = is_namespace_wide(item.spec), "its namespace"
+        if wide and item.key.namespace == ROOT_NAMESPACE:
+            selected, where = {workload.key.qualified for workload in world.workloads}, "the mesh"
+        scopes = [item.key.namespace] if wide else sorted(selected)
+        lost: dict[str, list[str]] = defaultdict(list)
+        for scope in scopes:
+            if (holder := world.mtls.setdefault(scope, item)) is not item:
+                lost[holder.key.qualified].append(scope)
+        conditions = out.conditions[item.key]
+        beaten = bool(scopes) and sum(map(len, lost.values())) == len(scopes)
+        if not beaten:
+            decided = selected.difference(*lost.values())
+            conditions.append(_accepted("in force" if world.authority and world.enrolled & decided else "valid"))
+        if lost:
+            words = (f"PeerAuthentication {holder} decides for {where if wide else _names(held)}" for holder, held in lost.items())
+            message = f"{'; '.join(words)}: the oldest counts, by creationTimestamp (without one it is the oldest), then by name"
+            conditions.append(Condition("Accepted" if beaten else "Uncontested", False, "Conflicted", message))
+        conditions += unresolved
+        if not world.authority:
+            conditions.append(_NO_AUTHORITY)
+        elif not beaten and (selected or not unresolved) and (wrong := _unenforced(world, selected, where)):
+            conditions.append(wrong)
+
+
+def _index_traffic(world: _World, out: Compiled) -> None:
+    """Find the TrafficPolicy of each service port, and say what became of those that lost or whose target is not there."""
+    policies = sorted(world.of("TrafficPolicy"), key=_created)
+    found = traffic.attach(policies, world.services)
+    for policy in policies:
+        name, attached = policy.key.qualified, found[policy.key.qualified]
+        conditions = out.conditions[policy.key]
+        for port in attached.ports:
+            world.traffic[port] = name
+        if attached.ports:
+            out.entities[f"traffic/{name}"] = pb.Entity(traffic=traffic.message(policy, attached.ports))
+            conditions.append(_accepted())
+        if attached.lost:
+            words = "; ".join(f"TrafficPolicy {holder} decides for {_names(held)}" for holder, held in attached.lost.items())
+            message = f"{words}: who names the port goes first, then the oldest, by creationTimestamp (without one it is the oldest), then by name"
+            conditions.append(Condition("Uncontested" if attached.ports else "Accepted", False, "Conflicted", message))
+        if attached.missing:
+            beaten = not attached.ports and not attached.lost
+            conditions.append(Condition("Accepted" if beaten else "ResolvedRefs", False, "TargetNotFound", "; ".join(attached.missing)))
+
+
+_NO_AUTHORITY: Final = Condition(
+    "Enforced",
+    False,
+    "NoCertificateAuthority",
+    "has no effect: this controller gives workloads no certificates, nothing is encrypted; run mesh-controller with --ca-directory",
+)
+
+
+def _unenforced(world: _World, selected: set[str], where: str) -> Condition | None:
     """Say where a policy is not enforced although it is valid: outside the mesh nobody can."""
     if not selected:
-        return Condition("Enforced", False, "NothingSelected", "selects no workload of its namespace: nothing is protected")
-    outside = sorted(set(selected) - world.enrolled)
+        return Condition("Enforced", False, "NothingSelected", f"selects no workload of {where}: nothing is protected")
+    outside = sorted(selected - world.enrolled)
     if not outside:
         return None
-    names = ", ".join(outside[:_NAMES_SHOWN]) + (f" and {len(outside) - _NAMES_SHOWN} more" if len(outside) > _NAMES_SHOWN else "")
     return Condition(
         "Enforced",
         False,
         "NotEnrolled" if len(outside) == len(selected) else "PartlyEnrolled",
-        f"nothing enforces it for {names}: not in the mesh; to enroll them give them spec.networkNamespace and no label {MODE_LABEL}: none",
+        f"nothing enforces it for {_names(outside)}: not in the mesh; "
+        f"to enroll them give them spec.networkNamespace and no label {MODE_LABEL}: none",
     )
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
 
 
 def _inherited(world: _World, workload: Object, label: str) -> str:
@@ -190,14 +358,19 @@ def _inherited(world: _World, workload: Object, label: str) -> str:
     return workload.labels.get(label) or (namespace.labels.get(label, "") if namespace else "")
 
 
-def _workload(world: _World, workload: Object) -> pb.Workload:
+def _workload(world: _World, out: Compiled, workload: Object) -> pb.Workload:
     spec, name = workload.spec, workload.key.qualified
     namespace = world.objects.get(Key("Namespace", "", workload.key.namespace))
     enrolled = name in world.enrolled
     policies = {policy.key.qualified for policy in world.policies[name]}
     if enrolled and namespace and namespace.labels.get(DEFAULT_POLICY_LABEL) == "deny":
         policies.add(f"{workload.key.namespace}/{DEFAULT_DENY}")
+    if world.authentications[name] and (ports := _token_ports(world, name)):
+        guard = authentication.guard(workload.key.namespace, ports)
+        out.entities.setdefault(f"policy/{guard.namespace}/{guard.name}", pb.Entity(policy=guard))
+        policies.add(f"{guard.namespace}/{guard.name}")
     acceleration = _inherited(world, workload, ACCELERATION_LABEL)
+    mtls, mtls_ports = _mtls(world, workload) if enrolled and world.authority else ("DISABLE", {})
     return pb.Workload(
         namespace=workload.key.namespace,
         name=workload.key.name,
@@ -213,7 +386,28 @@ def _workload(world: _World, workload: Object) -> pb.Workload:
         zone=spec.get("zone") or workload.labels.get(ZONE_LABEL, ""),
         weight=spec.get("weight", 1),
         acceleration="" if acceleration == "disabled" else acceleration,
+        mtls=_MODES[mtls],
+        mtls_ports=[pb.PortMtls(port=port, mode=_MODES[mode]) for port, mode in sorted(mtls_ports.items())],
+        authentications=sorted(item.key.qualified for item in world.authentications[name]),
+        egress_deny=enrolled and (namespace.annotations.get(EGRESS_ANNOTATION, world.egress) if namespace else world.egress) == "deny",
     )
+
+
+_MODES: Final = {"DISABLE": pb.Workload.DISABLE, "PERMISSIVE": pb.Workload.PERMISSIVE, "STRICT": pb.Workload.STRICT}
+
+
+def _mtls(world: _World, workload: Object) -> tuple[str, dict[int, str]]:
+    """Return the mode of a workload, which is the most specific one that is set, and those of its ports that differ."""
+    own, namespace = workload.key.qualified, workload.key.namespace
+    specs = [world.mtls[scope].spec for scope in (own, namespace, ROOT_NAMESPACE) if scope in world.mtls]
+    modes = (spec.get("mtls", {}).get("mode", "UNSET") for spec in specs)
+    mode = next((found for found in modes if found != "UNSET"), DEFAULT_MTLS)
+    ports = world.mtls[own].spec.get("portLevelMtls", {}) if own in world.mtls else {}
+    wished = {int(port): entry.get("mode", "UNSET") for port, entry in ports.items()}
+    for port in world.ingress.ports(workload):
+        if wished.get(port, "UNSET") in {"STRICT", "UNSET"} and (mode == "STRICT" or wished.get(port) == "STRICT"):
+            wished[port] = "PERMISSIVE"
+    return mode, {port: found for port, found in wished.items() if found not in {"UNSET", mode}}
 
 
 def _backing(service: Object) -> pb.Backing:
@@ -236,15 +430,22 @@ def _service(world: _World, name: str, service: Object) -> pb.Service:
     for workload in world.backing[name]:
         protecting.update((policy.key.qualified, policy) for policy in world.policies[workload.key.qualified])
     policies = [protecting[policy] for policy in sorted(protecting)]
+    named = {item.key.qualified for item in world.service_authentications[name]}
+    named.update(item.key.qualified for workload in world.backing[name] for item in world.authentications[workload.key.qualified])
     ports = []
     for port in service.spec["ports"]:
         waypoint, reason = _level(world.routes[name], policies, service, port)
+        if not waypoint and named and _may_be_http(port):
+            waypoint, reason = True, f"RequestAuthentication {min(named)}"
+        if not waypoint and port.get("protocol", "TCP") == "TCP" and (policy := world.traffic.get((name, port["port"]))):
+            waypoint, reason = True, f"TrafficPolicy {policy}"
+        is_grpc = not {(name, port["port"]), (name, 0)}.isdisjoint(world.grpc)
         ports.append(
             pb.ServicePort(
                 port=port["port"],
                 name=port.get("name", ""),
                 protocol=port.get("protocol", "TCP"),
-                app_protocol=port.get("appProtocol", ""),
+                app_protocol=protocols.spoken(port) or ("grpc" if is_grpc and port.get("protocol", "TCP") == "TCP" else ""),
                 waypoint=waypoint,
                 reason=reason,
             )
@@ -258,6 +459,7 @@ def _service(world: _World, name: str, service: Object) -> pb.Service:
         traffic_distribution=_DISTRIBUTIONS.get(distribution, distribution),
         affinity_s=_affinity(service.spec),
         load_balancing=_BALANCING.get(balancing, balancing),
+        fail_open=service.annotations.get(FAIL_MODE_ANNOTATION) == "open",
     )
 
 
@@ -286,14 +488,14 @@ def _level(routes: Iterable[tuple[int, str]], policies: Iterable[Object], servic
     """Decide whether a port is L7, and say why in words."""
     if port.get("protocol", "TCP") != "TCP":
         return False, "UDP is never L7"
-    app_protocol = port.get("appProtocol", "")
-    is_http = app_protocol.lower() in HTTP_APP_PROTOCOLS
+    app_protocol = protocols.declared(port)
+    is_http = app_protocol.lower() in protocols.HTTP
     for wanted, route in routes:
         # A route for every port does not turn a port that is declared to speak something else (redis, tls) into HTTP.
         if wanted == port["port"] or (wanted == 0 and (is_http or not app_protocol)):
-            return True, f"HTTPRoute {route}"
+            return True, route
     for policy in policies:
-        if any(_needs_request(operation, _target(port)) for operation in _operations(policy)):
+        if any(_rule_needs_request(rule, _target(port)) for rule in policy.spec.get("rules", [])):
             return True, f"AuthorizationPolicy {policy.key.qualified} has HTTP rules"
     if service.annotations.get(WAYPOINT_ANNOTATION) == "true":
         if is_http:
@@ -302,16 +504,20 @@ def _level(routes: Iterable[tuple[int, str]], policies: Iterable[Object], servic
     return False, "no L7 feature is used"
 
 
-def _operations(policy: Object) -> list[Mapping[str, Any]]:
-    return [entry["operation"] for rule in policy.spec.get("rules", []) for entry in rule.get("to", [])]
+def _rule_needs_request(rule: Mapping[str, Any], target: int) -> bool:
+    when = rule.get("when", [])
+    operations = [entry["operation"] for entry in rule.get("to", [])]
+    if not all(_is_at(fields, target) for fields in conditions.ports_of(when)):
+        return False
+    fitting = [operation for operation in operations if _is_at(operation, target) and "TCP" in operation.get("protocols", ["TCP"])]
+    if operations and not fitting:
+        return False
+    everywhere = any(HTTP_SOURCE_FIELDS & set(entry["source"]) for entry in rule.get("from", []))
+    return everywhere or any(map(conditions.is_about_requests, when)) or any(HTTP_FIELDS & set(operation) for operation in fitting)
 
 
-def _needs_request(operation: Mapping[str, Any], target: int) -> bool:
-    if not HTTP_FIELDS & set(operation):
-        return False
-    if "ports" in operation and target not in _ports(operation["ports"]):
-        return False
-    return target not in _ports(operation.get("notPorts", []))
+def _is_at(fields: Mapping[str, Any], target: int) -> bool:
+    return ("ports" not in fields or target in _ports(fields["ports"])) and target not in _ports(fields.get("notPorts", []))
 
 
 def _ports(values: Iterable[int | str]) -> list[int]:
@@ -325,11 +531,17 @@ def _policy(policy: Object) -> pb.Policy:
     return pb.Policy(
         namespace=policy.key.namespace,
         name=policy.key.name,
-        action=_ACTIONS[policy.spec.get("action", "ALLOW")],
+        action=pb.Policy.AUDIT if policy.annotations.get(DRY_RUN_ANNOTATION) == "true" else _ACTIONS[policy.spec.get("action", "ALLOW")],
         rules=[
             pb.PolicyRule(
                 sources=[_source(entry["source"], policy.key.namespace) for entry in rule.get("from", [])],
                 operations=[_operation(entry["operation"]) for entry in rule.get("to", [])],
+                also_sources=[
+                    _source(source, policy.key.namespace)
+                    for one in rule.get("when", [])
+                    if (source := conditions.source_of(one)) is not None
+                ],
+                also_operations=[found for one in rule.get("when", []) if (found := conditions.operation_of(one)) is not None],
             )
             for rule in policy.spec.get("rules", [])
         ],
@@ -351,6 +563,8 @@ def _source(source: Mapping[str, Any], namespace: str) -> pb.Source:
         ip_blocks=_blocks(source.get("ipBlocks", [])),
         not_ip_blocks=_blocks(source.get("notIpBlocks", [])),
         labels=source.get("matchLabels", {}),
+        request_principals=source.get("requestPrincipals", []),
+        not_request_principals=source.get("notRequestPrincipals", []),
     )
 
 
@@ -373,70 +587,89 @@ def _operation(operation: Mapping[str, Any]) -> pb.Operation:
     )
 
 
-def _route(world: _World, out: Compiled, route: Object) -> None:
+def _index_routes(world: _World, out: Compiled) -> None:
+    attached = routes.attach({kind: world.of(kind) for kind in routes.KINDS}, world.services, _created)
+    for route in sorted((route for kind in routes.KINDS for route in world.of(kind)), key=lambda one: (_created(one), one.key.qualified)):
+        attached[route.key].ingress = world.ingress.attach(route)
+    world.grpc = routes.spoken_grpc(world.of("GRPCRoute"), attached)
+    resolver = routes.Resolver(world.services, {item.key.qualified: item for item in world.of("CallerMatch")}, world.grpc, _source)
+    for item in world.of("CallerMatch"):
+        out.conditions[item.key].append(_accepted("valid"))
+    for route in (route for kind in routes.KINDS for route in world.of(kind)):
+        found = attached[route.key]
+        for service, port in found.parents:
+            world.routes[service].append((port, str(route.key)))
+        _route(resolver, out, route, found, world.ingress)
+
+
+def _gateways(world: _World, out: Compiled) -> None:
+    for gateway, entity, said, status in world.ingress.results(workload_addresses):
+        out.entities[f"gateway/{gateway.key.qualified}"] = pb.Entity(gateway=entity)
+        out.conditions[gateway.key] += [Condition(*one) for one in said]
+        out.status[gateway.key] = status
+    out.certificates, out.awaited = world.ingress.certificates(), world.ingress.awaited
+    for item in (*world.of("Secret"), *world.of("ReferenceGrant")):
+        out.conditions[item.key].append(_accepted("valid"))
+
+
+def _route(resolver: routes.Resolver, out: Compiled, route: Object, found: routes.Attached, ingress: Ingress) -> None:
     conditions = out.conditions[route.key]
-    parents, missing = [], []
-    for reference in route.spec["parentRefs"]:
-        service, port = f"{route.key.namespace}/{reference['name']}", reference.get("port", 0)
-        wrong = _unreachable(world, service, port)
-        if wrong:
-            missing.append(wrong)
-        else:
-            parents.append(pb.Parent(service=service, port=port))
-            world.routes[service].append((port, route.key.qualified))
-    if parents:
+    holds = bool(found.parents or found.ingress.parents)
+    if holds:
         conditions.append(_accepted())
-    if missing:
-        conditions.append(Condition("Accepted" if not parents else "ParentsResolved", False, "NoMatchingParent", "; ".join(missing)))
-    rules = [_rule(world, route, rule) for rule in route.spec.get("rules", [{}])]
-    invalid = sorted({backend.invalid for rule in rules for backend in rule.backends if backend.invalid})
-    if invalid:
-        conditions.append(Condition("ResolvedRefs", False, _reason(invalid), "; ".join(invalid) + ": its share of requests answers 500"))
+    if problems := [*found.wrong, *found.ingress.wrong]:
+        kind = "ParentsResolved" if holds else "Accepted"
+        conditions.append(Condition(kind, False, problems[0][0], routes.texts(problems)))
+    wrong: list[tuple[str, str]] = []
+    rules = [_rule(resolver, route, index, rule, wrong) for index, rule in enumerate(route.spec.get("rules", [{}]))]
+    denied = ingress.denied(route) if found.ingress.parents else []
+    wrong += [
+        ("RefNotPermitted", f"no ReferenceGrant lets gateways send requests of {route.key} to Service {name}: they are answered with 500")
+        for name in denied
+    ]
+    if wrong:
+        conditions.append(Condition("ResolvedRefs", False, routes.reason(wrong), routes.texts(sorted(wrong))))
     else:
         conditions.append(Condition("ResolvedRefs", True, "ResolvedRefs", "every backend is known"))
-    if parents:
-        created = _unix_seconds(route.metadata.get("creationTimestamp") or "")
-        message = pb.Route(
+    if found.ingress.status:
+        out.status[route.key] = {
+            "parents": [
+                {"parentRef": dict(reference), "controllerName": CONTROLLER, "conditions": [said.json(), conditions[-1].json()]}
+                for reference, said in found.ingress.status
+            ]
+        }
+    if route.spec.get("hostnames") and (found.parents or not found.ingress.status):
+        message = "spec.hostnames do nothing in routes for Services (GEP-1294): match the header Host instead"
+        conditions.append(Condition("HostnamesApplied", False, "Ignored", message))
+    if holds:
+        is_grpc = route.key.kind == "GRPCRoute"
+        name = f"{route.key.name}:grpc" if is_grpc else route.key.name
+        entity = pb.Route(
             namespace=route.key.namespace,
-            name=route.key.name,
-            parents=parents,
-            hostnames=route.spec.get("hostnames", []),
+            name=name,
+            parents=[*(pb.Parent(service=service, port=port) for service, port in found.parents), *found.ingress.parents],
             rules=rules,
-            created=created,
+            created=_created(route),
+            grpc=is_grpc,
+            not_from_gateways=denied,
         )
-        out.entities[f"route/{route.key.qualified}"] = pb.Entity(route=message)
+        out.entities[f"route/{route.key.namespace}/{name}"] = pb.Entity(route=entity)
 
 
-def _reason(invalid: list[str]) -> str:
-    """Gateway API's reason codes (https://gateway-api.sigs.k8s.io/reference/spec/#routeconditionreason)."""
-    if any("ReferenceGrant" in text for text in invalid):
-        return "RefNotPermitted"
-    return "InvalidKind" if all("kind" in text for text in invalid) else "BackendNotFound"
-
-
-def _unreachable(world: _World, service: str, port: int) -> str:
-    """Return why (service, port) cannot carry HTTP, or nothing; port 0 is every port."""
-    found = world.services.get(service)
-    if found is None:
-        return f"there is no Service {service}"
-    tcp = [item["port"] for item in found.spec["ports"] if item.get("protocol", "TCP") == "TCP"]
-    if port and port not in tcp:
-        return f"Service {service} has no TCP port {port}"
-    return "" if tcp else f"Service {service} has no TCP port"
-
-
-def _rule(world: _World, route: Object, rule: Mapping[str, Any]) -> pb.RouteRule:
+def _rule(resolver: routes.Resolver, route: Object, index: int, rule: Mapping[str, Any], wrong: list[tuple[str, str]]) -> pb.RouteRule:
+    """Resolve one rule; what cannot be resolved is added to `wrong`, as (reason, message)."""
     timeouts = rule.get("timeouts", {})
     request, response = _filters(rule.get("filters", []))
     message = pb.RouteRule(
         name=rule.get("name", ""),
-        matches=[_match(match) for match in rule.get("matches", [])],
-        backends=[_backend(world, route, reference) for reference in rule.get("backendRefs", [])],
+        matches=[_match(match, grpc=route.key.kind == "GRPCRoute") for match in rule.get("matches", [])],
+        backends=[_backend(resolver, route, reference, wrong) for reference in rule.get("backendRefs", [])],
         request_timeout_ms=milliseconds(timeouts.get("request", "")),
         backend_request_timeout_ms=milliseconds(timeouts.get("backendRequest", "")),
         request_headers=request,
         response_headers=response,
     )
+    wrong += resolver.filters(message, route, index, rule)
     if "retry" in rule:
         retry = rule["retry"]
         message.retry.CopyFrom(
@@ -452,41 +685,48 @@ def _rule(world: _World, route: Object, rule: Mapping[str, Any]) -> pb.RouteRule
 _PATHS: Final = {"Exact": pb.StringMatch.EXACT, "PathPrefix": pb.StringMatch.PREFIX, "RegularExpression": pb.StringMatch.REGEX}
 
 
-def _match(match: Mapping[str, Any]) -> pb.RouteMatch:
+def _match(match: Mapping[str, Any], *, grpc: bool) -> pb.RouteMatch:
     def named(items: list[Mapping[str, Any]]) -> list[pb.NamedMatch]:
         return [
             pb.NamedMatch(name=item["name"], value=pb.StringMatch(kind=_PATHS[item.get("type", "Exact")], value=item["value"]))
             for item in items
         ]
 
-    message = pb.RouteMatch(
-        method=match.get("method", ""), headers=named(match.get("headers", [])), query=named(match.get("queryParams", []))
-    )
+    message = pb.RouteMatch(headers=named(match.get("headers", [])), query=named(match.get("queryParams", [])))
+    if grpc:
+        message.grpc.CopyFrom(routes.grpc_match(match, _PATHS))
+        return message
+    message.method = match.get("method", "")
     if "path" in match:
         path = match["path"]
         message.path.CopyFrom(pb.StringMatch(kind=_PATHS[path.get("type", "PathPrefix")], value=path.get("value", "/")))
     return message
 
 
-def _backend(world: _World, route: Object, reference: Mapping[str, Any]) -> pb.Backend:
-    namespace = reference.get("namespace", route.key.namespace)
-    service, port = f"{namespace}/{reference['name']}", reference.get("port", 0)
-    kind, group = reference.get("kind", "Service"), reference.get("group", "")
-    if kind != "Service" or group not in {"", "core"}:
-        invalid = f"a backend of kind {group + '/' if group else ''}{kind} is not supported yet"
-    elif namespace != route.key.namespace:
-        invalid = f"backend {service} needs a ReferenceGrant, which is not supported yet"
-    else:
-        invalid = _unreachable(world, service, port)
-    request, response = _filters(reference.get("filters", []))
+def _backend(resolver: routes.Resolver, route: Object, reference: Mapping[str, Any], wrong: list[tuple[str, str]]) -> pb.Backend:
+    service, port, problem = resolver.backend(route, reference)
+    if problem:
+        wrong.append(
+            (problem[0], f"{problem[1]}: its share of requests answers {'UNAVAILABLE' if route.key.kind == 'GRPCRoute' else '500'}")
+        )
+    filters = reference.get("filters", [])
+    request, response = _filters(filters)
     return pb.Backend(
-        service=service, port=port, weight=reference.get("weight", 1), invalid=invalid, request_headers=request, response_headers=response
+        service=service,
+        port=port,
+        weight=reference.get("weight", 1),
+        invalid=problem[1] if problem else "",
+        request_headers=request,
+        response_headers=response,
+        hostname=routes.hostname(filters),
     )
 
 
 def _filters(filters: list[Mapping[str, Any]]) -> tuple[pb.HeaderEdit | None, pb.HeaderEdit | None]:
     edits: dict[str, pb.HeaderEdit] = {}
     for item in filters:
+        if item["type"] not in {"RequestHeaderModifier", "ResponseHeaderModifier"}:
+            continue
         edit = item["requestHeaderModifier" if item["type"] == "RequestHeaderModifier" else "responseHeaderModifier"]
         edits[item["type"]] = pb.HeaderEdit(
             set={header["name"]: header["value"] for header in edit.get("set", [])},
@@ -496,8 +736,9 @@ def _filters(filters: list[Mapping[str, Any]]) -> tuple[pb.HeaderEdit | None, pb
     return edits.get("RequestHeaderModifier"), edits.get("ResponseHeaderModifier")
 
 
-def _unix_seconds(timestamp: str) -> int:
-    """Seconds of an RFC 3339 time in UTC, as Kubernetes writes it; 0 for anything else."""
+def _created(item: Object) -> int:
+    """Unix seconds of an RFC 3339 time in UTC, as Kubernetes writes it; 0 for anything else."""
+    timestamp = item.metadata.get("creationTimestamp") or ""
     if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", timestamp):
         return 0
     try:

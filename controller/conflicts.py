@@ -48,6 +48,12 @@ def _claims(item: Object) -> Iterator[tuple[Claim, Path, str]]:
     elif item.key.kind == "Workload":
         for index, address in enumerate(workload_addresses(item)):
             yield (address, "host", 0), ("spec", "addresses", index), address
+    elif item.key.kind == "ExternalService":
+        for index, text in enumerate(item.spec.get("addresses", ())):
+            address = _canonical(text)
+            for port in item.spec["ports"]:
+                yield (address, "TCP", port["port"]), ("spec", "addresses", index), f"{address} port {port['port']}"
+            yield (address, "host", 0), ("spec", "addresses", index), address
 
 
 def _conflict(item: Object, claims: Claims) -> Problem | None:
@@ -55,7 +61,7 @@ def _conflict(item: Object, claims: Claims) -> Problem | None:
         holder = claims.get(claim)
         if holder is None or holder.key == item.key:
             continue
-        if claim[1] == "host" and holder.key.kind == item.key.kind == "Service":
+        if claim[1] == "host" and holder.key.kind == item.key.kind != "Workload":
             continue
         return item.problem(path, f"{words} already belongs to {holder.key}")
     return None
@@ -68,9 +74,10 @@ def resolve(candidates: Iterable[Object], in_force: Mapping[Key, Object]) -> tup
     conflict itself.
     """
 
-    def rank(item: Object) -> int:
+    def rank(item: Object) -> tuple[bool, int]:
         held = in_force.get(item.key)
-        return 2 if held is None else 0 if held.data == item.data else 1
+        # What is in the mesh comes before what somebody says of the outside, whoever was there first.
+        return item.key.kind == "ExternalService", 2 if held is None else 0 if held.data == item.data else 1
 
     accepted: dict[Key, Object] = {}
     problems: dict[Key, Problem] = {}

@@ -13,8 +13,11 @@ from typing import Any, Final
 import grpc
 
 from controller import metrics
+from controller.errors import ControllerError
 from controller.peers import NotAllowed, require
+from controller.readiness import ReportService
 from controller.snapshot import Publication, Snapshot, model_version
+from controller.wireguard import BadKey, NodeKeys
 from meshapi import discovery_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -26,16 +29,26 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class DiscoveryService:
     """Streams the newest snapshot to every agent."""
 
-    def __init__(self, publication: Publication, trust_domain: str) -> None:
+    def __init__(
+        self, publication: Publication, trust_domain: str, reports: ReportService | None = None, keys: NodeKeys | None = None
+    ) -> None:
+        """`reports` takes what agents say of their ends of tunnels, `keys` those of nodes, in a mesh that encrypts with WireGuard."""
         self._publication = publication
+        self._keys = keys
         self._trust_domain = trust_domain
+        self._reports = reports
         self.nacks = 0
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Return the service for a server: responses pass as bytes, because they are encoded once for all agents."""
-        method: grpc.RpcMethodHandler[pb.DiscoveryRequest, bytes]
+        method: grpc.RpcMethodHandler[Any, Any]
         method = grpc.stream_stream_rpc_method_handler(self._stream, request_deserializer=pb.DiscoveryRequest.FromString)
-        return grpc.method_handlers_generic_handler(SERVICE, {"Stream": method})
+        if self._reports is None:
+            return grpc.method_handlers_generic_handler(SERVICE, {"Stream": method})
+        report = grpc.unary_unary_rpc_method_handler(
+            self._reports.report, pb.TunnelReport.FromString, pb.TunnelReportAnswer.SerializeToString
+        )
+        return grpc.method_handlers_generic_handler(SERVICE, {"Stream": method, "ReportTunnels": report})
 
     async def _stream(self, _requests: Any, context: Context) -> None:
         first = await context.read()
@@ -49,6 +62,12 @@ class DiscoveryService:
         except NotAllowed as error:
             _log.warning("agent refused", extra={"node": node, "peer": context.peer(), "error": str(error)})
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, f"node {node} is not yours: {error}")
+        if self._keys is not None:
+            try:
+                await self._keys.announce(node, first.wireguard if first.HasField("wireguard") else None)
+            except (BadKey, ControllerError) as error:
+                _log.error("WireGuard key of a node refused", extra={"node": node, "error": str(error)})
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the WireGuard key of node {node} is refused: {error}")
         metrics.AGENTS.inc()
         _log.info("agent connected", extra={"node": node, "peer": context.peer(), "known": len(first.known)})
         try:

@@ -14,6 +14,9 @@ import click
 from controller import logs
 from controller.conflicts import resolve
 from controller.errors import ControllerError, Problem
+from controller.identity.cli import ca, token
+from controller.identity.options import Given, identity_options, identity_settings
+from controller.jwks import REFRESH_S
 from controller.schema import read_or_problems
 from controller.server import Controller, ServerTls, Settings
 from controller.source import Source
@@ -26,6 +29,10 @@ def main() -> None:
     """Turn Kubernetes-style resources into what the agents of a mesh need."""
 
 
+main.add_command(ca)
+main.add_command(token)
+
+
 @main.command()
 @click.option("--directory", type=_PATH, required=True, help="Directory of YAML files; watched.")
 @click.option("--socket", type=_PATH, default=Path("/run/meshagent/controller.sock"), help="Unix socket for local agents and commands.")
@@ -33,9 +40,31 @@ def main() -> None:
 @click.option("--tls-cert", type=_PATH, help="Server certificate, PEM.")
 @click.option("--tls-key", type=_PATH, help="Its key, PEM.")
 @click.option("--tls-client-ca", type=_PATH, help="Who signs the certificates of agents and administrators, PEM.")
+@identity_options
 @click.option("--trust-domain", default="mesh.local", help="SPIFFE trust domain of the mesh.")
+@click.option(
+    "--encryption",
+    type=click.Choice(["hbone", "wireguard"]),
+    default="hbone",
+    help="Between nodes: HBONE, or WireGuard where both have it and the port is not STRICT.",
+)
+@click.option(
+    "--egress",
+    type=click.Choice(["allow", "deny"]),
+    default="allow",
+    help="May workloads go where nobody declared anything? The annotation meshagent.io/egress of a Namespace goes first.",
+)
 @click.option("--metrics-address", default="127.0.0.1", help="Address of /metrics.")
 @click.option("--metrics-port", type=click.IntRange(0, 65535), default=0, help="Port of /metrics; 0 = off.")
+@click.option("--jwks-ca", type=_PATH, help="Authorities besides the system's that may vouch for the servers in jwksUri, PEM.")
+@click.option("--jwks-refresh", type=click.FloatRange(1, 86400), default=REFRESH_S, help="Seconds after which jwksUri is asked again.")
+@click.option(
+    "--quota-redis",
+    metavar="URL",
+    default="",
+    show_default=False,
+    help="redis[s]://[USER:PASSWORD@]HOST:PORT/DB for counts of global limits, where several controllers run; better as MESH_CONTROLLER_RUN_QUOTA_REDIS.",
+)
 @click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False), default="info", help="What is logged."
 )
@@ -47,19 +76,44 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per option
     tls_key: Path | None,
     tls_client_ca: Path | None,
     trust_domain: str,
+    encryption: str,
+    egress: str,
     metrics_address: str,
     metrics_port: int,
+    jwks_ca: Path | None,
+    jwks_refresh: float,
+    quota_redis: str,
     log_level: str,
+    identity: Given,
 ) -> None:
     """Serve the resources of a directory to agents until SIGTERM."""
-    given = [option for option in (tls_cert, tls_key, tls_client_ca) if option is not None]
-    if len(given) not in {0, 3}:
+    authority = identity_settings(identity)
+    if authority is None and len({option is None for option in (tls_cert, tls_key, tls_client_ca)}) > 1:
         raise click.UsageError("--tls-cert, --tls-key and --tls-client-ca belong together: give all three or none")
+    if (tls_cert is None) != (tls_key is None):
+        raise click.UsageError("--tls-cert and --tls-key belong together: give both or neither")
     if listen and not listen.rpartition(":")[2].isdigit():
         raise click.UsageError(f"--listen {listen!r} is not HOST:PORT")
-    tls = ServerTls(given[0], given[1], given[2]) if given else None
+    tls = ServerTls(tls_cert, tls_key, tls_client_ca) if tls_cert or tls_client_ca else None
     logs.set_up(log_level)
-    settings = Settings(directory, socket, listen, tls, trust_domain, metrics_address, metrics_port)
+    wireguard = encryption == "wireguard"
+    if wireguard and authority is None:
+        raise click.UsageError("--encryption wireguard needs --ca-directory: where WireGuard is missing HBONE encrypts, with certificates")
+    settings = Settings(
+        directory,
+        socket,
+        listen,
+        tls,
+        trust_domain,
+        metrics_address,
+        metrics_port,
+        authority,
+        jwks_ca,
+        jwks_refresh,
+        wireguard,
+        egress,
+        quota_redis,
+    )
     try:
         asyncio.run(_serve(settings))
     except ControllerError as error:

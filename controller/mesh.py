@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -17,16 +18,22 @@ from typing import Final
 from watchfiles import Change, awatch
 
 from controller import metrics
+from controller.authentication import uris
 from controller.compile import Compiled, compile_model
 from controller.errors import ControllerError, Problem
+from controller.gatewayservice import Certificates
+from controller.jwks import Keys
+from controller.readiness import Readiness
 from controller.schema import kinds
 from controller.snapshot import Publication, Snapshot, encode
 from controller.source import Source, State
+from controller.wireguard import NodeKeys
 
 _log = logging.getLogger(__name__)
 
 RESCAN_MS: Final = 5000  # for what inotify does not tell: network file systems, targets of links
 SETTLE_S: Final = 0.25  # how soon a file that seems half written is read again
+EXPIRY_S: Final = 30.0  # how often certificates of gateways are compared with the clock
 DEBOUNCE_MS: Final = 50  # an editor's or kubectl's burst of writes is one change
 
 
@@ -37,10 +44,30 @@ def _relevant(_change: Change, path: str) -> bool:
 
 
 class Mesh:
-    """Holds the state that is in force, its compiled form and its publication."""
+    """Holds the state that is in force, its compiled form and its publication. `authority`: this controller gives workloads certificates.
 
-    def __init__(self, source: Source) -> None:
+    `node_keys`: those of nodes, in a mesh that encrypts with WireGuard.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        authority: bool,
+        readiness: Readiness | None = None,
+        keys: Keys | None = None,
+        node_keys: NodeKeys | None = None,
+        egress: str = "allow",
+    ) -> None:
         self.source = source
+        self.readiness = readiness or Readiness(None)
+        self.keys = keys or Keys(None)
+        """Of token issuers, as far as RequestAuthentications name them by URI."""
+        self.certificates = Certificates()
+        """Of gateways."""
+        self._authority = authority
+        self._egress = egress
+        self._node_keys = node_keys
         self.publication = Publication()
         self.compiled = Compiled()
         self._lock = asyncio.Lock()
@@ -87,9 +114,17 @@ class Mesh:
                     if state.objects != before.objects or state.problems != before.problems:
                         await self._publish(seen)
 
+    async def remark(self) -> None:
+        """Publish again who has tunnels, and the keys of nodes; all else is as it was."""
+        async with self._lock:
+            self._publish_if_new(await asyncio.to_thread(self._encoded, time.time_ns()))
+
     async def watch(self) -> None:
         """Follow the directory for ever. Raises ControllerError if it cannot be watched."""
         tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._settle())]
+        tasks.append(asyncio.create_task(self.readiness.run(self.remark)))
+        tasks.append(asyncio.create_task(self.keys.follow(self._republish)))
+        tasks.append(asyncio.create_task(self._retire_certificates()))
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -126,16 +161,65 @@ class Mesh:
                 f"cannot watch {self.source.directory}: {error}; raise fs.inotify.max_user_watches or check the path"
             ) from error
 
+    async def _retire_certificates(self) -> None:
+        """Take certificates of gateways into force when they begin to hold, and out of it when they run out: nothing else changes then."""
+        while True:
+            await asyncio.sleep(EXPIRY_S)
+            ends = [pair.ends.timestamp() for held in self.compiled.certificates.values() for pair in held.values()]
+            if min([*ends, *self.compiled.awaited], default=math.inf) < time.time():
+                await self._republish()
+
+    async def _republish(self) -> None:
+        async with self._lock:
+            await self._publish(time.time_ns())
+
+    async def follow_keys(self, keys: NodeKeys) -> None:
+        """Publish keys of nodes as they change, for ever."""
+        while True:
+            await keys.changed()
+            await self.remark()
+
     async def _publish(self, changed_at_ns: int) -> None:
         started = time.monotonic()
         state = self.source.state
-        previous = self.publication.current
-        self.compiled, snapshot = await asyncio.to_thread(_compile_and_encode, state, previous, changed_at_ns)
+        self.keys.want(uris(item for key, item in sorted(state.objects.items()) if key.kind == "RequestAuthentication"))
+        self.compiled = await asyncio.to_thread(
+            compile_model, state.objects, authority=self._authority, keys=self.keys.found, egress=self._egress
+        )
+        self.readiness.follow(self.nodes())
+        snapshot = await asyncio.to_thread(self._encoded, changed_at_ns)
         self._report(state)
+        self._publish_if_new(snapshot)
+        await self.certificates.set(self.compiled.certificates)
+        metrics.RELOAD_SECONDS.set(time.monotonic() - started)
+
+    def _encoded(self, changed_at_ns: int) -> Snapshot:
+        entities = self.readiness.marked(self.compiled.entities)
+        if self._node_keys is not None:
+            entities = {**entities, **self._node_keys.entities(entities)}
+        return encode(entities, self.publication.current, changed_at_ns)
+
+    def _publish_if_new(self, snapshot: Snapshot) -> None:
+        previous = self.publication.current
         if snapshot.version != previous.version or not previous.serial:
             self.publication.publish(snapshot)
             _log.info("model published", extra={"version": snapshot.version, "resources": len(snapshot.versions)})
-        metrics.RELOAD_SECONDS.set(time.monotonic() - started)
+
+    def nodes(self, workloads: Collection[str] | None = None) -> dict[str, str]:
+        """Return the nodes of these workloads, or of all, as far as they are in the model."""
+        entities = self.compiled.entities
+        if workloads is not None:
+            entities = {key: entities[key] for name in workloads if (key := f"workload/{name}") in entities}
+        return {key.partition("/")[2]: entity.workload.node for key, entity in entities.items() if key.startswith("workload/")}
+
+    def node_of(self, name: str) -> str:
+        """Return the node of a workload, or of a ready one behind a service, by NAMESPACE/NAME or a name in the namespace default; "" if there is none."""
+        name = name if "/" in name else f"default/{name}"
+        if name in (known := self.nodes([name])):
+            return known[name]
+        workloads = (entity.workload for entity in self.compiled.entities.values() if entity.WhichOneof("kind") == "workload")
+        behind = [workload for workload in workloads if any(backing.service == name for backing in workload.backing)]
+        return min(behind, key=lambda w: (not w.ready, w.namespace, w.name)).node if behind else ""
 
     def _report(self, state: State) -> None:
         problems = frozenset(state.problems)
@@ -148,8 +232,3 @@ class Mesh:
         counts = Counter(key.kind for key in state.objects)
         for kind in kinds():
             metrics.OBJECTS.labels(kind).set(counts[kind])
-
-
-def _compile_and_encode(state: State, previous: Snapshot, changed_at_ns: int) -> tuple[Compiled, Snapshot]:
-    compiled = compile_model(state.objects)
-    return compiled, encode(compiled.entities, previous, changed_at_ns)

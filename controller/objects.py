@@ -12,11 +12,19 @@ from controller.errors import Problem
 MODE_LABEL = "meshagent.io/mode"
 WAYPOINT_ANNOTATION = "meshagent.io/waypoint"
 BALANCING_ANNOTATION = "meshagent.io/load-balancing"
+FAIL_MODE_ANNOTATION = "meshagent.io/fail-mode"
+EGRESS_ANNOTATION = "meshagent.io/egress"
 ACCELERATION_LABEL = "meshagent.io/acceleration"
 DEFAULT_POLICY_LABEL = "meshagent.io/default-policy"
+CALLER_MATCH_GROUP = "meshagent.io"
+DRY_RUN_ANNOTATION = "meshagent.io/dry-run"
 ZONE_LABEL = "topology.kubernetes.io/zone"
+ROOT_NAMESPACE = "meshagent-system"
+"""A PeerAuthentication for the whole of this namespace is one for the whole mesh."""
 HTTP_FIELDS = frozenset({"methods", "notMethods", "paths", "notPaths", "hosts", "notHosts"})
 """Fields of an AuthorizationPolicy's operation that only a request can answer."""
+HTTP_SOURCE_FIELDS = frozenset({"requestPrincipals", "notRequestPrincipals"})
+"""The same of its source."""
 
 
 class Key(NamedTuple):
@@ -69,3 +77,8 @@ class Object:
     def problem(self, path: Path, message: str) -> Problem:
         """Make the report of something wrong at `path` of this object."""
         return Problem(self.file, nearest_line(self.lines, path, self.line), message, self.key.kind, self.key.name, path_text(path))
+
+
+def is_namespace_wide(spec: Mapping[str, Any]) -> bool:
+    """True if neither targetRefs nor a label chooses among the workloads of the namespace."""
+    return "targetRefs" not in spec and not spec.get("selector", {}).get("matchLabels")

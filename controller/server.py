@@ -1,6 +1,6 @@
 """The controller as one running thing: lock, sockets, services, tasks. Started by `controller.main`; tests start it in their own process.
 
-The unix socket is trusted and has mode 0600; TCP always means mutual TLS.
+The unix socket is trusted and has mode 0600; TCP always means mutual TLS, except where nodes join (`controller.identity.plane`).
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import asyncio
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -23,14 +24,23 @@ from controller import metrics
 from controller.admin import AdminService
 from controller.discovery import DiscoveryService
 from controller.errors import ControllerError
+from controller.gatewayservice import GatewayService
+from controller.identity.plane import Files, IdentityPlane, IdentitySettings
+from controller.jwks import REFRESH_S, Keys
 from controller.mesh import Mesh
+from controller.quota.part import QuotaPart
+from controller.readiness import Readiness, ReportService
+from controller.relay import Relay
 from controller.source import Source
-from meshapi import admin_pb2_grpc
+from controller.wireguard import NodeKeys
+from meshapi import admin_pb2_grpc, discovery_pb2, gateway_pb2_grpc, identity_pb2_grpc, relay_pb2_grpc
 
 _log = logging.getLogger(__name__)
 
 STOP_GRACE_S: Final = 1.0  # for calls in flight at SIGTERM; discovery streams never end by themselves
 MAX_SOCKET_PATH: Final = 107  # struct sockaddr_un, include/uapi/linux/un.h, without the final zero
+KEYS: Final = "jwks.json"
+"""Beside the socket: keys of token issuers, over a restart."""
 _OPTIONS: Final = (
     ("grpc.so_reuseport", 0),  # a taken port must be an error, not a shared port
     ("grpc.max_receive_message_length", 64 << 20),
@@ -45,11 +55,11 @@ _OPTIONS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class ServerTls:
-    """PEM files of the TCP listener: what the controller shows, and who signs its clients."""
+    """PEM files of the TCP listener: what the controller shows, and who signs its clients. None: what the certificate authority gives."""
 
-    certificate: Path
-    key: Path
-    client_ca: Path
+    certificate: Path | None = None
+    key: Path | None = None
+    client_ca: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +80,45 @@ class Settings:
     """Address of /metrics."""
     metrics_port: int = 0
     """Port of /metrics; 0 = no metrics endpoint."""
+    identity: IdentitySettings | None = None
+    """The certificate authority; None = certificates come from elsewhere, as files."""
+    jwks_ca: Path | None = None
+    """Who else may vouch for servers of token issuers, PEM."""
+    jwks_refresh_s: float = REFRESH_S
+    """How often the keys of token issuers are fetched, seconds."""
+    wireguard: bool = False
+    """Encrypt between nodes with WireGuard where both have it; needs `identity`, for what HBONE goes on to do."""
+    egress: str = "allow"
+    """"allow" or "deny": may workloads go where nobody declared anything, if their Namespace does not say?"""
+    quota_redis: str = field(default="", repr=False)
+    """URL of the Redis that holds the counts of global limits for several controllers; empty = memory. It may hold a password."""
 
 
 class Controller:
     """One controller. `start` returns when it serves, `run` keeps it going, `stop` ends it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
         self.settings = settings
-        self.mesh = Mesh(Source(settings.directory))
-        self.discovery = DiscoveryService(self.mesh.publication, settings.trust_domain)
+        self._clock = clock
+        authority = settings.identity.ca.directory if settings.identity is not None else None
+        self._keys: NodeKeys | None = None
+        if settings.wireguard and authority is not None:
+            self._keys = NodeKeys(authority, lambda: self.identity.ca.barred() if self.identity else ())
+        self.mesh = Mesh(
+            Source(settings.directory),
+            authority=authority is not None,
+            readiness=Readiness(authority),
+            keys=Keys(settings.socket.with_name(KEYS), settings.jwks_ca, settings.jwks_refresh_s),
+            node_keys=self._keys,
+            egress=settings.egress,
+        )
+        reports = ReportService(self.mesh.readiness, self.mesh.nodes, settings.trust_domain)
+        self.discovery = DiscoveryService(self.mesh.publication, settings.trust_domain, reports, self._keys)
+        self.quotas = QuotaPart(self.mesh, authority or settings.socket.parent, settings.quota_redis, settings.trust_domain, self._clock)
+        self.relay = Relay(settings.trust_domain, self.mesh.node_of)
         self.port = 0
         """TCP port that is listened on; 0 without `listen`."""
+        self.identity: IdentityPlane | None = None
         self._server: grpc.aio.Server | None = None
         self._lock: IO[str] | None = None
         self._stop_metrics: Callable[[], None] = lambda: None
@@ -91,13 +129,25 @@ class Controller:
         if not settings.directory.is_dir():
             raise ControllerError(f"{settings.directory} is not a directory: make it, or give another --directory")
         self._lock = _lock(settings.socket)
-        credentials = _credentials(settings.tls) if settings.tls else None
-        if settings.listen and credentials is None:
-            raise ControllerError("--listen needs --tls-cert, --tls-key and --tls-client-ca: TCP is served with mutual TLS only")
+        files = _files(settings.tls or ServerTls())
+        credentials = _credentials(files) if settings.tls and settings.identity is None else None
+        if settings.listen and credentials is None and settings.identity is None:
+            raise ControllerError(
+                "--listen needs --tls-cert, --tls-key and --tls-client-ca, or --ca-directory: TCP is served with mutual TLS only"
+            )
+        if settings.wireguard and settings.identity is None:
+            raise ControllerError(
+                "--encryption wireguard needs --ca-directory: between nodes that have no WireGuard it is HBONE that encrypts, with certificates"
+            )
+        self.mesh.readiness.load()
+        if settings.identity is not None:
+            self.identity = IdentityPlane(settings.identity, settings.trust_domain, self._workload, files, settings.listen, self._clock)
+            credentials = await self.identity.start()
+        if self._keys is not None:
+            await asyncio.to_thread(self._keys.start)
         await self.mesh.start()
-        server = grpc.aio.server(options=_OPTIONS)
-        server.add_generic_rpc_handlers((self.discovery.handler(),))
-        admin_pb2_grpc.add_AdminServicer_to_server(AdminService(self.mesh, settings.trust_domain), server)
+        self.quotas.load()
+        server = self._make_server()
         _bind_unix(server, settings.socket)
         if settings.listen and credentials is not None:
             try:
@@ -110,6 +160,8 @@ class Controller:
             self._start_metrics()
         await server.start()
         self._server = server
+        if self.identity is not None:
+            await self.identity.serve_joins()
         _log.info("controller serving", extra={"socket": str(settings.socket), "listen": settings.listen or "off"})
 
     async def run(self, stopping: asyncio.Event) -> None:
@@ -119,16 +171,21 @@ class Controller:
             await work
             raise ControllerError(f"task {name} ended by itself: this is a bug, please report it")
 
-        watch = asyncio.create_task(forever("watch", self.mesh.watch()), name="watch")
+        tasks = [asyncio.create_task(forever("watch", self.mesh.watch()), name="watch")]
+        if self.identity is not None:
+            tasks.append(asyncio.create_task(forever("identity", self.identity.maintain()), name="identity"))
+        tasks.append(asyncio.create_task(forever("quotas", self.quotas.run()), name="quotas"))
+        if self._keys is not None:
+            tasks.append(asyncio.create_task(forever("keys", self.mesh.follow_keys(self._keys)), name="keys"))
         stop = asyncio.create_task(stopping.wait(), name="stop")
         try:
-            done, _ = await asyncio.wait({watch, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if watch in done:
-                watch.result()
+            done, _ = await asyncio.wait({*tasks, stop}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {stop}:
+                task.result()
         finally:
-            watch.cancel()
-            stop.cancel()
-            await asyncio.gather(watch, stop, return_exceptions=True)
+            for task in (*tasks, stop):
+                task.cancel()
+            await asyncio.gather(*tasks, stop, return_exceptions=True)
 
     async def stop(self) -> None:
         """Stop accepting, give calls in flight a moment, remove the socket, give up the lock. May be called after a failed start."""
@@ -136,10 +193,32 @@ class Controller:
             await self._server.stop(STOP_GRACE_S)
             self.settings.socket.unlink(missing_ok=True)
             self._server = None
+            await self.quotas.close()
+        if self.identity is not None:
+            await self.identity.stop(STOP_GRACE_S)
+            self.identity = None
         self._stop_metrics()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def _make_server(self) -> grpc.aio.Server:
+        interceptors = [self.identity.gate] if self.identity is not None else []
+        server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors)
+        server.add_generic_rpc_handlers((self.discovery.handler(),))
+        admin_pb2_grpc.add_AdminServicer_to_server(AdminService(self.mesh, self.settings.trust_domain), server)
+        relay_pb2_grpc.add_RelayServicer_to_server(self.relay, server)
+        self.quotas.serve(server)
+        gateways = GatewayService(self.mesh.certificates, self.settings.trust_domain)
+        gateway_pb2_grpc.add_GatewaysServicer_to_server(gateways, server)  # type: ignore[no-untyped-call,unused-ignore]
+        if self.identity is not None:
+            identity_pb2_grpc.add_IdentityServicer_to_server(self.identity.service, server)
+        return server
+
+    def _workload(self, name: str) -> discovery_pb2.Workload | None:
+        """Return a workload of the model in force by "NAMESPACE/NAME"."""
+        entity = self.mesh.compiled.entities.get(f"workload/{name}")
+        return entity.workload if entity is not None else None
 
     def _start_metrics(self) -> None:
         address, port = self.settings.metrics_address, self.settings.metrics_port
@@ -195,27 +274,36 @@ def _bind_unix(server: grpc.aio.Server, socket: Path) -> None:
         os.umask(previous)
 
 
-def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
+def _files(tls: ServerTls) -> Files:
+    """Read and check what was given of --tls-cert, --tls-key and --tls-client-ca."""
     content = {}
     for option, path in (("--tls-cert", tls.certificate), ("--tls-key", tls.key), ("--tls-client-ca", tls.client_ca)):
         try:
-            content[option] = path.read_bytes()
+            content[option] = path.read_bytes() if path else b""
         except OSError as error:
             raise ControllerError(f"cannot read {option} {path}: {error.strerror}") from error
+    files = Files(content["--tls-cert"], content["--tls-key"], content["--tls-client-ca"])
+    if tls.client_ca:
+        try:
+            x509.load_pem_x509_certificates(files.client_ca)
+        except ValueError as error:
+            raise ControllerError(f"--tls-client-ca {tls.client_ca} holds no PEM certificate: {error}") from error
+    if not tls.certificate:
+        return files
     try:
-        certificate = x509.load_pem_x509_certificate(content["--tls-cert"])
+        certificate = x509.load_pem_x509_certificate(files.certificate)
     except ValueError as error:
         raise ControllerError(f"--tls-cert {tls.certificate} is no PEM certificate: {error}") from error
     try:
-        key = load_pem_private_key(content["--tls-key"], None)
+        key = load_pem_private_key(files.key, None)
     except (ValueError, TypeError) as error:
         raise ControllerError(f"--tls-key {tls.key} is no unencrypted PEM key: {error}") from error
-    try:
-        x509.load_pem_x509_certificates(content["--tls-client-ca"])
-    except ValueError as error:
-        raise ControllerError(f"--tls-client-ca {tls.client_ca} holds no PEM certificate: {error}") from error
     if key.public_key() != certificate.public_key():
         raise ControllerError(f"--tls-key {tls.key} does not belong to --tls-cert {tls.certificate}")
-    return grpc.ssl_server_credentials(
-        [(content["--tls-key"], content["--tls-cert"])], root_certificates=content["--tls-client-ca"], require_client_auth=True
-    )
+    return files
+
+
+def _credentials(files: Files) -> grpc.ServerCredentials:
+    if not (files.key and files.certificate and files.client_ca):
+        raise ControllerError("--tls-cert, --tls-key and --tls-client-ca belong together: give all three, or --ca-directory")
+    return grpc.ssl_server_credentials([(files.key, files.certificate)], root_certificates=files.client_ca, require_client_auth=True)

@@ -6,11 +6,14 @@ have; it reads no internals of agent or controller.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,7 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lab import topology
+from lab import netns, paths, topology
 from lab.cli import SHOP, progress
 from lab.errors import LabError, StartFailed
 from lab.lab import Lab, Progress
@@ -156,6 +159,27 @@ def outside_reaches_the_unprotected(lab: Lab) -> Seen:
     return Seen(f"IPv4 {_tally(codes[0])}, IPv6 {_tally(codes[1])}", codes == [{"200": 1}, {"200": 1}])
 
 
+def nothing_is_readable_between_nodes(lab: Lab) -> Seen:
+    """Requests to pods of the other node carry a secret; a packet socket on the wire between the nodes looks for it."""
+    secret = secrets.token_hex(16).encode()
+    with netns.inside(paths.WIRE_NETNS, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))) as wire:
+        wire.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 24)
+        codes = _codes(lab, "frontend", f"http://cart/items?{secret.decode()}[1-{CALLS}]")
+        wire.setblocking(False)
+        frames = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                frames.append(wire.recv(65536))
+    tunnelled = sum(_HBONE_PORT in (frame[34:36], frame[36:38], frame[54:56], frame[56:58]) for frame in frames)
+    read = sum(secret in frame for frame in frames)
+    text = f"{_tally(codes)}; {tunnelled} frames of tunnels on the wire, {read} with the secret"
+    return Seen(text, codes == {"200": CALLS} and tunnelled > 0 and read == 0)
+
+
+_ETH_P_ALL = 3  # include/uapi/linux/if_ether.h
+_SO_RCVBUFFORCE = 33  # include/uapi/asm-generic/socket.h
+_HBONE_PORT = (15008).to_bytes(2, "big")
+
 EXPECTATIONS = (
     Expectation("The shop works: other -> frontend -> cart (L7) and redis (L4)", the_shop_works),
     Expectation("Same-node L4 goes app to app: redis sees the frontend's own addresses", redis_sees_the_frontend),
@@ -165,6 +189,7 @@ EXPECTATIONS = (
     Expectation("A call whose first backend answers 503 succeeds by retry", a_503_is_tried_again),
     Expectation("HTTPRoute weights hold: cart-v1 80, cart-v2 20", the_weights_hold),
     Expectation("An L7 path is denied with 403", a_path_is_denied),
+    Expectation("Between nodes it is mTLS: frontend -> cart", nothing_is_readable_between_nodes),
     Expectation("From outside the mesh to a protected pod address is stopped: cart", outside_is_stopped_at_http),
     Expectation("... and redis", outside_is_stopped_at_redis),
     Expectation("... and to an unprotected pod address works", outside_reaches_the_unprotected),

@@ -68,8 +68,15 @@ class Lab:
         return self._state
 
     def up(self) -> None:
-        """Bring everything up and wait until it is ready; if that fails, or is interrupted, take it down again."""
+        """Bring everything up and wait until it is ready; if that fails, or is interrupted, take it down again.
+
+        A lab that died (`State.dead`) is taken down first; one that lives is an error.
+        """
         _require_root()
+        before = state.load()
+        if before is not None and before.dead():
+            self.progress("taking down what a lab that died has left")
+            teardown.run(before, self.progress)
         mounts.mount_tmpfs(paths.RUN)
         self._state.save(new=True)
         try:
@@ -216,7 +223,9 @@ class Lab:
 
     def controller_start(self, timeout: float = READY_TIMEOUT_S) -> None:
         """Start the controller and wait until it serves."""
-        mesh.wait_controller(self._remember(mesh.start_controller()), timeout)
+        mesh.wait_controller(
+            self._remember(mesh.start_controller(identity=self.topology.identity, wireguard=self.topology.wireguard)), timeout
+        )
 
     def metrics(self, node: str) -> str:
         """Return what a node's agent exposes at /metrics."""

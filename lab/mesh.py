@@ -21,6 +21,7 @@ from lab.topology import CONTROLLER_ADDRESSES, Node, Topology
 
 CONTROLLER_PORT = 15010
 METRICS_PORT = 15020
+CONTROLLER_METRICS_PORT = 15021
 POLL_S = 0.05
 """How often something that announces nothing (a socket, an HTTP endpoint) is asked again."""
 _CONTROLLER = f"{CONTROLLER_ADDRESSES[0]}:{CONTROLLER_PORT}"
@@ -41,11 +42,16 @@ def prepare(topology: Topology) -> None:
     pki.write(paths.PKI, [node.name for node in topology.nodes], CONTROLLER_ADDRESSES)
 
 
-def start_controller() -> Process:
-    """Start the controller; `wait_controller` says when it serves."""
+def start_controller(*, identity: bool, wireguard: bool = False) -> Process:
+    """Start the controller, with a certificate authority or without, and perhaps with WireGuard; `wait_controller` says when it serves."""
     argv = [program("mesh-controller"), "run", "--directory", str(paths.RESOURCES), "--socket", str(paths.CONTROLLER_SOCKET)]
     argv += ["--listen", _CONTROLLER, "--tls-cert", str(paths.PKI / "controller.crt"), "--tls-key", str(paths.PKI / "controller.key")]
-    argv += ["--tls-client-ca", str(paths.PKI / "ca.crt")]
+    argv += ["--tls-client-ca", str(paths.PKI / "ca.crt"), "--jwks-ca", str(paths.PKI / "ca.crt"), "--jwks-refresh", "1"]
+    argv += ["--metrics-address", CONTROLLER_ADDRESSES[0], "--metrics-port", str(CONTROLLER_METRICS_PORT)]
+    if identity:
+        argv += ["--ca-directory", str(paths.CA)]
+    if wireguard:
+        argv += ["--encryption", "wireguard"]
     seat = Seat(paths.controller_cgroup(), netns.path(paths.CONTROLLER_NETNS))
     return process.start("controller", seat, argv, {}, Path("/"), paths.log("controller"))
 

@@ -17,6 +17,8 @@ RUN = Path("/run/meshagent-lab")
 STATE = RUN / "state.json"
 LOGS = RUN / "logs"
 PKI = RUN / "pki"
+CA = RUN / "ca"
+"""State of the controller's certificate authority."""
 HOSTS = RUN / "hosts"
 RESOURCES = RUN / "resources"
 """What the controller reads: `meshagent apply` stores its documents there."""

@@ -115,6 +115,12 @@ class Process:
         return None
 
 
+def current() -> Process:
+    """Return the calling process."""
+    started, _ = _stat(os.getpid()) or (0, False)
+    return Process("lab", os.getpid(), started, Path(os.devnull))
+
+
 def command(seat: Seat, argv: Sequence[str]) -> list[str]:
     """Return the command that runs `argv` in a seat; standard streams, exit code and signals are those of `argv`."""
     if not seat.netns.exists():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lab import paths, topology
+from lab import cgroup, paths, process, topology
 from lab.errors import LabError
 from lab.process import Process
 from lab.topology import Topology
@@ -22,6 +23,8 @@ class State:
     mounted_bpffs: bool = False
     complete: bool = False
     """False until `up` has come to its end."""
+    owner: Process = field(default_factory=process.current)
+    """Who brings it up, or brought it up: a lab without any process is that one's as long as it lives."""
     processes: dict[str, Process] = field(default_factory=dict)
     """By name: "controller", "agent-NODE", or a pod's NAMESPACE_POD."""
 
@@ -34,36 +37,49 @@ class State:
                 "mesh": self.mesh,
                 "mountedBpffs": self.mounted_bpffs,
                 "complete": self.complete,
-                "processes": [{"name": p.name, "pid": p.pid, "started": p.started, "log": str(p.log)} for p in self.processes.values()],
+                "owner": _document(self.owner),
+                "processes": [_document(p) for p in self.processes.values()],
             },
             indent=1,
         )
-        if new:
-            try:
-                paths.STATE.touch(mode=0o600, exist_ok=False)
-            except FileExistsError:
-                raise LabError("a lab is up already, or was left half way: `meshagent lab down` takes it down") from None
-        temporary = paths.STATE.with_suffix(".new")
+        temporary = paths.STATE.with_suffix(f".{os.getpid()}")
         temporary.touch(mode=0o600)
         temporary.write_text(text)
-        temporary.replace(paths.STATE)
+        if not new:
+            temporary.replace(paths.STATE)
+            return
+        try:
+            os.link(temporary, paths.STATE)
+        except FileExistsError:
+            raise LabError("a lab is up already: `meshagent lab down` takes it down") from None
+        finally:
+            temporary.unlink()
+
+    def dead(self) -> bool:
+        """Return whether nobody is left of it: who brought it up is gone, and so is every process in it (the machine's doing, or `kill -9`)."""
+        return not self.owner.alive() and cgroup.wait_empty(paths.cgroup_root(), 0)
 
 
 def load() -> State | None:
-    """Read the state file; None if there is no lab, or nothing of it but a name."""
+    """Read the state file; None if there is no lab."""
     try:
-        text = paths.STATE.read_text()
-    except OSError:
+        values: dict[str, Any] = json.loads(paths.STATE.read_text())
+    except FileNotFoundError:
         return None
-    try:
-        values: dict[str, Any] = json.loads(text)
-    except ValueError:
-        return None  # `up` was killed between claiming the file and writing it
-    processes = [Process(p["name"], p["pid"], p["started"], Path(p["log"])) for p in values["processes"]]
+    processes = [_process(p) for p in values["processes"]]
     return State(
         topology=topology.parse(values["topology"], str(paths.STATE), Path(values["directory"])),
         mesh=values["mesh"],
         mounted_bpffs=values["mountedBpffs"],
         complete=values["complete"],
+        owner=_process(values["owner"]),
         processes={process.name: process for process in processes},
     )
+
+
+def _document(target: Process) -> dict[str, Any]:
+    return {"name": target.name, "pid": target.pid, "started": target.started, "log": str(target.log)}
+
+
+def _process(values: dict[str, Any]) -> Process:
+    return Process(values["name"], values["pid"], values["started"], Path(values["log"]))

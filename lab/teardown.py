@@ -102,10 +102,10 @@ def _remove_files(state: State | None) -> None:
 
 
 def _remove_stale_socket(path: Path) -> None:
-    """Remove the controller's socket and its lock unless somebody (a controller that is not the lab's) still listens there."""
+    """Remove the controller's socket, its lock and the keys that it kept unless somebody (a controller that is not the lab's) still listens there."""
     with socket.socket(socket.AF_UNIX) as client:
         if client.connect_ex(str(path)) != 0:
-            for file in (path, path.with_name(path.name + ".lock")):
+            for file in (path, path.with_name(path.name + ".lock"), path.with_name("jwks.json")):
                 file.unlink(missing_ok=True)
 
 

@@ -98,6 +98,10 @@ class Topology:
     outside: tuple[Outside, ...] = ()
     directory: Path = Path("/")
     """Where the pods' commands start, so that `lab.yaml` can name programs beside itself."""
+    identity: bool = False
+    """Has the controller a certificate authority? Then pods have identities, and mTLS between nodes."""
+    wireguard: bool = False
+    """Encrypt between nodes with WireGuard where the kernel has it; needs `identity`."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -143,7 +147,7 @@ def load(path: Path) -> Topology:
 
 def parse(document: object, origin: str, directory: Path) -> Topology:
     """Turn a decoded document into a Topology; `origin` is what messages call it."""
-    top = _Reader(origin, "", document, ("nodes", "pods", "outside"))
+    top = _Reader(origin, "", document, ("nodes", "pods", "outside", "identity", "wireguard"))
     nodes = tuple(
         Node(_Reader(origin, f"nodes[{i}]", item, ("name",)).text("name"), i + 1)
         for i, item in enumerate(top.items("nodes", required=True))
@@ -154,7 +158,7 @@ def parse(document: object, origin: str, directory: Path) -> Topology:
         for host in (_Reader(origin, f"outside[{i}]", item, ("name", "addresses")) for i, item in enumerate(top.items("outside")))
     )
     try:
-        return Topology(nodes, pods, outside, directory)
+        return Topology(nodes, pods, outside, directory, top.flag("identity", default=False), top.flag("wireguard", default=False))
     except TopologyError as error:
         raise TopologyError(origin, error.field, error.what) from None
 
@@ -179,6 +183,8 @@ def document(topology: Topology) -> dict[str, Any]:
             for pod in topology.pods
         ],
         "outside": [{"name": host.name, "addresses": list(host.addresses)} for host in topology.outside],
+        "identity": topology.identity,
+        "wireguard": topology.wireguard,
     }
 
 

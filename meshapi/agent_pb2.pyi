@@ -40,6 +40,7 @@ class TraceRequest(_message.Message):
     DURATION_S_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     PROBE_FIELD_NUMBER: _builtins.int
+    RELAYED_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """"NAMESPACE/NAME" of a workload"""
     destination: _builtins.str
@@ -50,6 +51,8 @@ class TraceRequest(_message.Message):
     """stop after so many connections; 0 = no limit"""
     probe: _builtins.bool
     """open one connection from the source's network namespace"""
+    relayed: _builtins.bool
+    """asked through the controller: not to be passed on again"""
     def __init__(
         self,
         *,
@@ -58,14 +61,35 @@ class TraceRequest(_message.Message):
         duration_s: _builtins.float = ...,
         count: _builtins.int = ...,
         probe: _builtins.bool = ...,
+        relayed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "destination", b"destination", "duration_s", b"duration_s", "probe", b"probe", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "destination", b"destination", "duration_s", b"duration_s", "probe", b"probe", "relayed", b"relayed", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TraceRequest: _TypeAlias = TraceRequest  # noqa: Y015
+
+@_typing.final
+class IdentityRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKLOAD_FIELD_NUMBER: _builtins.int
+    workload: _builtins.str
+    """"NAMESPACE/NAME", with its chain; empty = all of this node, without"""
+    def __init__(
+        self,
+        *,
+        workload: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["workload", b"workload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IdentityRequest: _TypeAlias = IdentityRequest  # noqa: Y015
 
 @_typing.final
 class Json(_message.Message):

@@ -44,6 +44,11 @@ class AgentStub:
                 request_serializer=meshapi_dot_agent__pb2.TraceRequest.SerializeToString,
                 response_deserializer=meshapi_dot_agent__pb2.Json.FromString,
                 _registered_method=True)
+        self.Identity = channel.unary_unary(
+                '/meshagent.v1.Agent/Identity',
+                request_serializer=meshapi_dot_agent__pb2.IdentityRequest.SerializeToString,
+                response_deserializer=meshapi_dot_agent__pb2.Json.FromString,
+                _registered_method=True)
 
 
 class AgentServicer:
@@ -62,6 +67,13 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Identity(self, request, context):
+        """Certificates of this node and its workloads, never a key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -73,6 +85,11 @@ def add_AgentServicer_to_server(servicer, server):
             'Trace': grpc.unary_stream_rpc_method_handler(
                     servicer.Trace,
                     request_deserializer=meshapi_dot_agent__pb2.TraceRequest.FromString,
+                    response_serializer=meshapi_dot_agent__pb2.Json.SerializeToString,
+            ),
+            'Identity': grpc.unary_unary_rpc_method_handler(
+                    servicer.Identity,
+                    request_deserializer=meshapi_dot_agent__pb2.IdentityRequest.FromString,
                     response_serializer=meshapi_dot_agent__pb2.Json.SerializeToString,
             ),
     }
@@ -129,6 +146,33 @@ class Agent:
             target,
             '/meshagent.v1.Agent/Trace',
             meshapi_dot_agent__pb2.TraceRequest.SerializeToString,
+            meshapi_dot_agent__pb2.Json.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Identity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshagent.v1.Agent/Identity',
+            meshapi_dot_agent__pb2.IdentityRequest.SerializeToString,
             meshapi_dot_agent__pb2.Json.FromString,
             options,
             channel_credentials,

@@ -34,6 +34,8 @@ class AgentStub:
     Status: _grpc.UnaryUnaryMultiCallable[_agent_pb2.StatusRequest, _agent_pb2.Json]
     Trace: _grpc.UnaryStreamMultiCallable[_agent_pb2.TraceRequest, _agent_pb2.Json]
     """The plan first, then one message per connection or request seen, until the client ends the call or the limits are reached."""
+    Identity: _grpc.UnaryUnaryMultiCallable[_agent_pb2.IdentityRequest, _agent_pb2.Json]
+    """Certificates of this node and its workloads, never a key."""
 
 @_typing.type_check_only
 class AgentAsyncStub(AgentStub):
@@ -41,6 +43,8 @@ class AgentAsyncStub(AgentStub):
     Status: _aio.UnaryUnaryMultiCallable[_agent_pb2.StatusRequest, _agent_pb2.Json]  # type: ignore[assignment]
     Trace: _aio.UnaryStreamMultiCallable[_agent_pb2.TraceRequest, _agent_pb2.Json]  # type: ignore[assignment]
     """The plan first, then one message per connection or request seen, until the client ends the call or the limits are reached."""
+    Identity: _aio.UnaryUnaryMultiCallable[_agent_pb2.IdentityRequest, _agent_pb2.Json]  # type: ignore[assignment]
+    """Certificates of this node and its workloads, never a key."""
 
 class AgentServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -57,5 +61,13 @@ class AgentServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_agent_pb2.Json], _abc.AsyncIterator[_agent_pb2.Json]]:
         """The plan first, then one message per connection or request seen, until the client ends the call or the limits are reached."""
+
+    @_abc_1.abstractmethod
+    def Identity(
+        self,
+        request: _agent_pb2.IdentityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.Json, _abc.Awaitable[_agent_pb2.Json]]:
+        """Certificates of this node and its workloads, never a key."""
 
 def add_AgentServicer_to_server(servicer: AgentServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

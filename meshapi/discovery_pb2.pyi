@@ -51,6 +51,7 @@ class DiscoveryRequest(_message.Message):
     KNOWN_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    WIREGUARD_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """first message only: must be the node that the client certificate names"""
     nonce: _builtins.str
@@ -61,6 +62,10 @@ class DiscoveryRequest(_message.Message):
     def known(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """first message only: resource name -> version held, so that a reconnect transfers only differences"""
 
+    @_builtins.property
+    def wireguard(self) -> Global___WireGuard:
+        """first message only: how other nodes reach this one; unset = its kernel has no WireGuard"""
+
     def __init__(
         self,
         *,
@@ -68,14 +73,56 @@ class DiscoveryRequest(_message.Message):
         known: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         nonce: _builtins.str = ...,
         error: _builtins.str = ...,
+        wireguard: Global___WireGuard | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wireguard", b"wireguard"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "known", b"known", "node", b"node", "nonce", b"nonce"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "known", b"known", "node", b"node", "nonce", b"nonce", "wireguard", b"wireguard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DiscoveryRequest: _TypeAlias = DiscoveryRequest  # noqa: Y015
+
+@_typing.final
+class TunnelReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    WORKLOADS_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """must be the node that the client certificate names"""
+    @_builtins.property
+    def workloads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"NAMESPACE/NAME" """
+
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        workloads: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "workloads", b"workloads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TunnelReport: _TypeAlias = TunnelReport  # noqa: Y015
+
+@_typing.final
+class TunnelReportAnswer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TunnelReportAnswer: _TypeAlias = TunnelReportAnswer  # noqa: Y015
 
 @_typing.final
 class DiscoveryResponse(_message.Message):
@@ -125,7 +172,7 @@ class Resource(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     ENTITY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"workload/NAMESPACE/NAME", "service/...", "route/...", "policy/..." """
+    """"workload/NAMESPACE/NAME", "service/...", "route/...", "policy/...", "traffic/..." """
     version: _builtins.str
     """hash of `entity`"""
     entity: _builtins.bytes
@@ -153,6 +200,10 @@ class Entity(_message.Message):
     SERVICE_FIELD_NUMBER: _builtins.int
     ROUTE_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    TRAFFIC_FIELD_NUMBER: _builtins.int
+    AUTHENTICATION_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    GATEWAY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def workload(self) -> Global___Workload: ...
     @_builtins.property
@@ -161,6 +212,14 @@ class Entity(_message.Message):
     def route(self) -> Global___Route: ...
     @_builtins.property
     def policy(self) -> Global___Policy: ...
+    @_builtins.property
+    def traffic(self) -> Global___TrafficPolicy: ...
+    @_builtins.property
+    def authentication(self) -> Global___Authentication: ...
+    @_builtins.property
+    def node(self) -> Global___Node: ...
+    @_builtins.property
+    def gateway(self) -> Global___Gateway: ...
     def __init__(
         self,
         *,
@@ -168,22 +227,165 @@ class Entity(_message.Message):
         service: Global___Service | None = ...,
         route: Global___Route | None = ...,
         policy: Global___Policy | None = ...,
+        traffic: Global___TrafficPolicy | None = ...,
+        authentication: Global___Authentication | None = ...,
+        node: Global___Node | None = ...,
+        gateway: Global___Gateway | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "policy", b"policy", "route", b"route", "service", b"service", "workload", b"workload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["authentication", b"authentication", "gateway", b"gateway", "kind", b"kind", "node", b"node", "policy", b"policy", "route", b"route", "service", b"service", "traffic", b"traffic", "workload", b"workload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "policy", b"policy", "route", b"route", "service", b"service", "workload", b"workload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authentication", b"authentication", "gateway", b"gateway", "kind", b"kind", "node", b"node", "policy", b"policy", "route", b"route", "service", b"service", "traffic", b"traffic", "workload", b"workload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["workload", "service", "route", "policy"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["workload", "service", "route", "policy", "traffic", "authentication", "node", "gateway"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___Entity: _TypeAlias = Entity  # noqa: Y015
 
 @_typing.final
+class Gateway(_message.Message):
+    """A Gateway of class "meshagent", resolved: what listens wherever an enrolled workload of its namespace has the label
+    gateway.networking.k8s.io/gateway-name with its name. Listeners that cannot be served are not here.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    LISTENERS_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    name: _builtins.str
+    @_builtins.property
+    def listeners(self) -> _containers.RepeatedCompositeFieldContainer[Global___GatewayListener]: ...
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        name: _builtins.str = ...,
+        listeners: _abc.Iterable[Global___GatewayListener] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["listeners", b"listeners", "name", b"name", "namespace", b"namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Gateway: _TypeAlias = Gateway  # noqa: Y015
+
+@_typing.final
+class GatewayListener(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    HOSTNAME_FIELD_NUMBER: _builtins.int
+    CERTIFICATES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    port: _builtins.int
+    """all listeners of one port have certificates, or none has"""
+    hostname: _builtins.str
+    """lower case; empty = every host; "*." at its begin stands for one or more labels"""
+    @_builtins.property
+    def certificates(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"NAMESPACE/NAME" of Secrets, which come by Gateways.Certificates alone (gateway.proto); none = plain HTTP"""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        port: _builtins.int = ...,
+        hostname: _builtins.str = ...,
+        certificates: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificates", b"certificates", "hostname", b"hostname", "name", b"name", "port", b"port"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GatewayListener: _TypeAlias = GatewayListener  # noqa: Y015
+
+@_typing.final
+class Node(_message.Message):
+    """A node of a mesh that encrypts with WireGuard between nodes. There is one for each node that has workloads; in other meshes there is none."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WIREGUARD_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    @_builtins.property
+    def wireguard(self) -> Global___WireGuard:
+        """as the node itself said; unset = it has none, and HBONE stays in use to and from it"""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        wireguard: Global___WireGuard | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["wireguard", b"wireguard"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "wireguard", b"wireguard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Node: _TypeAlias = Node  # noqa: Y015
+
+@_typing.final
+class WireGuard(_message.Message):
+    """One end of WireGuard. Which addresses it may use is not said here: those of the enrolled workloads of its node, as Workload.node says."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    ENDPOINTS_FIELD_NUMBER: _builtins.int
+    public_key: _builtins.bytes
+    """Curve25519, 32 bytes"""
+    port: _builtins.int
+    """UDP"""
+    @_builtins.property
+    def endpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """the node's own addresses, at most one of each family, most preferred first"""
+
+    def __init__(
+        self,
+        *,
+        public_key: _builtins.bytes = ...,
+        port: _builtins.int = ...,
+        endpoints: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "port", b"port", "public_key", b"public_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WireGuard: _TypeAlias = WireGuard  # noqa: Y015
+
+@_typing.final
 class Workload(_message.Message):
     """A pod or process that sends or receives traffic."""
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    class _MtlsMode:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _MtlsModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Workload._MtlsMode.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        DISABLE: Workload._MtlsMode.ValueType  # 0
+        PERMISSIVE: Workload._MtlsMode.ValueType  # 1
+        STRICT: Workload._MtlsMode.ValueType  # 2
+
+    class MtlsMode(_MtlsMode, metaclass=_MtlsModeEnumTypeWrapper):
+        """Mutual TLS between nodes (Istio, PeerAuthentication): off, both accepted, required."""
+
+    DISABLE: Workload.MtlsMode.ValueType  # 0
+    PERMISSIVE: Workload.MtlsMode.ValueType  # 1
+    STRICT: Workload.MtlsMode.ValueType  # 2
 
     @_typing.final
     class LabelsEntry(_message.Message):
@@ -219,6 +421,11 @@ class Workload(_message.Message):
     ZONE_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     ACCELERATION_FIELD_NUMBER: _builtins.int
+    MTLS_FIELD_NUMBER: _builtins.int
+    MTLS_PORTS_FIELD_NUMBER: _builtins.int
+    AWAITS_TUNNELS_FIELD_NUMBER: _builtins.int
+    EGRESS_DENY_FIELD_NUMBER: _builtins.int
+    AUTHENTICATIONS_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     name: _builtins.str
     service_account: _builtins.str
@@ -235,6 +442,12 @@ class Workload(_message.Message):
     """share of new connections against other endpoints of a service; 0 stands for 1"""
     acceleration: _builtins.str
     """"", "enabled" (where the kernel passes the self-test) or "force" """
+    mtls: Global___Workload.MtlsMode.ValueType
+    """between nodes: what it accepts, and whether callers use HBONE"""
+    awaits_tunnels: _builtins.bool
+    """its agent has not said yet that tunnels end at it: PERMISSIVE is plaintext until then, STRICT is refused"""
+    egress_deny: _builtins.bool
+    """it may go to services and workloads of the mesh, and nowhere else"""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -248,6 +461,14 @@ class Workload(_message.Message):
     @_builtins.property
     def policies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """sorted "NAMESPACE/NAME" of every AuthorizationPolicy that protects it"""
+
+    @_builtins.property
+    def mtls_ports(self) -> _containers.RepeatedCompositeFieldContainer[Global___PortMtls]:
+        """ports it listens on that differ, sorted"""
+
+    @_builtins.property
+    def authentications(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """sorted "NAMESPACE/NAME" of every RequestAuthentication that selects it"""
 
     def __init__(
         self,
@@ -266,14 +487,41 @@ class Workload(_message.Message):
         zone: _builtins.str = ...,
         weight: _builtins.int = ...,
         acceleration: _builtins.str = ...,
+        mtls: Global___Workload.MtlsMode.ValueType = ...,
+        mtls_ports: _abc.Iterable[Global___PortMtls] | None = ...,
+        awaits_tunnels: _builtins.bool = ...,
+        egress_deny: _builtins.bool = ...,
+        authentications: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceleration", b"acceleration", "addresses", b"addresses", "backing", b"backing", "enrolled", b"enrolled", "labels", b"labels", "name", b"name", "namespace", b"namespace", "network_namespace", b"network_namespace", "node", b"node", "policies", b"policies", "ready", b"ready", "service_account", b"service_account", "weight", b"weight", "zone", b"zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceleration", b"acceleration", "addresses", b"addresses", "authentications", b"authentications", "awaits_tunnels", b"awaits_tunnels", "backing", b"backing", "egress_deny", b"egress_deny", "enrolled", b"enrolled", "labels", b"labels", "mtls", b"mtls", "mtls_ports", b"mtls_ports", "name", b"name", "namespace", b"namespace", "network_namespace", b"network_namespace", "node", b"node", "policies", b"policies", "ready", b"ready", "service_account", b"service_account", "weight", b"weight", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Workload: _TypeAlias = Workload  # noqa: Y015
+
+@_typing.final
+class PortMtls(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PORT_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    port: _builtins.int
+    mode: Global___Workload.MtlsMode.ValueType
+    def __init__(
+        self,
+        *,
+        port: _builtins.int = ...,
+        mode: Global___Workload.MtlsMode.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "port", b"port"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PortMtls: _TypeAlias = PortMtls  # noqa: Y015
 
 @_typing.final
 class Backing(_message.Message):
@@ -338,6 +586,8 @@ class Service(_message.Message):
     TRAFFIC_DISTRIBUTION_FIELD_NUMBER: _builtins.int
     AFFINITY_S_FIELD_NUMBER: _builtins.int
     LOAD_BALANCING_FIELD_NUMBER: _builtins.int
+    EXTERNAL_FIELD_NUMBER: _builtins.int
+    FAIL_OPEN_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     name: _builtins.str
     traffic_distribution: _builtins.str
@@ -346,12 +596,18 @@ class Service(_message.Message):
     """sessionAffinity ClientIP: seconds since the last connection; 0 = none"""
     load_balancing: _builtins.str
     """"" (weighted random) or "least-connections"; of L4 ports"""
+    fail_open: _builtins.bool
+    """connections to its L7 ports go past a waypoint that is away, if no policy needs the request"""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """virtual addresses; empty = headless"""
 
     @_builtins.property
     def ports(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServicePort]: ...
+    @_builtins.property
+    def external(self) -> Global___External:
+        """set: it stands for hosts outside the mesh, and no workload is its endpoint"""
+
     def __init__(
         self,
         *,
@@ -362,14 +618,151 @@ class Service(_message.Message):
         traffic_distribution: _builtins.str = ...,
         affinity_s: _builtins.int = ...,
         load_balancing: _builtins.str = ...,
+        external: Global___External | None = ...,
+        fail_open: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["external", b"external"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "affinity_s", b"affinity_s", "load_balancing", b"load_balancing", "name", b"name", "namespace", b"namespace", "ports", b"ports", "traffic_distribution", b"traffic_distribution"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "affinity_s", b"affinity_s", "external", b"external", "fail_open", b"fail_open", "load_balancing", b"load_balancing", "name", b"name", "namespace", b"namespace", "ports", b"ports", "traffic_distribution", b"traffic_distribution"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Service: _TypeAlias = Service  # noqa: Y015
+
+@_typing.final
+class External(_message.Message):
+    """What a service with a host's name stands for: one host outside the mesh, or several with addresses in common. Every port of it is the waypoint's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESOURCE_FIELD_NUMBER: _builtins.int
+    HOSTS_FIELD_NUMBER: _builtins.int
+    FIXED_FIELD_NUMBER: _builtins.int
+    DNS_FIELD_NUMBER: _builtins.int
+    ENDPOINTS_FIELD_NUMBER: _builtins.int
+    TLS_FIELD_NUMBER: _builtins.int
+    POLICIES_FIELD_NUMBER: _builtins.int
+    PRIVATE_FIELD_NUMBER: _builtins.int
+    resource: _builtins.str
+    """name of the ExternalService in the service's namespace"""
+    fixed: _builtins.bool
+    """the addresses were given, and may be the hosts' own: at other ports of them this is not a service"""
+    dns: _builtins.bool
+    """names of endpoints are resolved, by the waypoint; false: all endpoints are addresses"""
+    private: _builtins.bool
+    """only for callers of its own namespace"""
+    @_builtins.property
+    def hosts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """DNS names, lower case; at least one"""
+
+    @_builtins.property
+    def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExternalEndpoint]: ...
+    @_builtins.property
+    def tls(self) -> Global___ExternalTls:
+        """set: the waypoint speaks TLS to the outside, at ports that are not TLS themselves"""
+
+    @_builtins.property
+    def policies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """sorted "NAMESPACE/NAME" of every AuthorizationPolicy that protects it; enforced at the caller's side"""
+
+    def __init__(
+        self,
+        *,
+        resource: _builtins.str = ...,
+        hosts: _abc.Iterable[_builtins.str] | None = ...,
+        fixed: _builtins.bool = ...,
+        dns: _builtins.bool = ...,
+        endpoints: _abc.Iterable[Global___ExternalEndpoint] | None = ...,
+        tls: Global___ExternalTls | None = ...,
+        policies: _abc.Iterable[_builtins.str] | None = ...,
+        private: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tls", b"tls"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dns", b"dns", "endpoints", b"endpoints", "fixed", b"fixed", "hosts", b"hosts", "policies", b"policies", "private", b"private", "resource", b"resource", "tls", b"tls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___External: _TypeAlias = External  # noqa: Y015
+
+@_typing.final
+class ExternalEndpoint(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class PortsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    PORTS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """an IP address, or a DNS name"""
+    weight: _builtins.int
+    """0 stands for 1"""
+    @_builtins.property
+    def ports(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
+        """service port -> port there"""
+
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        weight: _builtins.int = ...,
+        ports: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "ports", b"ports", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExternalEndpoint: _TypeAlias = ExternalEndpoint  # noqa: Y015
+
+@_typing.final
+class ExternalTls(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNI_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    ROOTS_FIELD_NUMBER: _builtins.int
+    sni: _builtins.str
+    roots: _builtins.str
+    """PEM of who may vouch for it; empty: the node's system"""
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """the server's certificate has one of these: DNS names, addresses, or URIs"""
+
+    def __init__(
+        self,
+        *,
+        sni: _builtins.str = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+        roots: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names", "roots", b"roots", "sni", b"sni"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExternalTls: _TypeAlias = ExternalTls  # noqa: Y015
 
 @_typing.final
 class ServicePort(_message.Message):
@@ -411,7 +804,9 @@ Global___ServicePort: _TypeAlias = ServicePort  # noqa: Y015
 
 @_typing.final
 class Route(_message.Message):
-    """An HTTPRoute, resolved."""
+    """An HTTPRoute or GRPCRoute, resolved. It is for callers of every namespace if it is in its parent's own, and for callers of its namespace alone if it is in
+    another (Gateway API, GEP-1294: producer and consumer routes).
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -421,16 +816,24 @@ class Route(_message.Message):
     HOSTNAMES_FIELD_NUMBER: _builtins.int
     RULES_FIELD_NUMBER: _builtins.int
     CREATED_FIELD_NUMBER: _builtins.int
+    GRPC_FIELD_NUMBER: _builtins.int
+    NOT_FROM_GATEWAYS_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     name: _builtins.str
     created: _builtins.int
     """Unix seconds; the older of two routes wins (Gateway API, conflict resolution)"""
+    grpc: _builtins.bool
+    """a GRPCRoute: gRPC requests alone match; "NAME:grpc" is its name here, because an HTTPRoute may have the same"""
     @_builtins.property
     def parents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Parent]: ...
     @_builtins.property
     def hostnames(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def rules(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteRule]: ...
+    @_builtins.property
+    def not_from_gateways(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"NAMESPACE/NAME" of backends for which no ReferenceGrant lets requests of gateways in: their share answers 500"""
+
     def __init__(
         self,
         *,
@@ -440,10 +843,12 @@ class Route(_message.Message):
         hostnames: _abc.Iterable[_builtins.str] | None = ...,
         rules: _abc.Iterable[Global___RouteRule] | None = ...,
         created: _builtins.int = ...,
+        grpc: _builtins.bool = ...,
+        not_from_gateways: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "hostnames", b"hostnames", "name", b"name", "namespace", b"namespace", "parents", b"parents", "rules", b"rules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "grpc", b"grpc", "hostnames", b"hostnames", "name", b"name", "namespace", b"namespace", "not_from_gateways", b"not_from_gateways", "parents", b"parents", "rules", b"rules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -451,23 +856,39 @@ Global___Route: _TypeAlias = Route  # noqa: Y015
 
 @_typing.final
 class Parent(_message.Message):
+    """A service, or a listener of a gateway."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SERVICE_FIELD_NUMBER: _builtins.int
     PORT_FIELD_NUMBER: _builtins.int
+    GATEWAY_FIELD_NUMBER: _builtins.int
+    LISTENER_FIELD_NUMBER: _builtins.int
+    HOSTNAMES_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """"NAMESPACE/NAME" """
+    """"NAMESPACE/NAME"; empty: a gateway"""
     port: _builtins.int
     """0 = every port of the service"""
+    gateway: _builtins.str
+    """"NAMESPACE/NAME" """
+    listener: _builtins.str
+    """its name in the gateway"""
+    @_builtins.property
+    def hostnames(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """what the hostnames of route and listener have in common; none = every host"""
+
     def __init__(
         self,
         *,
         service: _builtins.str = ...,
         port: _builtins.int = ...,
+        gateway: _builtins.str = ...,
+        listener: _builtins.str = ...,
+        hostnames: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["port", b"port", "service", b"service"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway", b"gateway", "hostnames", b"hostnames", "listener", b"listener", "port", b"port", "service", b"service"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -485,11 +906,20 @@ class RouteRule(_message.Message):
     BACKEND_REQUEST_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     REQUEST_HEADERS_FIELD_NUMBER: _builtins.int
     RESPONSE_HEADERS_FIELD_NUMBER: _builtins.int
+    REDIRECT_FIELD_NUMBER: _builtins.int
+    REWRITE_FIELD_NUMBER: _builtins.int
+    MIRRORS_FIELD_NUMBER: _builtins.int
+    CORS_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    CALLERS_FIELD_NUMBER: _builtins.int
+    INVALID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     request_timeout_ms: _builtins.int
     """0 = none"""
     backend_request_timeout_ms: _builtins.int
     """per try; 0 = none"""
+    invalid: _builtins.str
+    """not empty: a filter that cannot be resolved (why); what matches answers 500"""
     @_builtins.property
     def matches(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteMatch]:
         """any of them; none = every request"""
@@ -502,6 +932,22 @@ class RouteRule(_message.Message):
     def request_headers(self) -> Global___HeaderEdit: ...
     @_builtins.property
     def response_headers(self) -> Global___HeaderEdit: ...
+    @_builtins.property
+    def redirect(self) -> Global___Redirect:
+        """set: answered so, and there are no backends"""
+
+    @_builtins.property
+    def rewrite(self) -> Global___Rewrite: ...
+    @_builtins.property
+    def mirrors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Mirror]: ...
+    @_builtins.property
+    def cors(self) -> Global___Cors: ...
+    @_builtins.property
+    def session(self) -> Global___Session: ...
+    @_builtins.property
+    def callers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Callers]:
+        """all of them: others than these do not match"""
+
     def __init__(
         self,
         *,
@@ -513,14 +959,237 @@ class RouteRule(_message.Message):
         backend_request_timeout_ms: _builtins.int = ...,
         request_headers: Global___HeaderEdit | None = ...,
         response_headers: Global___HeaderEdit | None = ...,
+        redirect: Global___Redirect | None = ...,
+        rewrite: Global___Rewrite | None = ...,
+        mirrors: _abc.Iterable[Global___Mirror] | None = ...,
+        cors: Global___Cors | None = ...,
+        session: Global___Session | None = ...,
+        callers: _abc.Iterable[Global___Callers] | None = ...,
+        invalid: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request_headers", b"request_headers", "response_headers", b"response_headers", "retry", b"retry"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cors", b"cors", "redirect", b"redirect", "request_headers", b"request_headers", "response_headers", b"response_headers", "retry", b"retry", "rewrite", b"rewrite", "session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend_request_timeout_ms", b"backend_request_timeout_ms", "backends", b"backends", "matches", b"matches", "name", b"name", "request_headers", b"request_headers", "request_timeout_ms", b"request_timeout_ms", "response_headers", b"response_headers", "retry", b"retry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend_request_timeout_ms", b"backend_request_timeout_ms", "backends", b"backends", "callers", b"callers", "cors", b"cors", "invalid", b"invalid", "matches", b"matches", "mirrors", b"mirrors", "name", b"name", "redirect", b"redirect", "request_headers", b"request_headers", "request_timeout_ms", b"request_timeout_ms", "response_headers", b"response_headers", "retry", b"retry", "rewrite", b"rewrite", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RouteRule: _TypeAlias = RouteRule  # noqa: Y015
+
+@_typing.final
+class Redirect(_message.Message):
+    """An answer that sends the client elsewhere. What is empty is as in the request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCHEME_FIELD_NUMBER: _builtins.int
+    HOSTNAME_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    FULL_PATH_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    scheme: _builtins.str
+    """"http" or "https" """
+    hostname: _builtins.str
+    port: _builtins.int
+    """0 = that of the scheme if there is one, else the service's"""
+    full_path: _builtins.str
+    prefix: _builtins.str
+    """instead of the prefix that the rule's one match has"""
+    status: _builtins.int
+    """301, 302, 303, 307 or 308"""
+    def __init__(
+        self,
+        *,
+        scheme: _builtins.str = ...,
+        hostname: _builtins.str = ...,
+        port: _builtins.int = ...,
+        full_path: _builtins.str | None = ...,
+        prefix: _builtins.str | None = ...,
+        status: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_full_path", b"_full_path", "_prefix", b"_prefix", "full_path", b"full_path", "prefix", b"prefix"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_full_path", b"_full_path", "_prefix", b"_prefix", "full_path", b"full_path", "hostname", b"hostname", "port", b"port", "prefix", b"prefix", "scheme", b"scheme", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__full_path: _TypeAlias = _typing.Literal["full_path"]  # noqa: Y015
+    _WhichOneofArgType__full_path: _TypeAlias = _typing.Literal["_full_path", b"_full_path"]  # noqa: Y015
+    _WhichOneofReturnType__prefix: _TypeAlias = _typing.Literal["prefix"]  # noqa: Y015
+    _WhichOneofArgType__prefix: _TypeAlias = _typing.Literal["_prefix", b"_prefix"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__full_path) -> _WhichOneofReturnType__full_path | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix) -> _WhichOneofReturnType__prefix | None: ...
+
+Global___Redirect: _TypeAlias = Redirect  # noqa: Y015
+
+@_typing.final
+class Rewrite(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOSTNAME_FIELD_NUMBER: _builtins.int
+    FULL_PATH_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
+    hostname: _builtins.str
+    """empty = as it is"""
+    full_path: _builtins.str
+    prefix: _builtins.str
+    """instead of the prefix that the rule's one match has"""
+    def __init__(
+        self,
+        *,
+        hostname: _builtins.str = ...,
+        full_path: _builtins.str | None = ...,
+        prefix: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_full_path", b"_full_path", "_prefix", b"_prefix", "full_path", b"full_path", "prefix", b"prefix"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_full_path", b"_full_path", "_prefix", b"_prefix", "full_path", b"full_path", "hostname", b"hostname", "prefix", b"prefix"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__full_path: _TypeAlias = _typing.Literal["full_path"]  # noqa: Y015
+    _WhichOneofArgType__full_path: _TypeAlias = _typing.Literal["_full_path", b"_full_path"]  # noqa: Y015
+    _WhichOneofReturnType__prefix: _TypeAlias = _typing.Literal["prefix"]  # noqa: Y015
+    _WhichOneofArgType__prefix: _TypeAlias = _typing.Literal["_prefix", b"_prefix"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__full_path) -> _WhichOneofReturnType__full_path | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prefix) -> _WhichOneofReturnType__prefix | None: ...
+
+Global___Rewrite: _TypeAlias = Rewrite  # noqa: Y015
+
+@_typing.final
+class Mirror(_message.Message):
+    """A copy of a share of the requests, whose answer nobody waits for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVICE_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    WHOLE_FIELD_NUMBER: _builtins.int
+    service: _builtins.str
+    """"NAMESPACE/NAME" """
+    port: _builtins.int
+    """service port"""
+    parts: _builtins.int
+    """of `whole`"""
+    whole: _builtins.int
+    """100, 10000 or 1000000"""
+    def __init__(
+        self,
+        *,
+        service: _builtins.str = ...,
+        port: _builtins.int = ...,
+        parts: _builtins.int = ...,
+        whole: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts", "port", b"port", "service", b"service", "whole", b"whole"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Mirror: _TypeAlias = Mirror  # noqa: Y015
+
+@_typing.final
+class Cors(_message.Message):
+    """Answers to preflight requests, and what is said to browsers (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORIGINS_FIELD_NUMBER: _builtins.int
+    METHODS_FIELD_NUMBER: _builtins.int
+    HEADERS_FIELD_NUMBER: _builtins.int
+    EXPOSE_FIELD_NUMBER: _builtins.int
+    MAX_AGE_S_FIELD_NUMBER: _builtins.int
+    CREDENTIALS_FIELD_NUMBER: _builtins.int
+    methods: _builtins.str
+    """as they stand in the header; empty = none is sent"""
+    headers: _builtins.str
+    expose: _builtins.str
+    max_age_s: _builtins.int
+    credentials: _builtins.bool
+    @_builtins.property
+    def origins(self) -> _containers.RepeatedCompositeFieldContainer[Global___StringMatch]: ...
+    def __init__(
+        self,
+        *,
+        origins: _abc.Iterable[Global___StringMatch] | None = ...,
+        methods: _builtins.str = ...,
+        headers: _builtins.str = ...,
+        expose: _builtins.str = ...,
+        max_age_s: _builtins.int = ...,
+        credentials: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credentials", b"credentials", "expose", b"expose", "headers", b"headers", "max_age_s", b"max_age_s", "methods", b"methods", "origins", b"origins"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cors: _TypeAlias = Cors  # noqa: Y015
+
+@_typing.final
+class Session(_message.Message):
+    """Requests of one client keep going to one endpoint. The client brings the endpoint's name, in a cookie or a header."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COOKIE_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    LIFETIME_MS_FIELD_NUMBER: _builtins.int
+    HEADER_FIELD_NUMBER: _builtins.int
+    cookie: _builtins.str
+    """name; empty = by header"""
+    path: _builtins.str
+    """of the cookie"""
+    lifetime_ms: _builtins.int
+    """of the cookie; 0 = as long as the client keeps it"""
+    header: _builtins.str
+    def __init__(
+        self,
+        *,
+        cookie: _builtins.str = ...,
+        path: _builtins.str = ...,
+        lifetime_ms: _builtins.int = ...,
+        header: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cookie", b"cookie", "header", b"header", "lifetime_ms", b"lifetime_ms", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Session: _TypeAlias = Session  # noqa: Y015
+
+@_typing.final
+class Callers(_message.Message):
+    """Who calls: any of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCES_FIELD_NUMBER: _builtins.int
+    CLAIMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___Source]:
+        """none, and no claims: nobody"""
+
+    @_builtins.property
+    def claims(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClaimCondition]:
+        """all of them, of a token that a RequestAuthentication has verified"""
+
+    def __init__(
+        self,
+        *,
+        sources: _abc.Iterable[Global___Source] | None = ...,
+        claims: _abc.Iterable[Global___ClaimCondition] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claims", b"claims", "sources", b"sources"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Callers: _TypeAlias = Callers  # noqa: Y015
 
 @_typing.final
 class StringMatch(_message.Message):
@@ -600,6 +1269,7 @@ class RouteMatch(_message.Message):
     METHOD_FIELD_NUMBER: _builtins.int
     HEADERS_FIELD_NUMBER: _builtins.int
     QUERY_FIELD_NUMBER: _builtins.int
+    GRPC_FIELD_NUMBER: _builtins.int
     method: _builtins.str
     """empty = every method"""
     @_builtins.property
@@ -614,6 +1284,10 @@ class RouteMatch(_message.Message):
     def query(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamedMatch]:
         """all of them"""
 
+    @_builtins.property
+    def grpc(self) -> Global___GrpcMethod:
+        """instead of path and method, in a route for gRPC"""
+
     def __init__(
         self,
         *,
@@ -621,14 +1295,41 @@ class RouteMatch(_message.Message):
         method: _builtins.str = ...,
         headers: _abc.Iterable[Global___NamedMatch] | None = ...,
         query: _abc.Iterable[Global___NamedMatch] | None = ...,
+        grpc: Global___GrpcMethod | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["path", b"path"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grpc", b"grpc", "path", b"path"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["headers", b"headers", "method", b"method", "path", b"path", "query", b"query"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grpc", b"grpc", "headers", b"headers", "method", b"method", "path", b"path", "query", b"query"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RouteMatch: _TypeAlias = RouteMatch  # noqa: Y015
+
+@_typing.final
+class GrpcMethod(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVICE_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def service(self) -> Global___StringMatch:
+        """EXACT or REGEX; unset = every service"""
+
+    @_builtins.property
+    def method(self) -> Global___StringMatch: ...
+    def __init__(
+        self,
+        *,
+        service: Global___StringMatch | None = ...,
+        method: Global___StringMatch | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["method", b"method", "service", b"service"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["method", b"method", "service", b"service"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GrpcMethod: _TypeAlias = GrpcMethod  # noqa: Y015
 
 @_typing.final
 class Backend(_message.Message):
@@ -640,6 +1341,7 @@ class Backend(_message.Message):
     INVALID_FIELD_NUMBER: _builtins.int
     REQUEST_HEADERS_FIELD_NUMBER: _builtins.int
     RESPONSE_HEADERS_FIELD_NUMBER: _builtins.int
+    HOSTNAME_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """"NAMESPACE/NAME" """
     port: _builtins.int
@@ -647,6 +1349,8 @@ class Backend(_message.Message):
     weight: _builtins.int
     invalid: _builtins.str
     """not empty: cannot be resolved (why); its share of requests answers 500"""
+    hostname: _builtins.str
+    """that Host is rewritten to; empty = as it is"""
     @_builtins.property
     def request_headers(self) -> Global___HeaderEdit: ...
     @_builtins.property
@@ -660,10 +1364,11 @@ class Backend(_message.Message):
         invalid: _builtins.str = ...,
         request_headers: Global___HeaderEdit | None = ...,
         response_headers: Global___HeaderEdit | None = ...,
+        hostname: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request_headers", b"request_headers", "response_headers", b"response_headers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["invalid", b"invalid", "port", b"port", "request_headers", b"request_headers", "response_headers", b"response_headers", "service", b"service", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hostname", b"hostname", "invalid", b"invalid", "port", b"port", "request_headers", b"request_headers", "response_headers", b"response_headers", "service", b"service", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -823,6 +1528,8 @@ class PolicyRule(_message.Message):
 
     SOURCES_FIELD_NUMBER: _builtins.int
     OPERATIONS_FIELD_NUMBER: _builtins.int
+    ALSO_SOURCES_FIELD_NUMBER: _builtins.int
+    ALSO_OPERATIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___Source]:
         """any of them; none = every caller"""
@@ -831,15 +1538,25 @@ class PolicyRule(_message.Message):
     def operations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Operation]:
         """any of them; none = every operation"""
 
+    @_builtins.property
+    def also_sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___Source]:
+        """all of them: conditions (`when`) on the caller"""
+
+    @_builtins.property
+    def also_operations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Operation]:
+        """all of them: conditions on the connection and the request"""
+
     def __init__(
         self,
         *,
         sources: _abc.Iterable[Global___Source] | None = ...,
         operations: _abc.Iterable[Global___Operation] | None = ...,
+        also_sources: _abc.Iterable[Global___Source] | None = ...,
+        also_operations: _abc.Iterable[Global___Operation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["operations", b"operations", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["also_operations", b"also_operations", "also_sources", b"also_sources", "operations", b"operations", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -882,6 +1599,8 @@ class Source(_message.Message):
     IP_BLOCKS_FIELD_NUMBER: _builtins.int
     NOT_IP_BLOCKS_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    REQUEST_PRINCIPALS_FIELD_NUMBER: _builtins.int
+    NOT_REQUEST_PRINCIPALS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def principals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"TRUST-DOMAIN/ns/NAMESPACE/sa/SERVICE-ACCOUNT", as Istio writes it"""
@@ -908,6 +1627,12 @@ class Source(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """the caller's workload has all of them"""
 
+    @_builtins.property
+    def request_principals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"ISSUER/SUBJECT" of a token that was verified; makes the rule an L7 rule"""
+
+    @_builtins.property
+    def not_request_principals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -920,10 +1645,12 @@ class Source(_message.Message):
         ip_blocks: _abc.Iterable[_builtins.str] | None = ...,
         not_ip_blocks: _abc.Iterable[_builtins.str] | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        request_principals: _abc.Iterable[_builtins.str] | None = ...,
+        not_request_principals: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ip_blocks", b"ip_blocks", "labels", b"labels", "namespaces", b"namespaces", "not_ip_blocks", b"not_ip_blocks", "not_namespaces", b"not_namespaces", "not_principals", b"not_principals", "not_service_accounts", b"not_service_accounts", "principals", b"principals", "service_accounts", b"service_accounts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ip_blocks", b"ip_blocks", "labels", b"labels", "namespaces", b"namespaces", "not_ip_blocks", b"not_ip_blocks", "not_namespaces", b"not_namespaces", "not_principals", b"not_principals", "not_request_principals", b"not_request_principals", "not_service_accounts", b"not_service_accounts", "principals", b"principals", "request_principals", b"request_principals", "service_accounts", b"service_accounts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -944,6 +1671,8 @@ class Operation(_message.Message):
     HOSTS_FIELD_NUMBER: _builtins.int
     NOT_HOSTS_FIELD_NUMBER: _builtins.int
     PROTOCOLS_FIELD_NUMBER: _builtins.int
+    HEADERS_FIELD_NUMBER: _builtins.int
+    CLAIMS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """target ports: those that the workload listens on"""
@@ -966,6 +1695,14 @@ class Operation(_message.Message):
     def protocols(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"TCP", "UDP"; none = both"""
 
+    @_builtins.property
+    def headers(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeaderCondition]:
+        """all of them; these and `claims` make the rule an L7 rule"""
+
+    @_builtins.property
+    def claims(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClaimCondition]:
+        """all of them"""
+
     def __init__(
         self,
         *,
@@ -978,11 +1715,701 @@ class Operation(_message.Message):
         hosts: _abc.Iterable[_builtins.str] | None = ...,
         not_hosts: _abc.Iterable[_builtins.str] | None = ...,
         protocols: _abc.Iterable[_builtins.str] | None = ...,
+        headers: _abc.Iterable[Global___HeaderCondition] | None = ...,
+        claims: _abc.Iterable[Global___ClaimCondition] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hosts", b"hosts", "methods", b"methods", "not_hosts", b"not_hosts", "not_methods", b"not_methods", "not_paths", b"not_paths", "not_ports", b"not_ports", "paths", b"paths", "ports", b"ports", "protocols", b"protocols"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claims", b"claims", "headers", b"headers", "hosts", b"hosts", "methods", b"methods", "not_hosts", b"not_hosts", "not_methods", b"not_methods", "not_paths", b"not_paths", "not_ports", b"not_ports", "paths", b"paths", "ports", b"ports", "protocols", b"protocols"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Operation: _TypeAlias = Operation  # noqa: Y015
+
+@_typing.final
+class HeaderCondition(_message.Message):
+    """Any of `values` (none: no demand) and none of `not_values`. A header or claim that is not there has no value."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    NOT_VALUES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """lower case"""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def not_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        values: _abc.Iterable[_builtins.str] | None = ...,
+        not_values: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "not_values", b"not_values", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeaderCondition: _TypeAlias = HeaderCondition  # noqa: Y015
+
+@_typing.final
+class ClaimCondition(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    NOT_VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def path(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """into the payload of a token that was verified"""
+
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def not_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        path: _abc.Iterable[_builtins.str] | None = ...,
+        values: _abc.Iterable[_builtins.str] | None = ...,
+        not_values: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["not_values", b"not_values", "path", b"path", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClaimCondition: _TypeAlias = ClaimCondition  # noqa: Y015
+
+@_typing.final
+class Authentication(_message.Message):
+    """A RequestAuthentication: which tokens (JWT, RFC 7519) are believed. A request with another token is answered with 401, one without any goes on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ISSUERS_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    name: _builtins.str
+    @_builtins.property
+    def issuers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenIssuer]: ...
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        name: _builtins.str = ...,
+        issuers: _abc.Iterable[Global___TokenIssuer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["issuers", b"issuers", "name", b"name", "namespace", b"namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Authentication: _TypeAlias = Authentication  # noqa: Y015
+
+@_typing.final
+class TokenIssuer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ISSUER_FIELD_NUMBER: _builtins.int
+    AUDIENCES_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    HEADERS_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    COOKIES_FIELD_NUMBER: _builtins.int
+    FORWARD_FIELD_NUMBER: _builtins.int
+    PAYLOAD_HEADER_FIELD_NUMBER: _builtins.int
+    CLAIM_HEADERS_FIELD_NUMBER: _builtins.int
+    issuer: _builtins.str
+    """the claim `iss`"""
+    keys: _builtins.str
+    """JWK set (RFC 7517), public keys only; empty = not known yet: no token of this issuer is believed"""
+    forward: _builtins.bool
+    """the application gets to see the token"""
+    payload_header: _builtins.str
+    """gets the payload, base64url; empty = none"""
+    @_builtins.property
+    def audiences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """the claim `aud` has one of them; none = any"""
+
+    @_builtins.property
+    def headers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenHeader]:
+        """where the token is; none of all three: "Authorization: Bearer", and the query parameter access_token"""
+
+    @_builtins.property
+    def parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def cookies(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def claim_headers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClaimHeader]: ...
+    def __init__(
+        self,
+        *,
+        issuer: _builtins.str = ...,
+        audiences: _abc.Iterable[_builtins.str] | None = ...,
+        keys: _builtins.str = ...,
+        headers: _abc.Iterable[Global___TokenHeader] | None = ...,
+        parameters: _abc.Iterable[_builtins.str] | None = ...,
+        cookies: _abc.Iterable[_builtins.str] | None = ...,
+        forward: _builtins.bool = ...,
+        payload_header: _builtins.str = ...,
+        claim_headers: _abc.Iterable[Global___ClaimHeader] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audiences", b"audiences", "claim_headers", b"claim_headers", "cookies", b"cookies", "forward", b"forward", "headers", b"headers", "issuer", b"issuer", "keys", b"keys", "parameters", b"parameters", "payload_header", b"payload_header"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenIssuer: _TypeAlias = TokenIssuer  # noqa: Y015
+
+@_typing.final
+class TokenHeader(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PREFIX_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    prefix: _builtins.str
+    """in front of the token"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        prefix: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "prefix", b"prefix"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenHeader: _TypeAlias = TokenHeader  # noqa: Y015
+
+@_typing.final
+class ClaimHeader(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    CLAIM_FIELD_NUMBER: _builtins.int
+    header: _builtins.str
+    claim: _builtins.str
+    """nested ones with dots"""
+    def __init__(
+        self,
+        *,
+        header: _builtins.str = ...,
+        claim: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["claim", b"claim", "header", b"header"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClaimHeader: _TypeAlias = ClaimHeader  # noqa: Y015
+
+@_typing.final
+class TrafficPolicy(_message.Message):
+    """A TrafficPolicy, resolved. Durations are milliseconds and 0 = Envoy's or the agent's default unless another meaning is given."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    LOAD_BALANCING_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    OUTLIERS_FIELD_NUMBER: _builtins.int
+    HEALTH_CHECK_FIELD_NUMBER: _builtins.int
+    FAULTS_FIELD_NUMBER: _builtins.int
+    RATE_LIMITS_FIELD_NUMBER: _builtins.int
+    BANDWIDTH_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    name: _builtins.str
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Parent]:
+        """service ports that this one decides for; each port is named, and belongs to one policy"""
+
+    @_builtins.property
+    def load_balancing(self) -> Global___LoadBalancing: ...
+    @_builtins.property
+    def limits(self) -> Global___Limits: ...
+    @_builtins.property
+    def outliers(self) -> Global___Outliers: ...
+    @_builtins.property
+    def health_check(self) -> Global___HealthCheck: ...
+    @_builtins.property
+    def faults(self) -> _containers.RepeatedCompositeFieldContainer[Global___Fault]:
+        """the first that fits counts"""
+
+    @_builtins.property
+    def rate_limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___RateLimit]:
+        """all of them hold"""
+
+    @_builtins.property
+    def bandwidth(self) -> Global___Bandwidth: ...
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        name: _builtins.str = ...,
+        targets: _abc.Iterable[Global___Parent] | None = ...,
+        load_balancing: Global___LoadBalancing | None = ...,
+        limits: Global___Limits | None = ...,
+        outliers: Global___Outliers | None = ...,
+        health_check: Global___HealthCheck | None = ...,
+        faults: _abc.Iterable[Global___Fault] | None = ...,
+        rate_limits: _abc.Iterable[Global___RateLimit] | None = ...,
+        bandwidth: Global___Bandwidth | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "health_check", b"health_check", "limits", b"limits", "load_balancing", b"load_balancing", "outliers", b"outliers"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bandwidth", b"bandwidth", "faults", b"faults", "health_check", b"health_check", "limits", b"limits", "load_balancing", b"load_balancing", "name", b"name", "namespace", b"namespace", "outliers", b"outliers", "rate_limits", b"rate_limits", "targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrafficPolicy: _TypeAlias = TrafficPolicy  # noqa: Y015
+
+@_typing.final
+class LoadBalancing(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Type:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _TypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[LoadBalancing._Type.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        LEAST_REQUEST: LoadBalancing._Type.ValueType  # 0
+        ROUND_ROBIN: LoadBalancing._Type.ValueType  # 1
+        RANDOM: LoadBalancing._Type.ValueType  # 2
+        RING_HASH: LoadBalancing._Type.ValueType  # 3
+        MAGLEV: LoadBalancing._Type.ValueType  # 4
+
+    class Type(_Type, metaclass=_TypeEnumTypeWrapper): ...
+    LEAST_REQUEST: LoadBalancing.Type.ValueType  # 0
+    ROUND_ROBIN: LoadBalancing.Type.ValueType  # 1
+    RANDOM: LoadBalancing.Type.ValueType  # 2
+    RING_HASH: LoadBalancing.Type.ValueType  # 3
+    MAGLEV: LoadBalancing.Type.ValueType  # 4
+
+    TYPE_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
+    HASH_ON_FIELD_NUMBER: _builtins.int
+    TABLE_SIZE_FIELD_NUMBER: _builtins.int
+    LOAD_BOUND_PERCENT_FIELD_NUMBER: _builtins.int
+    SLOW_START_MS_FIELD_NUMBER: _builtins.int
+    SLOW_START_MIN_PERCENT_FIELD_NUMBER: _builtins.int
+    PREFER_FIELD_NUMBER: _builtins.int
+    PANIC_PERCENT_FIELD_NUMBER: _builtins.int
+    type: Global___LoadBalancing.Type.ValueType
+    choices: _builtins.int
+    table_size: _builtins.int
+    load_bound_percent: _builtins.int
+    slow_start_ms: _builtins.int
+    slow_start_min_percent: _builtins.int
+    prefer: _builtins.str
+    """"", "PreferSameNode" or "PreferSameZone": these first, others as far as they are unhealthy"""
+    panic_percent: _builtins.int
+    @_builtins.property
+    def hash_on(self) -> _containers.RepeatedCompositeFieldContainer[Global___HashOn]: ...
+    def __init__(
+        self,
+        *,
+        type: Global___LoadBalancing.Type.ValueType = ...,
+        choices: _builtins.int = ...,
+        hash_on: _abc.Iterable[Global___HashOn] | None = ...,
+        table_size: _builtins.int = ...,
+        load_bound_percent: _builtins.int = ...,
+        slow_start_ms: _builtins.int = ...,
+        slow_start_min_percent: _builtins.int = ...,
+        prefer: _builtins.str = ...,
+        panic_percent: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_panic_percent", b"_panic_percent", "panic_percent", b"panic_percent"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_panic_percent", b"_panic_percent", "choices", b"choices", "hash_on", b"hash_on", "load_bound_percent", b"load_bound_percent", "panic_percent", b"panic_percent", "prefer", b"prefer", "slow_start_min_percent", b"slow_start_min_percent", "slow_start_ms", b"slow_start_ms", "table_size", b"table_size", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__panic_percent: _TypeAlias = _typing.Literal["panic_percent"]  # noqa: Y015
+    _WhichOneofArgType__panic_percent: _TypeAlias = _typing.Literal["_panic_percent", b"_panic_percent"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__panic_percent) -> _WhichOneofReturnType__panic_percent | None: ...
+
+Global___LoadBalancing: _TypeAlias = LoadBalancing  # noqa: Y015
+
+@_typing.final
+class HashOn(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    QUERY_FIELD_NUMBER: _builtins.int
+    COOKIE_FIELD_NUMBER: _builtins.int
+    WORKLOAD_FIELD_NUMBER: _builtins.int
+    COOKIE_MS_FIELD_NUMBER: _builtins.int
+    header: _builtins.str
+    query: _builtins.str
+    cookie: _builtins.str
+    workload: _builtins.bool
+    """the calling workload"""
+    cookie_ms: _builtins.int
+    """0: nobody is given one"""
+    def __init__(
+        self,
+        *,
+        header: _builtins.str = ...,
+        query: _builtins.str = ...,
+        cookie: _builtins.str = ...,
+        workload: _builtins.bool = ...,
+        cookie_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cookie", b"cookie", "header", b"header", "kind", b"kind", "query", b"query", "workload", b"workload"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cookie", b"cookie", "cookie_ms", b"cookie_ms", "header", b"header", "kind", b"kind", "query", b"query", "workload", b"workload"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["header", "query", "cookie", "workload"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___HashOn: _TypeAlias = HashOn  # noqa: Y015
+
+@_typing.final
+class Limits(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONNECTIONS_FIELD_NUMBER: _builtins.int
+    PENDING_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    RETRIES_FIELD_NUMBER: _builtins.int
+    REQUESTS_PER_CONNECTION_FIELD_NUMBER: _builtins.int
+    RETRY_PERCENT_FIELD_NUMBER: _builtins.int
+    RETRY_MIN_FIELD_NUMBER: _builtins.int
+    CONNECT_MS_FIELD_NUMBER: _builtins.int
+    IDLE_MS_FIELD_NUMBER: _builtins.int
+    GRPC_DEADLINE_MS_FIELD_NUMBER: _builtins.int
+    PER_WORKLOAD_FIELD_NUMBER: _builtins.int
+    connections: _builtins.int
+    pending: _builtins.int
+    requests: _builtins.int
+    retries: _builtins.int
+    requests_per_connection: _builtins.int
+    retry_percent: _builtins.int
+    """retry budget; in place of `retries`"""
+    retry_min: _builtins.int
+    connect_ms: _builtins.int
+    idle_ms: _builtins.int
+    grpc_deadline_ms: _builtins.int
+    """grpc-timeout is kept to, up to this; 0 = without a bound"""
+    per_workload: _builtins.bool
+    """connections, pending, requests and retries are those of each calling workload, not of all together"""
+    def __init__(
+        self,
+        *,
+        connections: _builtins.int = ...,
+        pending: _builtins.int = ...,
+        requests: _builtins.int = ...,
+        retries: _builtins.int | None = ...,
+        requests_per_connection: _builtins.int = ...,
+        retry_percent: _builtins.int | None = ...,
+        retry_min: _builtins.int | None = ...,
+        connect_ms: _builtins.int = ...,
+        idle_ms: _builtins.int = ...,
+        grpc_deadline_ms: _builtins.int | None = ...,
+        per_workload: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grpc_deadline_ms", b"_grpc_deadline_ms", "_retries", b"_retries", "_retry_min", b"_retry_min", "_retry_percent", b"_retry_percent", "grpc_deadline_ms", b"grpc_deadline_ms", "retries", b"retries", "retry_min", b"retry_min", "retry_percent", b"retry_percent"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grpc_deadline_ms", b"_grpc_deadline_ms", "_retries", b"_retries", "_retry_min", b"_retry_min", "_retry_percent", b"_retry_percent", "connect_ms", b"connect_ms", "connections", b"connections", "grpc_deadline_ms", b"grpc_deadline_ms", "idle_ms", b"idle_ms", "pending", b"pending", "per_workload", b"per_workload", "requests", b"requests", "requests_per_connection", b"requests_per_connection", "retries", b"retries", "retry_min", b"retry_min", "retry_percent", b"retry_percent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__grpc_deadline_ms: _TypeAlias = _typing.Literal["grpc_deadline_ms"]  # noqa: Y015
+    _WhichOneofArgType__grpc_deadline_ms: _TypeAlias = _typing.Literal["_grpc_deadline_ms", b"_grpc_deadline_ms"]  # noqa: Y015
+    _WhichOneofReturnType__retries: _TypeAlias = _typing.Literal["retries"]  # noqa: Y015
+    _WhichOneofArgType__retries: _TypeAlias = _typing.Literal["_retries", b"_retries"]  # noqa: Y015
+    _WhichOneofReturnType__retry_min: _TypeAlias = _typing.Literal["retry_min"]  # noqa: Y015
+    _WhichOneofArgType__retry_min: _TypeAlias = _typing.Literal["_retry_min", b"_retry_min"]  # noqa: Y015
+    _WhichOneofReturnType__retry_percent: _TypeAlias = _typing.Literal["retry_percent"]  # noqa: Y015
+    _WhichOneofArgType__retry_percent: _TypeAlias = _typing.Literal["_retry_percent", b"_retry_percent"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__grpc_deadline_ms) -> _WhichOneofReturnType__grpc_deadline_ms | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retries) -> _WhichOneofReturnType__retries | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retry_min) -> _WhichOneofReturnType__retry_min | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retry_percent) -> _WhichOneofReturnType__retry_percent | None: ...
+
+Global___Limits: _TypeAlias = Limits  # noqa: Y015
+
+@_typing.final
+class Outliers(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ERRORS_FIELD_NUMBER: _builtins.int
+    GATEWAY_ERRORS_FIELD_NUMBER: _builtins.int
+    LOCAL_ERRORS_FIELD_NUMBER: _builtins.int
+    INTERVAL_MS_FIELD_NUMBER: _builtins.int
+    EJECTION_MS_FIELD_NUMBER: _builtins.int
+    MAX_EJECTION_MS_FIELD_NUMBER: _builtins.int
+    MAX_PERCENT_FIELD_NUMBER: _builtins.int
+    errors: _builtins.int
+    """consecutive 5xx; 0 = not looked at, as in the next two"""
+    gateway_errors: _builtins.int
+    local_errors: _builtins.int
+    interval_ms: _builtins.int
+    ejection_ms: _builtins.int
+    max_ejection_ms: _builtins.int
+    max_percent: _builtins.int
+    def __init__(
+        self,
+        *,
+        errors: _builtins.int = ...,
+        gateway_errors: _builtins.int = ...,
+        local_errors: _builtins.int = ...,
+        interval_ms: _builtins.int = ...,
+        ejection_ms: _builtins.int = ...,
+        max_ejection_ms: _builtins.int = ...,
+        max_percent: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ejection_ms", b"ejection_ms", "errors", b"errors", "gateway_errors", b"gateway_errors", "interval_ms", b"interval_ms", "local_errors", b"local_errors", "max_ejection_ms", b"max_ejection_ms", "max_percent", b"max_percent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Outliers: _TypeAlias = Outliers  # noqa: Y015
+
+@_typing.final
+class HealthCheck(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[HealthCheck._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        TCP: HealthCheck._Kind.ValueType  # 0
+        HTTP: HealthCheck._Kind.ValueType  # 1
+        GRPC: HealthCheck._Kind.ValueType  # 2
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
+    TCP: HealthCheck.Kind.ValueType  # 0
+    HTTP: HealthCheck.Kind.ValueType  # 1
+    GRPC: HealthCheck.Kind.ValueType  # 2
+
+    KIND_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    STATUSES_FIELD_NUMBER: _builtins.int
+    GRPC_SERVICE_FIELD_NUMBER: _builtins.int
+    INTERVAL_MS_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    UNHEALTHY_FIELD_NUMBER: _builtins.int
+    HEALTHY_FIELD_NUMBER: _builtins.int
+    kind: Global___HealthCheck.Kind.ValueType
+    path: _builtins.str
+    host: _builtins.str
+    grpc_service: _builtins.str
+    interval_ms: _builtins.int
+    timeout_ms: _builtins.int
+    unhealthy: _builtins.int
+    healthy: _builtins.int
+    @_builtins.property
+    def statuses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        kind: Global___HealthCheck.Kind.ValueType = ...,
+        path: _builtins.str = ...,
+        host: _builtins.str = ...,
+        statuses: _abc.Iterable[_builtins.int] | None = ...,
+        grpc_service: _builtins.str = ...,
+        interval_ms: _builtins.int = ...,
+        timeout_ms: _builtins.int = ...,
+        unhealthy: _builtins.int = ...,
+        healthy: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grpc_service", b"grpc_service", "healthy", b"healthy", "host", b"host", "interval_ms", b"interval_ms", "kind", b"kind", "path", b"path", "statuses", b"statuses", "timeout_ms", b"timeout_ms", "unhealthy", b"unhealthy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HealthCheck: _TypeAlias = HealthCheck  # noqa: Y015
+
+@_typing.final
+class Fault(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCES_FIELD_NUMBER: _builtins.int
+    HEADERS_FIELD_NUMBER: _builtins.int
+    DELAY_MS_FIELD_NUMBER: _builtins.int
+    DELAY_PPM_FIELD_NUMBER: _builtins.int
+    HTTP_STATUS_FIELD_NUMBER: _builtins.int
+    GRPC_STATUS_FIELD_NUMBER: _builtins.int
+    ABORT_PPM_FIELD_NUMBER: _builtins.int
+    delay_ms: _builtins.int
+    delay_ppm: _builtins.int
+    """of requests, in millionths"""
+    http_status: _builtins.int
+    grpc_status: _builtins.int
+    abort_ppm: _builtins.int
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___Source]:
+        """any of them; none = every caller. Only namespaces and service_accounts, exact"""
+
+    @_builtins.property
+    def headers(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamedMatch]:
+        """all of them"""
+
+    def __init__(
+        self,
+        *,
+        sources: _abc.Iterable[Global___Source] | None = ...,
+        headers: _abc.Iterable[Global___NamedMatch] | None = ...,
+        delay_ms: _builtins.int = ...,
+        delay_ppm: _builtins.int = ...,
+        http_status: _builtins.int = ...,
+        grpc_status: _builtins.int | None = ...,
+        abort_ppm: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grpc_status", b"_grpc_status", "grpc_status", b"grpc_status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grpc_status", b"_grpc_status", "abort_ppm", b"abort_ppm", "delay_ms", b"delay_ms", "delay_ppm", b"delay_ppm", "grpc_status", b"grpc_status", "headers", b"headers", "http_status", b"http_status", "sources", b"sources"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__grpc_status: _TypeAlias = _typing.Literal["grpc_status"]  # noqa: Y015
+    _WhichOneofArgType__grpc_status: _TypeAlias = _typing.Literal["_grpc_status", b"_grpc_status"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__grpc_status) -> _WhichOneofReturnType__grpc_status | None: ...
+
+Global___Fault: _TypeAlias = Fault  # noqa: Y015
+
+@_typing.final
+class RateLimit(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Per:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _PerEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[RateLimit._Per.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        SERVICE: RateLimit._Per.ValueType  # 0
+        WORKLOAD: RateLimit._Per.ValueType  # 1
+        SERVICE_ACCOUNT: RateLimit._Per.ValueType  # 2
+        NAMESPACE: RateLimit._Per.ValueType  # 3
+
+    class Per(_Per, metaclass=_PerEnumTypeWrapper): ...
+    SERVICE: RateLimit.Per.ValueType  # 0
+    WORKLOAD: RateLimit.Per.ValueType  # 1
+    SERVICE_ACCOUNT: RateLimit.Per.ValueType  # 2
+    NAMESPACE: RateLimit.Per.ValueType  # 3
+
+    class _Failure:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _FailureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[RateLimit._Failure.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        SHARE: RateLimit._Failure.ValueType  # 0
+        """each node an even share"""
+        ALLOW: RateLimit._Failure.ValueType  # 1
+        """each node the whole limit"""
+        DENY: RateLimit._Failure.ValueType  # 2
+
+    class Failure(_Failure, metaclass=_FailureEnumTypeWrapper): ...
+    SHARE: RateLimit.Failure.ValueType  # 0
+    """each node an even share"""
+    ALLOW: RateLimit.Failure.ValueType  # 1
+    """each node the whole limit"""
+    DENY: RateLimit.Failure.ValueType  # 2
+
+    @_typing.final
+    class WeightsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PER_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    INTERVAL_MS_FIELD_NUMBER: _builtins.int
+    BURST_FIELD_NUMBER: _builtins.int
+    IS_GLOBAL_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    per: Global___RateLimit.Per.ValueType
+    requests: _builtins.int
+    interval_ms: _builtins.int
+    burst: _builtins.int
+    is_global: _builtins.bool
+    """one count for the whole mesh, shared by meshapi/quota.proto"""
+    by: Global___RateLimit.Per.ValueType
+    """global: between whom it is shared fairly"""
+    failure: Global___RateLimit.Failure.ValueType
+    """global: while the controller is away"""
+    @_builtins.property
+    def weights(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """global: by caller as `by` names it; 1 if missing"""
+
+    def __init__(
+        self,
+        *,
+        per: Global___RateLimit.Per.ValueType = ...,
+        requests: _builtins.int = ...,
+        interval_ms: _builtins.int = ...,
+        burst: _builtins.int = ...,
+        is_global: _builtins.bool = ...,
+        by: Global___RateLimit.Per.ValueType = ...,
+        weights: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        failure: Global___RateLimit.Failure.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["burst", b"burst", "by", b"by", "failure", b"failure", "interval_ms", b"interval_ms", "is_global", b"is_global", "per", b"per", "requests", b"requests", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RateLimit: _TypeAlias = RateLimit  # noqa: Y015
+
+@_typing.final
+class Bandwidth(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_KIB_FIELD_NUMBER: _builtins.int
+    RESPONSE_KIB_FIELD_NUMBER: _builtins.int
+    request_kib: _builtins.int
+    """KiB a second; 0 = no limit"""
+    response_kib: _builtins.int
+    def __init__(
+        self,
+        *,
+        request_kib: _builtins.int = ...,
+        response_kib: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_kib", b"request_kib", "response_kib", b"response_kib"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Bandwidth: _TypeAlias = Bandwidth  # noqa: Y015

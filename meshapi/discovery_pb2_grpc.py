@@ -39,6 +39,11 @@ class DiscoveryStub:
                 request_serializer=meshapi_dot_discovery__pb2.DiscoveryRequest.SerializeToString,
                 response_deserializer=meshapi_dot_discovery__pb2.DiscoveryResponse.FromString,
                 _registered_method=True)
+        self.ReportTunnels = channel.unary_unary(
+                '/meshagent.v1.Discovery/ReportTunnels',
+                request_serializer=meshapi_dot_discovery__pb2.TunnelReport.SerializeToString,
+                response_deserializer=meshapi_dot_discovery__pb2.TunnelReportAnswer.FromString,
+                _registered_method=True)
 
 
 class DiscoveryServicer:
@@ -52,6 +57,14 @@ class DiscoveryServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportTunnels(self, request, context):
+        """Workloads of the node that calls at whose ends of tunnels (HBONE) callers are served now: all of them after each connect, then what is added. It is
+        never taken back: whoever was reached through a tunnel once is not reached in plaintext because its agent is away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DiscoveryServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -59,6 +72,11 @@ def add_DiscoveryServicer_to_server(servicer, server):
                     servicer.Stream,
                     request_deserializer=meshapi_dot_discovery__pb2.DiscoveryRequest.FromString,
                     response_serializer=meshapi_dot_discovery__pb2.DiscoveryResponse.SerializeToString,
+            ),
+            'ReportTunnels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportTunnels,
+                    request_deserializer=meshapi_dot_discovery__pb2.TunnelReport.FromString,
+                    response_serializer=meshapi_dot_discovery__pb2.TunnelReportAnswer.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -88,6 +106,33 @@ class Discovery:
             '/meshagent.v1.Discovery/Stream',
             meshapi_dot_discovery__pb2.DiscoveryRequest.SerializeToString,
             meshapi_dot_discovery__pb2.DiscoveryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportTunnels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshagent.v1.Discovery/ReportTunnels',
+            meshapi_dot_discovery__pb2.TunnelReport.SerializeToString,
+            meshapi_dot_discovery__pb2.TunnelReportAnswer.FromString,
             options,
             channel_credentials,
             insecure,

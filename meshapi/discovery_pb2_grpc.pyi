@@ -39,6 +39,10 @@ class DiscoveryStub:
     """One stream per agent. The agent speaks first (`known` says what it already holds), the controller answers with what differs and then
     with every later change. At most one response is outstanding: the next is sent after the ACK or NACK of the last.
     """
+    ReportTunnels: _grpc.UnaryUnaryMultiCallable[_discovery_pb2.TunnelReport, _discovery_pb2.TunnelReportAnswer]
+    """Workloads of the node that calls at whose ends of tunnels (HBONE) callers are served now: all of them after each connect, then what is added. It is
+    never taken back: whoever was reached through a tunnel once is not reached in plaintext because its agent is away.
+    """
 
 @_typing.type_check_only
 class DiscoveryAsyncStub(DiscoveryStub):
@@ -46,6 +50,10 @@ class DiscoveryAsyncStub(DiscoveryStub):
     Stream: _aio.StreamStreamMultiCallable[_discovery_pb2.DiscoveryRequest, _discovery_pb2.DiscoveryResponse]  # type: ignore[assignment]
     """One stream per agent. The agent speaks first (`known` says what it already holds), the controller answers with what differs and then
     with every later change. At most one response is outstanding: the next is sent after the ACK or NACK of the last.
+    """
+    ReportTunnels: _aio.UnaryUnaryMultiCallable[_discovery_pb2.TunnelReport, _discovery_pb2.TunnelReportAnswer]  # type: ignore[assignment]
+    """Workloads of the node that calls at whose ends of tunnels (HBONE) callers are served now: all of them after each connect, then what is added. It is
+    never taken back: whoever was reached through a tunnel once is not reached in plaintext because its agent is away.
     """
 
 class DiscoveryServicer(metaclass=_abc_1.ABCMeta):
@@ -57,6 +65,16 @@ class DiscoveryServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_discovery_pb2.DiscoveryResponse], _abc.AsyncIterator[_discovery_pb2.DiscoveryResponse]]:
         """One stream per agent. The agent speaks first (`known` says what it already holds), the controller answers with what differs and then
         with every later change. At most one response is outstanding: the next is sent after the ACK or NACK of the last.
+        """
+
+    @_abc_1.abstractmethod
+    def ReportTunnels(
+        self,
+        request: _discovery_pb2.TunnelReport,
+        context: _ServicerContext,
+    ) -> _typing.Union[_discovery_pb2.TunnelReportAnswer, _abc.Awaitable[_discovery_pb2.TunnelReportAnswer]]:
+        """Workloads of the node that calls at whose ends of tunnels (HBONE) callers are served now: all of them after each connect, then what is added. It is
+        never taken back: whoever was reached through a tunnel once is not reached in plaintext because its agent is away.
         """
 
 def add_DiscoveryServicer_to_server(servicer: DiscoveryServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

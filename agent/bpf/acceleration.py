@@ -53,6 +53,7 @@ _SO_ZEROCOPY, _MSG_ZEROCOPY = 60, 0x4000000  # include/uapi/asm-generic/socket.h
 _SPLICE_F_NONBLOCK = 2  # include/linux/splice.h
 _BYTES_RECEIVED = 128  # offset in struct tcp_info, include/uapi/linux/tcp.h
 _LAST_PACKETS_S = 0.05  # between the end of the child and that of its connections, whose rows mesh_selftest removes
+_LINK_LIMIT_S = 3.0
 _PORT, _DEFERRED_PORT = 1500, 1501
 _CALLER, _RECEIVER = "192.0.2.1", "192.0.2.2"  # RFC 5737; they exist in the test's own namespaces only
 _ENOUGH = 32 << 20
@@ -245,18 +246,33 @@ class Bed:
         from pyroute2 import IPRoute  # noqa: PLC0415  only the child needs it
 
         self._enter(self.caller_side)
-        with IPRoute() as route:
-            route.link("add", ifname="st0", kind="veth", peer={"ifname": "st1", "net_ns_fd": self.receiver_side})
-            self._address(route, "st0", _CALLER)
-        self._enter(self.receiver_side)
-        with IPRoute() as route:
-            self._address(route, "st1", _RECEIVER)
+        with IPRoute() as there:
+            there.link("add", ifname="st0", kind="veth", peer={"ifname": "st1", "net_ns_fd": self.receiver_side})
+            self._address(there, "st0", _CALLER)
+            self._enter(self.receiver_side)
+            with IPRoute() as here:
+                self._address(here, "st1", _RECEIVER)
+                self._carries(there, "st0")
+                self._carries(here, "st1")
 
     @staticmethod
     def _address(route: Any, name: str, address: str) -> None:
         index = route.link_lookup(ifname=name)[0]
         route.addr("add", index=index, address=address, prefixlen=24)
         route.link("set", index=index, state="up")
+
+    @staticmethod
+    def _carries(route: Any, name: str) -> None:
+        """Wait until a device sends: a work queue tells it that its peer is up, and until then its queue is `noop`, which drops all
+        (net/core/link_watch.c, linkwatch_do_dev; net/sched/sch_generic.c, noop_enqueue). What is dropped is sent again after a second: a check
+        would hang, and a SYN sent twice is not accelerated both ways (bpf_src/mesh_accelerate.c).
+        """
+        index = route.link_lookup(ifname=name)[0]
+        limit = time.monotonic() + _LINK_LIMIT_S
+        while route.get_links(index)[0].get_attr("IFLA_QDISC") == "noop":
+            if time.monotonic() > limit:
+                raise TimeoutError(errno.ETIMEDOUT, f"{name} has no carrier after {_LINK_LIMIT_S:.0f} s")
+            time.sleep(0.001)
 
     def call(self, *, deferred: bool = False) -> socket.socket:
         """A connection from the caller's namespace, in which this thread is. `deferred`: the receiver joins too late, it stays with TCP.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from agent import addresses
 from agent.bpf import libbpf
-from agent.bpf.manifest import Direction, EventKind, Reason, Verdict
+from agent.bpf.manifest import Direction, EventKind, Reason, Redirect, Verdict
 from agent.bpf.maps import Map
 from agent.ids import Ids
 
@@ -46,7 +46,10 @@ class Event:
     direction: Direction
     reason: int
     redirected: bool
+    """To the waypoint, which decides by request."""
     protocol: str = "TCP"
+    tunnelled: bool = False
+    """To another node with mTLS; the waypoint carries it unseen."""
 
     @property
     def local_port(self) -> int:
@@ -100,8 +103,9 @@ class Events:
             verdict=Verdict(m["verdict"]),
             direction=Direction(m["direction"]),
             reason=m["reason"],
-            redirected=bool(m["redirected"]),
+            redirected=m["redirected"] == Redirect.WAYPOINT,
             protocol="UDP" if m["protocol"] == _UDP else "TCP",
+            tunnelled=m["redirected"] == Redirect.TUNNEL,
         )
         if event.kind in {EventKind.DENIED, EventKind.AUDITED} and (not self._expected or event.source != self._expected):
             _log.info(

@@ -39,6 +39,10 @@ class Reason(enum.IntEnum):
     UNKNOWN_ADDRESS = 7
     NO_PORT = 8
     AUDIT = 9
+    PLAINTEXT = 10
+    NO_TUNNEL = 11
+    FAIL_OPEN = 12
+    EGRESS = 13
 
 
 class Direction(enum.IntEnum):
@@ -47,6 +51,14 @@ class Direction(enum.IntEnum):
     OUTBOUND = 0
     INBOUND = 1
     FROM_WAYPOINT = 2
+
+
+class Redirect(enum.IntEnum):
+    """enum mesh_redirect."""
+
+    NONE = 0
+    WAYPOINT = 1
+    TUNNEL = 2
 
 
 class EventKind(enum.IntEnum):
@@ -84,23 +96,33 @@ class Counter(enum.IntEnum):
     REVERSE_FAILED = 8
     LOAD_FAILED = 9
     KERNEL_SOCKET = 10
-    MAX = 11
+    FAIL_OPEN = 11
+    MAX = 12
 
 
 _ENUMS: dict[str, tuple[str, type[enum.IntEnum]]] = {
     "mesh_verdict": ("MESH_VERDICT_", Verdict),
     "mesh_reason": ("MESH_REASON_", Reason),
     "mesh_direction": ("MESH_", Direction),
+    "mesh_redirect": ("MESH_REDIRECT_", Redirect),
     "mesh_event_kind": ("MESH_EVENT_", EventKind),
     "mesh_close": ("MESH_CLOSE_", Close),
     "mesh_counter": ("MESH_COUNT_", Counter),
 }
 
+STATS_TUNNELLED = 128  # MESH_STATS_TUNNELLED
 WORKLOAD_ENFORCE_INBOUND = 1  # MESH_WORKLOAD_ENFORCE_INBOUND
 WORKLOAD_ACCELERATE = 2  # MESH_WORKLOAD_ACCELERATE
+WORKLOAD_TUNNEL = 4  # MESH_WORKLOAD_TUNNEL
+WORKLOAD_STRICT = 8  # MESH_WORKLOAD_STRICT
+WORKLOAD_MTLS_PORTS = 16  # MESH_WORKLOAD_MTLS_PORTS
+WORKLOAD_EGRESS_DENY = 32  # MESH_WORKLOAD_EGRESS_DENY
 SERVICE_WAYPOINT = 1  # MESH_SERVICE_WAYPOINT
 SERVICE_LEAST = 2  # MESH_SERVICE_LEAST
 SERVICE_STICKY = 4  # MESH_SERVICE_STICKY
+SERVICE_FAIL_OPEN = 8  # MESH_SERVICE_FAIL_OPEN
+SERVICE_STREAM = 16  # MESH_SERVICE_STREAM
+RESOLVER_ALLOWED = 1 << 63  # MESH_RESOLVER_ALLOWED
 IDENTITY_UNKNOWN = 0  # MESH_IDENTITY_UNKNOWN
 IDENTITY_ANY = 0xFFFFFFFF  # MESH_IDENTITY_ANY
 IDENTITY_NOBODY = 0xFFFFFFFE  # MESH_IDENTITY_NOBODY

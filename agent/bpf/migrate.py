@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 CONFIG = frozenset(
     {
         *("mesh_config", "mesh_epoch", "mesh_workload", "mesh_address", "mesh_service", "mesh_backend", "mesh_member", "mesh_block"),
-        *("mesh_resolver", "mesh_policy", "mesh_trace"),
+        *("mesh_mtls", "mesh_resolver", "mesh_policy", "mesh_trace"),
     }
 )
 """Written by the agent."""

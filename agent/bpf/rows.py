@@ -27,6 +27,8 @@ class Known(NamedTuple):
     cookie: int
     number: int
     flags: int
+    tunnel: int
+    """Lower 24 bits of the loopback address that stands for its SPIFFE ID, 0: none."""
     identity: int
     policy: int
 
@@ -39,8 +41,10 @@ class Layouts:
         key = {name: table.layout.key.packer for name, table in maps.items()}
         value = {name: table.layout.value.packer for name, table in maps.items()}
         self._maps = maps
-        self._known = value["mesh_address"]("identity", "policy", "netns_cookie", "id", "flags")
+        self._known = value["mesh_address"]("identity", "policy", "netns_cookie", "id", "flags", "tunnel")
         self.cookie = key["mesh_workload"]("")
+        self.mtls_key = key["mesh_mtls"]("workload", "port")
+        self._mtls = value["mesh_mtls"]("")
         self.service_key = key["mesh_service"]("address", "port", "protocol")
         self._service = value["mesh_service"]("list", "id", "count", "flags", "affinity_ns")
         self.backend_key = key["mesh_backend"]("list", "slot")
@@ -58,13 +62,17 @@ class Layouts:
         """The row of `key` in mesh_address or mesh_workload that says this in epochs 0 and 1 (the same if None); the rest has one slot only."""
         one = one or zero
         owner = _owner(key) << 32
-        return self._known(owner | zero.identity, owner | one.identity, owner | zero.policy, owner | one.policy, *zero[:3])
+        return self._known(owner | zero.identity, owner | one.identity, owner | zero.policy, owner | one.policy, *zero[:4])
 
     def known_at(self, row: bytes, epoch: int) -> Known:
         """What a row of mesh_address or mesh_workload says in an epoch."""
         found = self.unpack("mesh_address")(row)
         identity, policy = found["identity"][epoch] & _NUMBER, found["policy"][epoch] & _NUMBER
-        return Known(found["netns_cookie"], found["id"], found["flags"], identity, policy)
+        return Known(found["netns_cookie"], found["id"], found["flags"], found["tunnel"], identity, policy)
+
+    def mtls(self, workload: int, port: int, bits: int) -> bytes:
+        """The row of a workload's port in mesh_mtls."""
+        return self._mtls(((workload ^ port * 0x27D4EB2F) & _NUMBER) << 32 | bits)  # mesh_mtls_owner in bpf_src/mesh_helpers.h
 
     def service(self, key: bytes, number: int, listing: int, count: int, flags: int, affinity_ns: int) -> bytes:
         """The row of `key` in mesh_service."""

@@ -53,6 +53,7 @@ class Record(NamedTuple):
     service: int
     rule: int
     dialled_port: int
+    origdst_port: int
     direction: int
     verdict: int
     redirected: int

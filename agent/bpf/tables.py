@@ -15,6 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from agent import addresses
 from agent.balancing import preferred
@@ -24,7 +25,7 @@ from agent.bpf.epoch import Epoch
 from agent.bpf.maps import Map, Mirror
 from agent.bpf.rows import Known, Layouts, Rows
 from agent.ids import Ids
-from agent.model import Delta, LocalWorkload, Service, Snapshot, Workload, port_name
+from agent.model import NO_DIRECT, Delta, Direct, LocalWorkload, Mtls, Service, Snapshot, Workload, port_name
 from agent.policy import TCP, UDP, Caller, Classes, Verdict, block, compile_rows, protecting
 
 _PROTOCOLS = {TCP: 6, UDP: 17}  # IPPROTO_TCP, IPPROTO_UDP
@@ -38,6 +39,7 @@ _ALWAYS = 0xFFFFFFFF
 _RETIREMENT_S = 1.0
 """A program cannot sleep: by then it has ended."""
 Endpoint = tuple[Workload, int]
+NO_TUNNELS: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class _Policies:
 class Tables:
     """The maps that hold configuration. Not thread-safe: called from one task."""
 
-    ORDER = ("mesh_backend", "mesh_member", "mesh_policy", "mesh_block", "mesh_address", "mesh_workload", "mesh_service")
+    ORDER = ("mesh_backend", "mesh_member", "mesh_policy", "mesh_mtls", "mesh_block", "mesh_address", "mesh_workload", "mesh_service")
 
     def __init__(self, maps: Mapping[str, Map], ids: Ids, trust_domain: str, node: str) -> None:
         """Take over what the kernel holds. `node` is this one."""
@@ -72,6 +74,9 @@ class Tables:
         self._rows = Layouts(maps)
         self._epoch = Epoch(maps["mesh_epoch"], self.mirrors, self._rows)
         self._resolver = Mirror(maps["mesh_resolver"])
+        self._redirected: frozenset[tuple[int, str]] | None = None
+        self._askable: frozenset[tuple[int, str]] | None = None
+        """None: nobody has said, what the kernel holds stays."""
         ids.start_above(max((n for name in self.ORDER for n in self._rows.numbers(name)), default=0))
         self._retired: deque[tuple[float, str, Sequence[bytes]]] = deque()
         """When (monotonic), and which rows of which map."""
@@ -80,6 +85,8 @@ class Tables:
         self._policies: _Policies
         self._local: dict[str, Namespace] = {}
         self._flags: Mapping[str, int] = {}
+        self._tunnels: Mapping[str, int] = NO_TUNNELS
+        self._direct = NO_DIRECT
         self._zones: Counter[str] = Counter()
         self._endpoints: dict[tuple[str, int, str], dict[str, int]] = {}
         """Target port of each ready endpoint by its name; by service, port and protocol."""
@@ -90,22 +97,32 @@ class Tables:
         self._members: dict[int, tuple[bytes, ...]] = {}
 
     def sync(
-        self, snapshot: Snapshot, local: Sequence[Namespace], enforce_inbound: frozenset[str], accelerated: frozenset[str] = frozenset()
+        self,
+        snapshot: Snapshot,
+        local: Sequence[Namespace],
+        enforce_inbound: frozenset[str],
+        accelerated: frozenset[str] = frozenset(),
+        tunnels: Mapping[str, int] = NO_TUNNELS,
+        direct: Direct = NO_DIRECT,
     ) -> int:
         """Make the kernel decide by `snapshot`; returns the number of rows written or removed.
 
         `enforce_inbound` names workloads whose L7 policy holds at the receiver even for this node's waypoint, `accelerated` those whose connections
-        within the node may bypass TCP. Raises KernelRefused, before any row is switched, if a map is too small.
+        within the node may bypass TCP; `tunnels` numbers the SPIFFE IDs to which the waypoint has a tunnel now (`agent.tunnels`), `direct` says
+        who needs none. Raises KernelRefused, before any row is switched, if a map is too small.
         """
         here = {n.local.workload.name: n for n in local}
         flags = dict.fromkeys(enforce_inbound, m.WORKLOAD_ENFORCE_INBOUND)
         for name in accelerated:
             flags[name] = flags.get(name, 0) | m.WORKLOAD_ACCELERATE
+        renumbered = frozenset(identity for identity, _ in self._tunnels.items() ^ tunnels.items())
+        self._tunnels = dict(tunnels)
+        turned, self._direct = direct != self._direct, direct
         before, self._snapshot = self._snapshot, None  # until it is done nothing is known about the kernel's state
         changed = None
         delta = Delta(snapshot.version) if snapshot is before else snapshot.delta
-        if before is not None and delta is not None and delta.base == before.version:
-            changed = self._difference(delta, before, snapshot, here, flags)
+        if before is not None and delta is not None and delta.base == before.version and not turned:
+            changed = self._difference(delta, before, snapshot, here, flags, renumbered)
         if changed is None:
             changed = self._everything(snapshot, here, flags)
         self._snapshot, self._local, self._flags = snapshot, here, flags
@@ -125,8 +142,22 @@ class Tables:
 
     def set_resolvers(self, wanted: Iterable[tuple[int, str]]) -> None:
         """Redirect queries from namespaces (by cookie) to resolvers (by address) to the mesh's name server there, and no others."""
-        rows = {self._rows.resolver_key(cookie, addresses.packed(address)): self._rows.resolver(1) for cookie, address in wanted}
+        self._redirected = frozenset(wanted)
+        self._write_resolvers()
+
+    def allow_resolvers(self, wanted: Iterable[tuple[int, str]]) -> None:
+        """Let namespaces (by cookie) ask resolvers (by address) on port 53 whatever their egress is, and no others."""
+        self._askable = frozenset(wanted)
+        self._write_resolvers()
+
+    def _write_resolvers(self) -> None:
         held = self._resolver.read()
+        pairs = {*(self._redirected or ()), *((cookie | m.RESOLVER_ALLOWED, address) for cookie, address in self._askable or ())}
+        rows = {self._rows.resolver_key(cookie, addresses.packed(address)): self._rows.resolver(1) for cookie, address in pairs}
+        for key in held:
+            allows = bool(self._resolver.map.layout.key.unpack(key)["netns_cookie"] & m.RESOLVER_ALLOWED)
+            if (self._askable if allows else self._redirected) is None:
+                rows[key] = self._rows.resolver(1)
         self._resolver.check(len(rows))
         self._resolver.remove(held.keys() - rows.keys())
         self._resolver.write({key: row for key, row in rows.items() if held.get(key) != row})
@@ -148,20 +179,23 @@ class Tables:
             row = self._address(raw, snapshot, here, policies, flags)
             if row:
                 address[raw] = row
-        workload = {self._rows.cookie(n.local.netns_cookie): self._known(n.local.workload, n, policies, flags) for n in here.values()}
+        namespaces = {self._rows.cookie(n.local.netns_cookie): self._known(n.local.workload, n, policies, flags) for n in here.values()}
+        mtls: Rows = {}
+        for workload in snapshot.workloads.values():
+            mtls |= self._mtls(workload)
         mirrors = self.mirrors
-        plain = {"mesh_backend": backend, "mesh_member": member, "mesh_policy": policy_rows, "mesh_service": service}
+        plain = {"mesh_backend": backend, "mesh_member": member, "mesh_policy": policy_rows, "mesh_mtls": mtls, "mesh_service": service}
         needed = {name: len(rows) for name, rows in plain.items()}
-        needed |= {"mesh_block": len(blocks), "mesh_address": len(address), "mesh_workload": len(workload)}
+        needed |= {"mesh_block": len(blocks), "mesh_address": len(address), "mesh_workload": len(namespaces)}
         for name, number in needed.items():
             mirrors[name].check(number)
         self._ids.save()
         stale = {}
         changed = 0
-        for name in ("mesh_backend", "mesh_member", "mesh_policy"):
+        for name in ("mesh_backend", "mesh_member", "mesh_policy", "mesh_mtls"):
             stale[name], number = self._bring(mirrors[name], plain[name])
             changed += number
-        standing, number = self._epoch.bring(blocks, address, workload)
+        standing, number = self._epoch.bring(blocks, address, namespaces)
         changed += number
         stale |= standing
         stale["mesh_service"], number = self._bring(mirrors["mesh_service"], service)
@@ -170,7 +204,7 @@ class Tables:
             mirrors[name].count = needed[name] + len(keys)
         for name in ("mesh_service", "mesh_workload", "mesh_address", "mesh_block"):
             changed += mirrors[name].remove(stale[name])
-        for name in ("mesh_policy", "mesh_member", "mesh_backend"):  # what those point to
+        for name in ("mesh_policy", "mesh_mtls", "mesh_member", "mesh_backend"):  # what those point to
             self._retire(name, list(stale[name]))
             changed += len(stale[name])
         self._policies = policies
@@ -288,10 +322,33 @@ class Tables:
         return Known(
             namespace.local.netns_cookie if namespace else 0,
             self._ids.number("workload", workload.name),
-            flags.get(workload.name, 0),
+            flags.get(workload.name, 0)
+            | self._modes(workload, workload.mtls)
+            | (m.WORKLOAD_MTLS_PORTS if workload.mtls_ports else 0)
+            | (m.WORKLOAD_EGRESS_DENY if workload.egress_deny else 0),
+            self._tunnels.get(workload.identity(self._trust_domain), 0) if self._tunnelled(workload) else 0,
             policies.identities[members],
             policies.sets[workload.policies],
         )
+
+    def _tunnelled(self, workload: Workload) -> bool:
+        """Can callers of this node have to take a tunnel to it?"""
+        return workload.node != self._node and (workload.mtls is not Mtls.DISABLE or bool(workload.mtls_ports))
+
+    def _modes(self, workload: Workload, mode: Mtls) -> int:
+        """What a mode says to the kernel of this node. As long as the workload has no tunnel STRICT is refused, PERMISSIVE goes on in plaintext."""
+        tunnel = m.WORKLOAD_TUNNEL if workload.node != self._node and self._direct.tunnels(workload, mode) else 0
+        return tunnel | (m.WORKLOAD_STRICT if mode is Mtls.STRICT else 0)
+
+    def _mtls(self, workload: Workload) -> Rows:
+        """Rows of the ports that have a mode of their own."""
+        if not workload.mtls_ports:
+            return {}
+        number = self._ids.number("workload", workload.name)
+        return {
+            self._rows.mtls_key(number, port): self._rows.mtls(number, port, self._modes(workload, mode))
+            for port, mode in workload.mtls_ports
+        }
 
     def _address(
         self, raw: bytes, snapshot: Snapshot, here: Mapping[str, Namespace], policies: _Policies, flags: Mapping[str, int]
@@ -316,9 +373,12 @@ class Tables:
         held = self._held[service.name] = {}
         for address in service.addresses:
             raw = addresses.packed(address)
-            key = self._rows.service_key(raw, 0, 0)
-            rows[key] = self._rows.service(key, 0, 0, 0, 0, 0)  # "there is a service here"
-            held[key] = (0, 0)
+            if (
+                service.external is None or not service.external.fixed
+            ):  # at an outside host's own address there may be more than is declared
+                key = self._rows.service_key(raw, 0, 0)
+                rows[key] = self._rows.service(key, 0, 0, 0, 0, 0)  # "there is a service here"
+                held[key] = (0, 0)
             for port in service.ports:
                 key = self._rows.service_key(raw, port.port, _PROTOCOLS[port.protocol])
                 found = self._endpoints.get((service.name, port.port, port.protocol), {})
@@ -330,6 +390,8 @@ class Tables:
                     (m.SERVICE_WAYPOINT if port.waypoint else 0)
                     | (m.SERVICE_LEAST if service.load_balancing == "least-connections" and port.protocol == TCP else 0)
                     | (m.SERVICE_STICKY if service.affinity_s else 0)
+                    | (m.SERVICE_FAIL_OPEN if service.fail_open and service.external is None else 0)
+                    | (m.SERVICE_STREAM if service.external is not None and service.external.is_stream(port) else 0)
                 )
                 listing, count = self._list(ways, backend, member if keeps else None)
                 held[key] = (listing, count)
@@ -364,7 +426,13 @@ class Tables:
     # The difference.
 
     def _difference(
-        self, delta: Delta, before: Snapshot, snapshot: Snapshot, here: Mapping[str, Namespace], flags: Mapping[str, int]
+        self,
+        delta: Delta,
+        before: Snapshot,
+        snapshot: Snapshot,
+        here: Mapping[str, Namespace],
+        flags: Mapping[str, int],
+        renumbered: frozenset[str],
     ) -> int | None:
         """Touch only what differs. None, and nothing done in the kernel, if the policies or the classes of callers change."""
         policies = self._policies
@@ -381,6 +449,10 @@ class Tables:
         raws, services = self._reindex(touched, here)
         if zone != self._zone:
             return None
+        mtls, old_mtls = self._mtls_difference(touched)
+        for workload in snapshot.workloads.values() if renumbered else ():
+            if self._tunnelled(workload) and workload.identity(self._trust_domain) in renumbered:
+                raws |= _addresses(workload, None)
         address, closed = {}, []
         for raw in raws:
             if row := self._address(raw, snapshot, here, policies, flags):
@@ -393,7 +465,17 @@ class Tables:
         }
         cookies = {n.local.netns_cookie for n in here.values()}
         left = [self._rows.cookie(n.local.netns_cookie) for n in self._local.values() if n.local.netns_cookie not in cookies]
-        return self._write_difference(snapshot, delta.services | services, address, closed, workload_rows, left)
+        return self._write_difference(snapshot, delta.services | services, address, closed, workload_rows, left, mtls, old_mtls)
+
+    def _mtls_difference(self, touched: Iterable[tuple[Workload | None, Workload | None]]) -> tuple[Rows, list[bytes]]:
+        """Rows of ports to write, and keys of those to remove, if workloads are replaced, each (old, new)."""
+        fresh: Rows = {}
+        gone: list[bytes] = []
+        for old, new in touched:
+            before, after = (self._mtls(workload) if workload is not None else {} for workload in (old, new))
+            fresh |= {key: row for key, row in after.items() if before.get(key) != row}
+            gone += [key for key in before if key not in after]
+        return fresh, gone
 
     def _reindex(
         self, touched: Iterable[tuple[Workload | None, Workload | None]], here: Mapping[str, Namespace]
@@ -419,13 +501,22 @@ class Tables:
         return workload.policies in policies.sets and all(classes.of(c) in policies.identities for c in callers)
 
     def _write_difference(
-        self, snapshot: Snapshot, affected: Iterable[str], address: Rows, closed: list[bytes], workload: Rows, left: list[bytes]
+        self,
+        snapshot: Snapshot,
+        affected: Iterable[str],
+        address: Rows,
+        closed: list[bytes],
+        workload: Rows,
+        left: list[bytes],
+        mtls: Rows,
+        old_mtls: list[bytes],
     ) -> int:
         mirrors = self.mirrors
         service: Rows = {}
         backend: Rows = {}
         member: Rows = {}
-        self.remove_retired(now=False)
+        # Unlike sets and lists a port may come back with the same key: what is to go must not take it along.
+        self.remove_retired(now=any(name == "mesh_mtls" and not mtls.keys().isdisjoint(keys) for _, name, keys in self._retired))
         replaced = {name: self._held.pop(name, {}) for name in affected}
         for name in replaced:
             if name in snapshot.services:
@@ -438,23 +529,24 @@ class Tables:
         unused = {listing: count for held in replaced.values() for listing, count in held.values() if self._list_users[listing] <= 0}
         old_members = [key for listing in unused for key in self._members.pop(listing, ())]
         old_backends = [self._rows.backend_key(listing, slot) for listing, count in unused.items() for slot in range(count)]
-        for name, rows in (("mesh_backend", backend), ("mesh_member", member)):
-            if mirrors[name].count + len(rows) > mirrors[name].map.capacity:
-                self.remove_retired()
+        lists = {"mesh_backend": backend, "mesh_member": member}
+        pointing = {"mesh_mtls": mtls, "mesh_address": address, "mesh_workload": workload, "mesh_service": service}
+        if any(mirrors[name].count + len(rows) > mirrors[name].map.capacity for name, rows in (lists | {"mesh_mtls": mtls}).items()):
+            self.remove_retired()
+        for name, rows in lists.items():
             mirrors[name].check(mirrors[name].count + len(rows))
-        pointing = {"mesh_address": address, "mesh_workload": workload, "mesh_service": service}
         fresh = {name: mirrors[name].room_for(rows) for name, rows in pointing.items()}
-        fresh |= {"mesh_backend": len(backend), "mesh_member": len(member)}
+        fresh |= {name: len(rows) for name, rows in lists.items()}
         self._ids.save()
         changed = 0
-        for name, rows in ({"mesh_backend": backend, "mesh_member": member} | pointing).items():
+        for name, rows in (lists | pointing).items():  # a port's mode before the row that says that there is one
             changed += mirrors[name].write(rows)
             mirrors[name].count += fresh[name]
         for name, keys in (("mesh_service", gone), ("mesh_workload", left), ("mesh_address", closed)):
             changed += mirrors[name].remove(keys)
-        self._retire("mesh_member", old_members)
-        self._retire("mesh_backend", old_backends)
-        changed += len(old_members) + len(old_backends)
+        for name, keys in (("mesh_mtls", old_mtls), ("mesh_member", old_members), ("mesh_backend", old_backends)):
+            self._retire(name, keys)
+            changed += len(keys)
         for listing in unused:
             self._ids.forget("list", [self._ids.name(listing)])
             del self._list_users[listing]

@@ -45,6 +45,8 @@ _UNKEYED = {
     "mesh_flow": "connections whose handshake is under way at that moment can be refused once by a protected receiver on this node",
     "mesh_origdst": "L7 connections whose handshake is under way at that moment can fail once",
 }
+_ASKED_ONCE = frozenset({"mesh_accepted"})
+"""What programs keep on sockets for a moment, and find in another place too (bpf_src/mesh_sockopt.c)."""
 
 _UNKNOWN = (
     "programs are in force whose manifest is missing in {}: counters start at 0, live connections go on uncounted, and connections that are being made can"
@@ -145,7 +147,7 @@ def _compare(config: Config, before: tuple[Set, Manifest], own: Set, tried: Set)
 def _lost(name: str, fate: Fate, old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> list[str]:
     if fate is Fate.ANEW and name in _LOSSES:
         return [_LOSSES[name]]
-    if fate is Fate.ANEW and new["kind"] == SK_STORAGE:
+    if fate is Fate.ANEW and new["kind"] == SK_STORAGE and name not in _ASKED_ONCE:
         return [f"what programs keep on sockets in {name} is forgotten"]
     if fate is Fate.CARRIED and name in _UNKEYED and old is not None and not same_key(old, new):
         return [_UNKEYED[name]]

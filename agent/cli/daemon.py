@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import meshapi.join
 from agent import features, logs
 from agent.bpf import source
-from agent.config import METRICS_PORT, Config, TlsFiles
+from agent.config import METRICS_PORT, WIREGUARD_PORT, Config, Join, TlsFiles
 from agent.errors import MeshError
 from agent.names.dnsmasq import kubernetes_node
 from agent.uninstall import uninstall as remove_everything
@@ -22,7 +25,9 @@ from agent.uninstall import uninstall as remove_everything
 if TYPE_CHECKING:
     from agent.bpf import upgrade
 
+_TOKEN_VARIABLE = "MESHAGENT_JOIN_TOKEN"  # noqa: S105  a name
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
+_TOKEN = click.Path(path_type=Path, dir_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
@@ -67,8 +72,43 @@ _map_capacity = click.option(
 )
 
 
+def _addresses(_context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
+    """Each --wireguard-address in its usual form."""
+    try:
+        found = [ipaddress.ip_address(text) for text in given]
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    if len({address.version for address in found}) != len(found):
+        raise click.BadParameter("one address of each family at most")
+    return tuple(str(address) for address in found)
+
+
 def _cgroup(given: Path | None) -> Path:
     return given or features.cgroup2_mount() or Path("/sys/fs/cgroup")
+
+
+def _join(controller: str, address: str | None, token_file: Path | None, account_file: Path | None, ca: Path | None) -> Join | None:
+    """How this node joins; None if it has its credentials. The token leaves the environment: programs that the agent starts must not inherit it."""
+    token = os.environ.pop(_TOKEN_VARIABLE, "")
+    ways = [token_file is not None, account_file is not None]
+    if not any(ways) and not token:
+        if address:
+            raise click.UsageError("--join needs --join-token-file, $MESHAGENT_JOIN_TOKEN or --service-account-token-file")
+        return None
+    if all(ways):
+        raise click.UsageError("--join-token-file and --service-account-token-file are two ways to join: give one")
+    if controller.startswith("unix:"):
+        raise click.UsageError(f"a node joins a controller over TLS, and {controller} is a unix socket: give --controller HOST:PORT")
+    if account_file is not None and ca is None:
+        raise click.UsageError("--service-account-token-file says nothing about the controller: give its root with --tls-ca")
+    host = controller.removeprefix("dns:///").rpartition(":")[0]
+    return Join(
+        address=address or f"{host}:{meshapi.join.PORT}",
+        token="" if any(ways) else token,
+        token_file=token_file,
+        service_account_token_file=account_file,
+        root=ca if account_file is not None else None,
+    )
 
 
 @click.command()
@@ -79,6 +119,17 @@ def _cgroup(given: Path | None) -> Path:
 @click.option("--tls-ca", type=_FILE, help="CA of the controller, PEM; needed for HOST:PORT.")
 @click.option("--tls-cert", type=_FILE, help="Certificate of this node, PEM.")
 @click.option("--tls-key", type=_FILE, help="Its private key, PEM.")
+@click.option(
+    "--join", "join_address", metavar="HOST:PORT", help="Join service of the controller.  [default: the controller's host, port 15011]"
+)
+@click.option(
+    "--join-token-file", type=_TOKEN, help="Join with the token in this file, in place of --tls-*; or the token in $MESHAGENT_JOIN_TOKEN."
+)
+@click.option("--service-account-token-file", type=_TOKEN, help="Join with this projected Kubernetes token; --tls-ca says whom to believe.")
+@click.option("--keys-on-disk", is_flag=True, help="Let private keys be written below --run-dir although it is no tmpfs.")
+@click.option(
+    "--workload-socket", type=_TOKEN, help="SPIFFE Workload API; in a directory of its own.  [default: RUN_DIR-workload/workload.sock]"
+)
 @click.option("--trust-domain", default="mesh.local", show_default=True, help="SPIFFE trust domain.")
 @_places
 @click.option("--metrics-address", default="0.0.0.0", show_default=True, help="Address of /metrics, /healthz, /readyz.")
@@ -92,6 +143,14 @@ def _cgroup(given: Path | None) -> Path:
 )
 @click.option("--cluster-domain", default="cluster.local", show_default=True, help="What the whole names of services end in.")
 @click.option("--keep-denied-connections", is_flag=True, help="Let living connections go on that a changed policy forbids.")
+@click.option("--wireguard-port", type=click.IntRange(1, 65535), default=WIREGUARD_PORT, show_default=True, help="UDP, between nodes.")
+@click.option(
+    "--wireguard-address",
+    multiple=True,
+    callback=_addresses,
+    metavar="ADDRESS",
+    help="Where other nodes reach that port, one of each family.  [default: the address from which the controller is reached]",
+)
 @_map_capacity
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
 def run(  # noqa: PLR0913  one parameter for each option
@@ -101,6 +160,11 @@ def run(  # noqa: PLR0913  one parameter for each option
     tls_ca: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
+    join_address: str | None,
+    join_token_file: Path | None,
+    service_account_token_file: Path | None,
+    keys_on_disk: bool,
+    workload_socket: Path | None,
     trust_domain: str,
     cgroup: Path | None,
     pin_dir: Path,
@@ -113,17 +177,25 @@ def run(  # noqa: PLR0913  one parameter for each option
     names: bool | None,
     cluster_domain: str,
     keep_denied_connections: bool,
+    wireguard_port: int,
+    wireguard_address: tuple[str, ...],
     map_capacity: dict[str, int],
     log_level: str,
 ) -> None:
     """Run the agent of this node until it is told to stop. The data path stays in force when it ends."""
     from agent.supervisor import Supervisor  # noqa: PLC0415  the other commands start faster without it
 
+    join = _join(controller, join_address, join_token_file, service_account_token_file, tls_ca)
     given = [tls_ca, tls_cert, tls_key]
-    if any(given) and not all(given):
+    if join is not None:
+        if tls_cert or tls_key or (tls_ca and join.root is None):
+            raise click.UsageError("a join token says whom to believe, and the certificate comes from the controller: leave --tls-* out")
+    elif any(given) and not all(given):
         raise click.UsageError("--tls-ca, --tls-cert and --tls-key belong together")
-    if not any(given) and not controller.startswith("unix:"):
-        raise click.UsageError(f"controller {controller} is reached over TCP: --tls-ca, --tls-cert and --tls-key are needed")
+    elif not any(given) and not controller.startswith("unix:"):
+        raise click.UsageError(
+            f"controller {controller} is reached over TCP: --tls-ca, --tls-cert and --tls-key are needed, or a token to join with (--join-token-file)"
+        )
     logs.configure(log_level)
     config = Config(
         node=node,
@@ -142,6 +214,11 @@ def run(  # noqa: PLR0913  one parameter for each option
         cluster_domain=cluster_domain,
         keep_connections=keep_denied_connections,
         map_capacities=map_capacity,
+        join=join,
+        keys_on_disk=keys_on_disk,
+        wireguard_port=wireguard_port,
+        wireguard_addresses=wireguard_address,
+        workload_socket=workload_socket or Path(),
     )
     asyncio.run(Supervisor(config).run())
 

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 import grpc
 
+from agent.cli import connection
 from agent.errors import NotFound
 from agent.plan import qualified
 from meshapi import agent_pb2 as pb
-from meshapi import agent_pb2_grpc
+from meshapi import agent_pb2_grpc, relay_pb2, relay_pb2_grpc
 
-_RUN_DIR = click.option(
+RUN_DIR = click.option(
     "--run-dir",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("/run/meshagent"),
     show_default=True,
     help="Where the agent keeps its socket; a directory of such directories serves several agents.",
 )
-_OUTPUT = click.option(
+OUTPUT = click.option(
     "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="json: one object a line."
 )
-_CONNECT_TIMEOUT_S = 5
+THROUGH = click.option("--controller", default="", metavar="TARGET", help="Ask through this controller: unix:///PATH or HOST:PORT.")
+CONNECT_TIMEOUT_S = 5
 NEGATIVE = {"denied", "refused", "failed", "timed out", "given up", "401", "403"}
 """Outcomes of a connection that make the command end with exit code 1."""
 
@@ -41,27 +45,61 @@ def sockets(run_dir: Path) -> list[Path]:
     return found
 
 
-def _stub(path: Path) -> agent_pb2_grpc.AgentStub:
+def stub(path: Path) -> agent_pb2_grpc.AgentStub:
+    """What talks to the agent whose socket is at `path`."""
     return agent_pb2_grpc.AgentStub(grpc.insecure_channel(f"unix:{path}"))
 
 
 def _statuses(run_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in sockets(run_dir):
         try:
-            yield path, json.loads(_stub(path).Status(pb.StatusRequest(), timeout=_CONNECT_TIMEOUT_S).document)
+            yield path, json.loads(stub(path).Status(pb.StatusRequest(), timeout=CONNECT_TIMEOUT_S).document)
         except grpc.RpcError as error:
             raise NotFound(
                 f"the agent at {path} does not answer: {error.details()}; is 'meshagent run' running, and are you root?"
             ) from error
 
 
+def _told(target: str, tls: Mapping[str, Path | None], request: relay_pb2.AskRequest) -> Iterator[dict[str, Any]]:
+    """What nodes say, asked through a controller. Raises NotFound once all have answered, if one could not."""
+    failed = []
+    with connection.channel(target, tls) as channel:
+        call = relay_pb2_grpc.RelayStub(channel).Ask(request)
+        with _ended_by_interrupt(call):
+            try:
+                for told in call:
+                    if told.error:
+                        failed.append(told.error if told.node in told.error else f"{told.node}: {told.error}")
+                    else:
+                        yield json.loads(told.document)
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.CANCELLED:
+                    raise NotFound(f"controller {target}: {error.details() or error.code().name.lower()}") from error
+    if failed:
+        raise NotFound("; ".join(failed))
+
+
+@contextlib.contextmanager
+def _ended_by_interrupt(call: Any) -> Iterator[None]:
+    """Let Ctrl-C cancel a call. Not KeyboardInterrupt: raised inside a callback of gRPC it would be lost, and the command would go on."""
+    before = signal.signal(signal.SIGINT, lambda *_: call.cancel())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        call.cancel()
+
+
 @click.command()
-@_RUN_DIR
-@_OUTPUT
-def status(run_dir: Path, output: str) -> None:
-    """Show whether this machine's agents are in force. Exit code 1 if one is not ready."""
+@RUN_DIR
+@THROUGH
+@connection.with_tls
+@OUTPUT
+def status(run_dir: Path, controller: str, output: str, **tls: Path | None) -> None:
+    """Show whether this machine's agents are in force, or all that a controller knows. Exit code 1 if one is not ready."""
     ready = True
-    for _, document in _statuses(run_dir):
+    asked = relay_pb2.AskRequest(status=pb.StatusRequest())
+    for document in _told(controller, tls, asked) if controller else (found for _, found in _statuses(run_dir)):
         ready &= document["ready"]
         if output == "json":
             click.echo(json.dumps(document))
@@ -81,6 +119,10 @@ def _show_status(s: dict[str, Any]) -> None:
     console.print(
         f"  waypoint    {_yes(waypoint['ready'])}  Envoy {waypoint['version']}  pid {waypoint['pid']}  refused configurations {waypoint['nacks']}"
     )
+    if waypoint.get("residentBytes"):
+        push = f"  last change taken after {waypoint['lastPushSeconds']:.3f} s" if waypoint["pushes"] else ""
+        behind = f"  [red]{waypoint['rejected']} resources as before the last refusal[/red]" if waypoint["rejected"] else ""
+        console.print(f"              memory {waypoint['residentBytes'] / 1e6:.0f} MB{push}{behind}")
     lag = "" if controller["lagSeconds"] is None else f"  last change in force after {controller['lagSeconds']:.3f} s"
     console.print(f"  controller  {_yes(controller['connected'])}  version {controller['version'] or '-'}{lag}")
     console.print(
@@ -91,6 +133,10 @@ def _show_status(s: dict[str, Any]) -> None:
     if probe.get("ageSeconds") is not None:
         known = "-" if probe["works"] is None else _yes(probe["works"])
         console.print(f"  live probe  {known}  {probe['ageSeconds']:.0f} s ago")
+    if (held := s.get("identity", {})).get("mode", "off") != "off":
+        console.print(f"  identity    {_identity(held)}", soft_wrap=True)
+    if (wireguard := s.get("wireguard", {})).get("mode", "off") != "off":
+        console.print(f"  wireguard   {_wireguard(wireguard)}", soft_wrap=True)
     for f in s.get("foreignPrograms", ()):
         console.print(
             f"  not ours    {escape(f['name'] or 'a program')} (id {f['id']}) at {f['attachType']} of {escape(f['place'])}", soft_wrap=True
@@ -101,6 +147,38 @@ def _show_status(s: dict[str, Any]) -> None:
     console.print(table)
     for problem in s["problems"]:
         console.print(f"  [yellow]![/yellow] {escape(problem)}", soft_wrap=True)
+
+
+def _wireguard(held: dict[str, Any]) -> str:
+    """One line: with how many of the other nodes, and how old the oldest handshake is."""
+    if held["mode"] == "unavailable":
+        return "[red]not available[/red]: HBONE is used instead"
+    ages = [p["handshakeAgeSeconds"] for p in held["peers"] if p["state"] == "encrypted"]
+    oldest = f"  oldest handshake {max(ages):.0f} s ago" if ages else ""
+    return f"{len(ages)} of {len(held['peers'])} other nodes{oldest}  UDP port {held['port']}  MTU {held['mtu']}"
+
+
+def _identity(held: dict[str, Any]) -> str:
+    """One line: how many certificates there are, and when the first one ends."""
+    if held["mode"] == "waiting":
+        return "waiting for the controller"
+    ends = [w["expiresAt"] for w in held["workloads"] if w["expiresAt"] is not None]
+    failing = sum(bool(w["problem"]) for w in held["workloads"])
+    parts = [f"{len(ends)} of {len(held['workloads'])} certificates", f"{held['roots']} trusted roots"]
+    if ends:
+        parts.insert(1, f"first ends {moment(min(ends))}")
+    if held["node"] is not None and held["node"]["expiresAt"] is not None:
+        parts.append(f"node's ends {moment(held['node']['expiresAt'])}")
+    if failing:
+        parts.append(f"[red]{failing} not renewed[/red]")
+    if not held["kept"]:
+        parts.append("kept in memory only")
+    return "  ".join(parts)
+
+
+def moment(unix: float) -> str:
+    """A time as people read it: UTC."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(unix))
 
 
 def _yes(value: bool) -> str:
@@ -115,9 +193,22 @@ def _yes(value: bool) -> str:
     "--duration", type=click.FloatRange(0), default=10.0, show_default=True, metavar="S", help="Watch for S seconds; 0 shows only the plan."
 )
 @click.option("--count", type=click.IntRange(0), default=0, help="Stop after N connections or requests.", metavar="N")
-@_RUN_DIR
-@_OUTPUT
-def trace(source: str, destination: str, *, probe: bool, duration: float, count: int, run_dir: Path, output: str) -> None:
+@RUN_DIR
+@THROUGH
+@connection.with_tls
+@OUTPUT
+def trace(
+    source: str,
+    destination: str,
+    *,
+    probe: bool,
+    duration: float,
+    count: int,
+    run_dir: Path,
+    controller: str,
+    output: str,
+    **tls: Path | None,
+) -> None:
     """Explain what happens to calls from SOURCE to DESTINATION, then watch them.
 
     SOURCE is a workload, DESTINATION a service or a workload, each NAMESPACE/NAME, or NAME in the namespace default; DESTINATION may end in :PORT.
@@ -125,28 +216,31 @@ def trace(source: str, destination: str, *, probe: bool, duration: float, count:
     """
     request = pb.TraceRequest(source=source, destination=destination, duration_s=duration, count=count, probe=probe)
     negative = False
-    call = _stub(_agent_of(source, run_dir)).Trace(request)
-    # Not KeyboardInterrupt: raised inside a callback of gRPC it would be lost, and the command would go on.
-    before = signal.signal(signal.SIGINT, lambda *_: call.cancel())
-    try:
-        for answer in call:
-            document = json.loads(answer.document)
-            negative |= document.get("verdict") == "DENY" or document.get("outcome") in NEGATIVE
-            if output == "json":
-                click.echo(json.dumps(document))
-            elif document["kind"] == "plan":
-                _show_plan(document)
-            else:
-                _show_connection(document)
-    except grpc.RpcError as error:
-        if error.code() is not grpc.StatusCode.CANCELLED:
-            raise NotFound(error.details() or str(error.code())) from error
-    finally:
-        signal.signal(signal.SIGINT, before)
+    found = _told(controller, tls, relay_pb2.AskRequest(trace=request)) if controller else _traced(agent_of(source, run_dir), request)
+    for document in found:
+        negative |= document.get("verdict") == "DENY" or document.get("outcome") in NEGATIVE
+        if output == "json":
+            click.echo(json.dumps(document))
+        elif document["kind"] == "plan":
+            _show_plan(document)
+        else:
+            _show_connection(document)
     sys.exit(1 if negative else 0)
 
 
-def _agent_of(workload: str, run_dir: Path) -> Path:
+def _traced(socket: Path, request: pb.TraceRequest) -> Iterator[dict[str, Any]]:
+    """What an agent of this machine says."""
+    call = stub(socket).Trace(request)
+    with _ended_by_interrupt(call):
+        try:
+            for answer in call:
+                yield json.loads(answer.document)
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.CANCELLED:
+                raise NotFound(error.details() or str(error.code())) from error
+
+
+def agent_of(workload: str, run_dir: Path) -> Path:
     """The agent on whose node a workload runs; the first one if none says so, whose answer then says why."""
     found = sockets(run_dir)
     if len(found) == 1:

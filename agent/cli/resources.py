@@ -10,11 +10,12 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import click
 import grpc
 
+from agent.cli import connection
 from meshapi import admin_pb2 as pb
 from meshapi import admin_pb2_grpc
 
@@ -24,13 +25,6 @@ _SUFFIXES: Final = frozenset({".yaml", ".yml"})
 
 _controller = click.option(
     "--controller", envvar="MESHAGENT_CONTROLLER", default=DEFAULT_CONTROLLER, show_default=True, help="Target: unix:///PATH or HOST:PORT."
-)
-_tls = (
-    click.option(
-        "--tls-ca", type=click.Path(path_type=Path, exists=True), help="Who signs the controller's certificate, PEM; for HOST:PORT."
-    ),
-    click.option("--tls-cert", type=click.Path(path_type=Path, exists=True), help="Administrator's certificate, PEM."),
-    click.option("--tls-key", type=click.Path(path_type=Path, exists=True), help="Its key, PEM."),
 )
 _files = click.option(
     "-f",
@@ -43,21 +37,15 @@ _files = click.option(
 )
 
 
-def _with_tls(command: Any) -> Any:
-    for option in reversed(_tls):
-        command = option(command)
-    return command
-
-
 @click.command()
 @_files
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", help="How results are shown.")
 @_controller
-@_with_tls
+@connection.with_tls
 def apply(sources: tuple[str, ...], output: str, controller: str, **tls: Path | None) -> None:
     """Validate resources and bring them into force."""
     request = pb.ApplyRequest(documents=_documents(sources))
-    with _channel(controller, tls) as channel:
+    with connection.channel(controller, tls) as channel:
         results = _call(controller, lambda: admin_pb2_grpc.AdminStub(channel).Apply(request, timeout=TIMEOUT_S)).results
     _show_results(results, output)
 
@@ -66,11 +54,11 @@ def apply(sources: tuple[str, ...], output: str, controller: str, **tls: Path | 
 @_files
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", help="How results are shown.")
 @_controller
-@_with_tls
+@connection.with_tls
 def delete(sources: tuple[str, ...], output: str, controller: str, **tls: Path | None) -> None:
     """Delete the resources that the files name."""
     request = pb.DeleteRequest(documents=_documents(sources))
-    with _channel(controller, tls) as channel:
+    with connection.channel(controller, tls) as channel:
         results = _call(controller, lambda: admin_pb2_grpc.AdminStub(channel).Delete(request, timeout=TIMEOUT_S)).results
     _show_results(results, output)
 
@@ -81,7 +69,7 @@ def delete(sources: tuple[str, ...], output: str, controller: str, **tls: Path |
 @click.option("-n", "--namespace", default="", help="Only this namespace; without it, every namespace.")
 @click.option("-o", "--output", type=click.Choice(["table", "wide", "json", "yaml"]), default="table", help="How resources are shown.")
 @_controller
-@_with_tls
+@connection.with_tls
 def get(kind: str, name: str, namespace: str, output: str, controller: str, **tls: Path | None) -> None:
     """Show resources and their status; KIND may be plural or short, or "all". NAME may be NAMESPACE/NAME."""
     if "/" in name:
@@ -92,13 +80,13 @@ def get(kind: str, name: str, namespace: str, output: str, controller: str, **tl
     elif name and not namespace:
         namespace = "default"
     request = pb.GetRequest(kind=kind, namespace=namespace, name=name)
-    with _channel(controller, tls) as channel:
+    with connection.channel(controller, tls) as channel:
         response = _call(controller, lambda: admin_pb2_grpc.AdminStub(channel).Get(request, timeout=TIMEOUT_S))
     if response.error:
-        _fail(response.error)
+        connection.fail(response.error)
     objects = [json.loads(item) for item in response.objects]
     if name and not objects:
-        _fail(f"there is no {kind} {namespace}/{name}")
+        connection.fail(f"there is no {kind} {namespace}/{name}")
     if output == "json":
         click.echo(json.dumps(objects[0] if name else {"kind": "List", "apiVersion": "v1", "items": objects}, indent=2))
     elif output == "yaml":
@@ -110,25 +98,6 @@ def get(kind: str, name: str, namespace: str, output: str, controller: str, **tl
 commands: list[click.Command] = [apply, delete, get]
 
 
-def _fail(message: str) -> NoReturn:
-    click.echo(f"meshagent: {message}", err=True)
-    sys.exit(1)
-
-
-def _channel(controller: str, tls: Mapping[str, Path | None]) -> grpc.Channel:
-    options = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
-    if controller.startswith("unix:"):
-        return grpc.insecure_channel(controller, options=options)
-    ca, certificate, key = tls["tls_ca"], tls["tls_cert"], tls["tls_key"]
-    if ca is None or certificate is None or key is None:
-        raise click.UsageError(f"--controller {controller} is reached over TCP: give --tls-ca, --tls-cert and --tls-key, or a unix: target")
-    try:
-        credentials = grpc.ssl_channel_credentials(ca.read_bytes(), key.read_bytes(), certificate.read_bytes())
-    except OSError as error:
-        _fail(f"cannot read {error.filename}: {error.strerror}")
-    return grpc.secure_channel(controller, credentials, options=options)
-
-
 def _call(controller: str, call: Any) -> Any:
     try:
         return call()
@@ -136,10 +105,12 @@ def _call(controller: str, call: Any) -> Any:
         failed: Any = error  # what a stub raises is also a grpc.Call, which its type does not say
         code, details = failed.code(), " ".join((failed.details() or "").split())
         if code is grpc.StatusCode.UNAVAILABLE:
-            _fail(f"controller {controller} is not reachable ({details}): is `mesh-controller run` up? give its address with --controller")
+            connection.fail(
+                f"controller {controller} is not reachable ({details}): is `mesh-controller run` up? give its address with --controller"
+            )
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            _fail(f"controller {controller} did not answer within {TIMEOUT_S:g} s: look at its log")
-        _fail(f"controller {controller}: {code.name.lower().replace('_', ' ')}: {details}")
+            connection.fail(f"controller {controller} did not answer within {TIMEOUT_S:g} s: look at its log")
+        connection.fail(f"controller {controller}: {code.name.lower().replace('_', ' ')}: {details}")
 
 
 def _documents(sources: Iterable[str]) -> list[pb.Document]:
@@ -150,7 +121,7 @@ def _documents(sources: Iterable[str]) -> list[pb.Document]:
                 documents.append(pb.Document(origin=origin, yaml=content.decode("utf-8-sig")))
             except UnicodeDecodeError as error:
                 line = content.count(b"\n", 0, error.start) + 1
-                _fail(f"{origin}:{line}: not UTF-8: save the file as UTF-8")
+                connection.fail(f"{origin}:{line}: not UTF-8: save the file as UTF-8")
     return documents
 
 
@@ -184,7 +155,7 @@ def _show_results(results: Iterable[pb.ObjectResult], output: str) -> None:
         namespace = f" in {result.namespace}" if result.namespace not in {"", "default"} else ""
         click.echo(f"{result.kind.lower()}/{result.name}{namespace} {result.action}", err=result.action == "not found")
     if not results:
-        _fail("the files hold no resource")
+        connection.fail("the files hold no resource")
     sys.exit(1 if any(result.action in {"refused", "not found"} for result in results) else 0)
 
 
@@ -207,7 +178,7 @@ def _status(item: Mapping[str, Any]) -> tuple[str, str]:
     return (bad[0]["reason"] if bad else "Accepted"), "; ".join(condition["message"] for condition in bad)
 
 
-def _summary(item: Mapping[str, Any]) -> str:
+def _summary(item: Mapping[str, Any]) -> str:  # noqa: PLR0911 - one for each kind
     """The few words that say most about an object of this kind."""
     spec = item.get("spec") or {}
     kind = item["kind"]
@@ -216,11 +187,21 @@ def _summary(item: Mapping[str, Any]) -> str:
         return f"{', '.join(spec.get('clusterIPs') or [spec.get('clusterIP', '?')])} {ports}"
     if kind == "Workload":
         return f"{', '.join(spec.get('addresses', []))} on {spec.get('node', '?')}"
-    if kind == "HTTPRoute":
+    if kind in {"HTTPRoute", "GRPCRoute"}:
         return "for " + ", ".join(parent["name"] for parent in spec.get("parentRefs", []))
     if kind == "AuthorizationPolicy":
         rules = len(spec.get("rules", []))
         return f"{spec.get('action', 'ALLOW')}, {rules} {'rule' if rules == 1 else 'rules'}"
+    if kind == "PeerAuthentication":
+        own = [f"{port} {entry.get('mode', 'UNSET')}" for port, entry in spec.get("portLevelMtls", {}).items()]
+        return ", ".join([spec.get("mtls", {}).get("mode", "UNSET"), *own])
+    if kind == "Gateway":
+        listeners = ", ".join(
+            f"{one['name']} {one['protocol']} {one['port']} {one.get('hostname', '*')}" for one in spec.get("listeners", [])
+        )
+        return f"{spec.get('gatewayClassName', '?')}: {listeners}"
+    if kind == "RequestAuthentication":
+        return "tokens of " + ", ".join(rule["issuer"] for rule in spec.get("jwtRules", []))
     return ", ".join(f"{name}={value}" for name, value in (item["metadata"].get("labels") or {}).items())
 
 

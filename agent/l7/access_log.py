@@ -42,6 +42,8 @@ class RequestRecord:
     route_name: str
     upstream_cluster: str
     upstream_address: str
+    tunnelled: bool
+    """Through a tunnel to another node."""
     upstream_local_address: str
     downstream_remote_address: str
     """The caller's own end: its port is how kernel events of the same connection are found."""
@@ -86,6 +88,7 @@ def _record(entry: accesslog_pb2.HTTPAccessLogEntry, side: str, workload: str) -
         route_name=common.route_name,
         upstream_cluster=common.upstream_cluster,
         upstream_address=_address(common.upstream_remote_address),
+        tunnelled=common.upstream_remote_address.HasField("envoy_internal_address"),
         upstream_local_address=_address(common.upstream_local_address),
         downstream_remote_address=_address(common.downstream_direct_remote_address),
         original_destination=_address(common.downstream_local_address),
@@ -108,6 +111,9 @@ def _audited(common: accesslog_pb2.AccessLogCommon) -> str:
 
 
 def _address(address: address_pb2.Address) -> str:
+    """Of an internal listener it is what the listener connects to (`agent.l7.clusters`)."""
+    if address.HasField("envoy_internal_address"):
+        return str(address.envoy_internal_address.endpoint_id)
     socket = address.socket_address
     return names.destination(socket.address, socket.port_value) if socket.address else ""
 

@@ -18,15 +18,17 @@ import random
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from agent import files
 from agent.config import Config
 from agent.errors import EnvironmentUnfit
+from agent.l7 import memory
 from agent.l7.bootstrap import bootstrap
-from agent.process import Process, end, reap, record, recorded, spawn
+from agent.patience import within
+from agent.process import Process, end, leave_no_core, reap, record, recorded, spawn
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +38,11 @@ ADMIN_TIMEOUT_S = 5.0
 STABLE_S = 60.0
 """A run of this length makes the next restart immediate again."""
 LONGEST_BACKOFF_S = 15.0
+AT_ONCE = 5
+"""Deaths, each after a run that was not stable, before restarts begin to wait: an Envoy that dies of one request a caller sends is back before the next."""
 DRAIN_S = 30
 """How long connections of a changed or removed listener may go on."""
+_PIECE = 256 << 10
 _PID_FILE = "envoy.json"
 _OLD_LOG = "envoy.log.1"
 _LAUNCHER = 'ulimit -n "$(ulimit -Hn)"; echo $$ > "$0/cgroup.procs" && exec "$@"'
@@ -51,6 +56,13 @@ class EnvoyState:
     version: str
     pid: int | None
     restarts: int
+
+    def resident_bytes(self) -> int | None:
+        """Envoy's resident memory (man 5 proc_pid_statm); None if it does not run."""
+        try:
+            return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, IndexError):  # it has just ended
+            return None
 
 
 def find(configured: str = "") -> Path:
@@ -111,10 +123,11 @@ class Envoy:
             if self._process is None:
                 self._process = await asyncio.to_thread(self._start, binary)
                 log.info("started envoy", extra={"pid": self._process.pid})
+            leave_no_core(self._process)
             await self._watch(self._process)
             self._process, self._ready = None, False
             failures = 0 if self._clock() - started > STABLE_S else failures
-            delay = 0.0 if failures == 0 else min(0.5 * 2**failures, LONGEST_BACKOFF_S) * (0.5 + self._jitter() / 2)
+            delay = 0.0 if failures < AT_ONCE else min(2.0 ** (failures - AT_ONCE), LONGEST_BACKOFF_S) * (0.5 + self._jitter() / 2)
             failures += 1
             self._restarts += 1
             log.error(
@@ -151,7 +164,7 @@ class Envoy:
             while not ended.is_set():
                 await self._check()
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(ended.wait(), HEALTH_POLL_S if self._ready else READY_POLL_S)
+                    await within(ended.wait(), HEALTH_POLL_S if self._ready else READY_POLL_S)
         finally:
             loop.remove_reader(pidfd)
             os.close(pidfd)
@@ -193,7 +206,7 @@ class Envoy:
 
     def _bootstrap(self) -> str:
         config = self._config
-        content = bootstrap(config.node, config.xds_socket, config.envoy_admin_socket, _memory_limit(config.waypoint_cgroup))
+        content = bootstrap(config.node, config.xds_socket, config.envoy_admin_socket, memory.room(config.waypoint_cgroup))
         return json.dumps(content, indent=1, sort_keys=True)
 
     def _digest(self, binary: Path) -> str:
@@ -226,27 +239,40 @@ def stop(run_dir: Path, patience_s: float = 5.0) -> bool:
     return process is not None
 
 
-def _memory_limit(cgroup: Path) -> int | None:
-    """Return memory.max of a cgroup in bytes, None if there is no limit or no such file."""
-    try:
-        text = (cgroup / "memory.max").read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
-
-
 class _UnixConnection(http.client.HTTPConnection):
     """HTTP over a unix socket."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__("envoy-admin", timeout=ADMIN_TIMEOUT_S)
+    def __init__(self, path: Path, timeout: float = ADMIN_TIMEOUT_S) -> None:
+        super().__init__("envoy-admin", timeout=timeout)
         self._path = path
 
     def connect(self) -> None:
         """Connect to the socket instead of a host."""
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(ADMIN_TIMEOUT_S)
+        self.sock.settimeout(self.timeout)
         self.sock.connect(str(self._path))
+
+
+def ask_admin(admin: Path, path: str) -> bytes:
+    """GET from the admin socket of a running Envoy. Raises OSError or HTTPException."""
+    return _get(admin, path)
+
+
+def stream_admin(admin: Path, path: str, silence: float, whole: float) -> Iterator[bytes]:
+    """GET a long answer in pieces; TimeoutError after `silence` seconds without a byte, or `whole` in all. Raises OSError or HTTPException."""
+    deadline = time.monotonic() + whole
+    connection = _UnixConnection(admin, silence)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        if response.status != 200:
+            raise http.client.HTTPException(f"envoy's admin socket answered {response.status} to {path}")
+        while piece := response.read(_PIECE):
+            yield piece
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"envoy has not told all of {path} within {whole} s")
+    finally:
+        connection.close()
 
 
 def _get(admin: Path, path: str) -> bytes:

@@ -1,18 +1,19 @@
 """Which route match wins: the order of the Gateway API. Pure functions, called by `agent.l7.routes`, which lists matches in this order.
 
 https://gateway-api.sigs.k8s.io/reference/spec/#httprouterule: hostname (more characters outside a wildcard first), exact path, longest
-prefix, method, number of headers, number of query parameters; ties go to the older route, then to the name, then to the order of the
-rules. Where regular expressions stand is left to implementations; here they lose to every prefix except the catch-all "/", which
-would otherwise make them unreachable.
+prefix, method, number of headers, number of query parameters; ties go to the rule that is for some callers only (ours), to the older route,
+then to the name, then to the order of the rules. Where regular expressions stand is left to implementations; here they lose to every prefix
+except the catch-all "/", which would otherwise make them unreachable. In a GRPCRoute service and method stand for path and method, more
+characters first.
 """
 
 from __future__ import annotations
 
-from agent.model import MatchKind, Route, RouteMatch
+from agent.model import MatchKind, Route, RouteMatch, StringMatch
 
 _EXACT, _PREFIX, _REGEX, _CATCH_ALL = range(4)
 
-Key = tuple[tuple[int, int], tuple[int, int], bool, int, int, int, str, int, int]
+Key = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int, int, bool, int, str, int, int]
 
 
 def match_key(route: Route, rule: int, match: int, domain: str = "*") -> Key:
@@ -25,9 +26,10 @@ def match_key(route: Route, rule: int, match: int, domain: str = "*") -> Key:
     return (
         hostname_rank(route, domain),
         path_rank(wanted),
-        not wanted.method,
+        method_rank(wanted),
         -len(wanted.headers),
         -len(wanted.query),
+        not (route.rules[rule].callers or route.rules[rule].claims),
         route.created,
         route.name,
         rule,
@@ -36,7 +38,9 @@ def match_key(route: Route, rule: int, match: int, domain: str = "*") -> Key:
 
 
 def path_rank(match: RouteMatch) -> tuple[int, int]:
-    """(class, -length): exact before prefix before regular expression before every path."""
+    """(class, -length): exact before prefix before regular expression before every path; for gRPC, of the service."""
+    if match.grpc is not None:
+        return _grpc_rank(match.grpc.service)
     path = match.path
     if path is None or path.kind is MatchKind.PRESENT or (path.kind is MatchKind.PREFIX and not path.value.strip("/")):
         return (_CATCH_ALL, 0)
@@ -45,6 +49,17 @@ def path_rank(match: RouteMatch) -> tuple[int, int]:
     if path.kind is MatchKind.PREFIX:
         return (_PREFIX, -len(path.value.rstrip("/")))
     return (_REGEX, -len(path.value))
+
+
+def method_rank(match: RouteMatch) -> tuple[int, int]:
+    """(class, -length): one method before every method; for gRPC, more characters first."""
+    return _grpc_rank(match.grpc.method) if match.grpc is not None else (int(not match.method), 0)
+
+
+def _grpc_rank(part: StringMatch | None) -> tuple[int, int]:
+    if part is None:
+        return (_CATCH_ALL, 0)
+    return (_REGEX if part.kind is MatchKind.REGEX else _EXACT, -len(part.value))
 
 
 def hostname_rank(route: Route, domain: str) -> tuple[int, int]:

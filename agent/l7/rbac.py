@@ -12,8 +12,8 @@ says of a TCP connection is what the filters say of its requests; Envoy sees no 
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
+import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -22,12 +22,12 @@ from envoy.config.core.v3 import address_pb2
 from envoy.config.rbac.v3 import rbac_pb2
 from envoy.config.route.v3 import route_components_pb2
 from envoy.extensions.filters.http.rbac.v3 import rbac_pb2 as filter_pb2
-from envoy.type.matcher.v3 import filter_state_pb2, path_pb2, regex_pb2, string_pb2
+from envoy.type.matcher.v3 import filter_state_pb2, string_pb2
 from google.protobuf.any_pb2 import Any as AnyMessage
 
-from agent.l7 import names
+from agent.l7 import names, spelling, tokens
 from agent.l7.resources import packed
-from agent.model import Action, Operation, Policy, Source, Workload
+from agent.model import Action, Operation, Policy, PolicyRule, Source, Workload
 from agent.policy import TCP, Caller, block, source_matches
 
 ANY_CALLER = rbac_pb2.Principal(any=True)
@@ -39,6 +39,8 @@ class Authorization:
     """Per-route configuration of the two filters, by filter name; empty when nothing protects the target. Equal content is equal."""
 
     filters: Mapping[str, bytes] = field(default_factory=lambda: MappingProxyType({}))
+    asks: bool = False
+    """Does any of it need the request? Then nothing may pass that is not one: what follows a CONNECT is not looked at."""
 
     def apply(self, target: Mapping[str, AnyMessage]) -> None:
         """Add to a `typed_per_filter_config` map of a route, virtual host or weighted cluster."""
@@ -48,16 +50,45 @@ class Authorization:
 
 Principals = Callable[[Source, Action], "rbac_pb2.Principal | None"]
 """Turns a Source into a Principal; None = no caller can match."""
+Ports = Callable[[int], rbac_pb2.Permission]
+"""Turns a port that the workload listens on into a Permission."""
 
 
 def needs_request(policy: Policy) -> bool:
-    """Return True if this policy can only be decided with the request in hand (method, path or host)."""
-    return any(op.l7 and _over_tcp(op) for rule in policy.rules for op in rule.operations)
+    """Return True if this policy can only be decided with the request in hand (method, path, host, header or token)."""
+    return any(_rule_ports(rule) != frozenset() for rule in policy.rules)
+
+
+def request_ports(policies: Sequence[Policy]) -> tuple[int, ...] | None:
+    """Ports of a workload with these policies where one of them needs the request; None = all of them."""
+    found = [_rule_ports(rule) for policy in policies for rule in policy.rules]
+    return None if None in found else tuple(sorted(frozenset[int]().union(*(ports for ports in found if ports))))
+
+
+def _rule_ports(rule: PolicyRule) -> frozenset[int] | None:
+    """Ports where a rule needs the request; None = all of them."""
+    everywhere = any(source.l7 for source in (*rule.sources, *rule.also_sources)) or any(op.l7 for op in rule.also_operations)
+    operations = [op for op in rule.operations if _over_tcp(op)]
+    if rule.operations and not operations:
+        return frozenset()
+    asking = operations if everywhere else [op for op in operations if op.l7]
+    if not everywhere and not asking:
+        return frozenset()
+    ports = None if any(not op.ports for op in asking) or not asking else frozenset(port for op in asking for port in op.ports)
+    for op in rule.also_operations:
+        if op.ports:
+            ports = frozenset(op.ports) if ports is None else ports & frozenset(op.ports)
+    return ports
 
 
 def at_caller(policies: Sequence[Policy], port: int, callers: LocalCallers) -> Authorization:
     """Build what the outbound side enforces for an endpoint with these policies. `port` is the one it listens on: conditions on it are decided now."""
     return _authorization(policies, callers.principal, port)
+
+
+def at_tunnel(policies: Sequence[Policy], principals: Principals, header: str) -> Authorization:
+    """Build what the end of a tunnel enforces for a workload with these policies; `header` carries the ADDRESS:PORT that is reached through it."""
+    return _authorization(policies, principals, functools.partial(_port_in_header, header))
 
 
 def likeness(policies: Sequence[Policy], port: int) -> Authorization:
@@ -67,7 +98,7 @@ def likeness(policies: Sequence[Policy], port: int) -> Authorization:
 
 def at_receiver(policies: Sequence[Policy], callers: Callers) -> Authorization:
     """Build what the inbound listener of a workload with these policies enforces; port conditions are left to Envoy (`destination_port`)."""
-    return _authorization(policies, callers.principal, None)
+    return _authorization(policies, callers.principal, _port_of_socket)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,28 +134,93 @@ class Callers:
     An address that several workloads share (host network) is nobody's for ALLOW unless all of them match, and everybody's for DENY and
     AUDIT: ambiguity never widens access. An address that no workload has never satisfies a positive list of names or labels; a Source with only
     blocks and `not_*` lists matches it if the blocks do, as Istio does for a request without identity, which is what makes DENY + notPrincipals
-    shut strangers out.
+    shut strangers out. What was asked once is brought from one snapshot to the next by what differs (`after`).
     """
 
     def __init__(self, workloads: Iterable[Workload], trust_domain: str) -> None:
         """`workloads` are those whose addresses can be believed (see `agent.l7.snapshot`)."""
         self._trust_domain = trust_domain
-        self._owners: dict[str, list[Workload]] = defaultdict(list)
+        self._owners: dict[str, dict[str, Workload]] = {}
+        self._answers: dict[tuple[Source, bool], _Answer] = {}
         for workload in workloads:
-            for address in workload.addresses:
-                self._owners[address].append(workload)
+            self._put(workload)
+
+    def after(self, changes: Iterable[tuple[Workload | None, Workload | None]]) -> None:
+        """Take changes of believable workloads, each as it was and as it is. Costs what differs."""
+        touched: set[str] = set()
+        for old, new in changes:
+            if old is not None:
+                for address in old.addresses:
+                    self._owners[address].pop(old.name, None)
+                touched.update(old.addresses)
+            if new is not None:
+                self._put(new)
+                touched.update(new.addresses)
+        gone = {address for address in touched if not self._owners[address]}
+        for address in gone:
+            del self._owners[address]
+        revision = next(_revisions)
+        memory: _Memory = {}
+        for (source, every), answer in self._answers.items():
+            answer.correct(
+                touched,
+                {address for address in touched - gone if self._matches(source, address, every, memory)},
+                {address for address in touched - gone if answer.strangers is not None and _as_stranger(source, address)},
+                revision,
+            )
+
+    def _put(self, workload: Workload) -> None:
+        for address in workload.addresses:
+            self._owners.setdefault(address, {})[workload.name] = workload
+
+    def stamp(self, policies: Iterable[Policy]) -> int:
+        """Another number if what `principal` says of any Source of these policies may differ."""
+        found = (
+            self._answer(source, policy.action).revision
+            for policy in policies
+            for rule in policy.rules
+            for source in (*rule.sources, *rule.also_sources)
+        )
+        return max(found, default=0)
 
     def principal(self, source: Source, action: Action) -> rbac_pb2.Principal | None:
         """Expand a Source to the addresses of the workloads that match it."""
-        quantifier = all if action is Action.ALLOW else any
-        matching = {
-            address
-            for address, owners in self._owners.items()
-            if quantifier(source_matches(source, Caller.of(owner, self._trust_domain)) for owner in owners)
-        }
-        if source.principals or source.namespaces or source.service_accounts or source.labels:
+        answer = self._answer(source, action)
+        if not answer.made:
+            answer.principal, answer.made = self._principal(source, answer), True
+        return answer.principal
+
+    def _answer(self, source: Source, action: Action) -> _Answer:
+        every = action is Action.ALLOW
+        answer = self._answers.get((source, every))
+        if answer is None:
+            if len(self._answers) >= _MOST_ANSWERS:  # of policies that are gone, most of them
+                self._answers.clear()
+            memory: _Memory = {}
+            matching = {address for address in self._owners if self._matches(source, address, every, memory)}
+            strangers = None if _names_callers(source) else {address for address in self._owners if _as_stranger(source, address)}
+            answer = self._answers[source, every] = _Answer(matching, strangers, next(_revisions))
+        return answer
+
+    def _matches(self, source: Source, address: str, every: bool, memory: _Memory) -> bool:
+        """Do all, or any, of those who share an address match? `memory` is for one Source: workloads that it cannot tell apart are compared once."""
+        owners = self._owners[address].values()
+        return all(self._fits(source, one, memory) for one in owners) if every else any(self._fits(source, one, memory) for one in owners)
+
+    def _fits(self, source: Source, owner: Workload, memory: _Memory) -> bool:
+        if source.labels or source.ip_blocks or source.not_ip_blocks or not owner.enrolled:
+            return source_matches(source, Caller.of(owner, self._trust_domain))
+        key = (source, owner.namespace, owner.service_account)
+        found = memory.get(key)
+        if found is None:
+            found = memory[key] = source_matches(source, Caller.of(owner, self._trust_domain))
+        return found
+
+    @staticmethod
+    def _principal(source: Source, answer: _Answer) -> rbac_pb2.Principal | None:
+        matching, as_strangers = answer.matching, answer.strangers
+        if as_strangers is None:
             return _any_block(matching) if matching else None
-        as_strangers = {address for address in self._owners if source_matches(source, Caller(addresses=(address,)))}
         strangers = [_any_block(source.ip_blocks)] if source.ip_blocks else []
         excluded = {*source.not_ip_blocks, *(as_strangers - matching)}
         if excluded:
@@ -132,7 +228,42 @@ class Callers:
         if not strangers:
             return ANY_CALLER
         known = [_any_block(matching - as_strangers)] if matching - as_strangers else []
-        return _or_principals([*known, _and_principals(strangers)])
+        return or_principals([*known, and_principals(strangers)])
+
+
+_MOST_ANSWERS = 10_000
+_revisions = itertools.count(1)  # of all objects together: stamps of one are never those of another
+_Memory = dict[tuple[Source, str, str], bool]
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What a Source comes to: the addresses that match it, those that would as strangers (None: it names callers), and since when that is so."""
+
+    matching: set[str]
+    strangers: set[str] | None
+    revision: int
+    principal: rbac_pb2.Principal | None = None
+    made: bool = False
+
+    def correct(self, touched: set[str], matching: set[str], strangers: set[str], revision: int) -> None:
+        """Of the addresses that were touched these match."""
+        differs = self.matching & touched != matching
+        if differs:
+            self.matching = (self.matching - touched) | matching
+        if self.strangers is not None and self.strangers & touched != strangers:
+            self.strangers = (self.strangers - touched) | strangers
+            differs = True
+        if differs:
+            self.principal, self.made, self.revision = None, False, revision
+
+
+def _names_callers(source: Source) -> bool:
+    return bool(source.principals or source.namespaces or source.service_accounts or source.labels)
+
+
+def _as_stranger(source: Source, address: str) -> bool:
+    return source_matches(source, Caller(addresses=(address,)))
 
 
 def _any_block(blocks: Iterable[str]) -> rbac_pb2.Principal:
@@ -141,12 +272,12 @@ def _any_block(blocks: Iterable[str]) -> rbac_pb2.Principal:
         address_pb2.CidrRange(address_prefix=str(network.network_address), prefix_len={"value": network.prefixlen})
         for network in map(block, sorted(blocks))
     ]
-    return _or_principals([rbac_pb2.Principal(direct_remote_ip=r) for r in ranges])
+    return or_principals([rbac_pb2.Principal(direct_remote_ip=r) for r in ranges])
 
 
 def _any_workload(workloads: Iterable[str]) -> rbac_pb2.Principal:
     found = [string_pb2.StringMatcher(exact=name) for name in sorted(workloads)]
-    return _or_principals(
+    return or_principals(
         [rbac_pb2.Principal(filter_state=filter_state_pb2.FilterStateMatcher(key=names.WORKLOAD_KEY, string_match=one)) for one in found]
     )
 
@@ -155,32 +286,52 @@ def _principal_by_content(source: Source, _action: Action) -> rbac_pb2.Principal
     return _filter_state("source", repr(source))
 
 
-def _authorization(policies: Sequence[Policy], principals: Principals, port: int | None) -> Authorization:
+def _authorization(policies: Sequence[Policy], principals: Principals, port: int | Ports) -> Authorization:
     if not policies:
         return Authorization()
     by_action: dict[Action, dict[str, rbac_pb2.Policy]] = {action: {} for action in Action}
     for policy in policies:
         for index, rule in enumerate(policy.rules):
-            callers = [principals(source, policy.action) for source in rule.sources] if rule.sources else [ANY_CALLER]
-            requests = [_permission(operation, port) for operation in rule.operations] if rule.operations else [ANY_REQUEST]
-            ids = [caller for caller in callers if caller is not None]
-            permissions = [request for request in requests if request is not None]
-            if ids and permissions:
-                by_action[policy.action][f"{policy.name}[{index}]"] = rbac_pb2.Policy(principals=ids, permissions=permissions)
+            if (found := _rule(rule, policy.action, principals, port)) is not None:
+                by_action[policy.action][f"{policy.name}[{index}]"] = found
     filters: dict[str, bytes] = {}
     deny = filter_pb2.RBAC()
     if by_action[Action.DENY]:
         deny.rules.CopyFrom(rbac_pb2.RBAC(action=rbac_pb2.RBAC.DENY, policies=by_action[Action.DENY]))
     if by_action[Action.AUDIT]:  # action DENY in shadow rules: "shadow_denied" counts what matched, and its name is in the metadata
         deny.shadow_rules.CopyFrom(rbac_pb2.RBAC(action=rbac_pb2.RBAC.DENY, policies=by_action[Action.AUDIT]))
-        deny.shadow_rules_stat_prefix = "audit_"
+        deny.shadow_rules_stat_prefix = names.AUDIT_PREFIX
+        deny.track_per_rule_stats = True  # agent.l7.audit
     if deny.ByteSize():
         filters[names.DENY_FILTER] = _per_route(deny)
     if any(policy.action is Action.ALLOW for policy in policies):  # present even without a rule: then nothing matches, all is denied
         filters[names.ALLOW_FILTER] = _per_route(
             filter_pb2.RBAC(rules=rbac_pb2.RBAC(action=rbac_pb2.RBAC.ALLOW, policies=by_action[Action.ALLOW]))
         )
-    return Authorization(MappingProxyType(filters))
+    return Authorization(MappingProxyType(filters), any(map(needs_request, policies)))
+
+
+def _rule(rule: PolicyRule, action: Action, principals: Principals, port: int | Ports) -> rbac_pb2.Policy | None:
+    """Build one rule; None: no request can match it."""
+
+    def caller(source: Source) -> rbac_pb2.Principal | None:
+        found = principals(source, action)
+        return found if found is None or not source.l7 else and_principals([found, *tokens.principals(source)])
+
+    callers = [caller(source) for source in rule.sources] if rule.sources else [ANY_CALLER]
+    requests = [_permission(operation, port, action) for operation in rule.operations] if rule.operations else [ANY_REQUEST]
+    ids = [one for one in callers if one is not None]
+    permissions = [one for one in requests if one is not None]
+    also_ids = [caller(source) for source in rule.also_sources]
+    also = [_permission(operation, port, action) for operation in rule.also_operations]
+    if not ids or not permissions or None in also_ids or None in also:
+        return None
+    if also_ids:
+        ids = [and_principals([or_principals(ids), *(one for one in also_ids if one is not None)])]
+    if also:
+        every = [_or_permissions(permissions), *(one for one in also if one is not None)]
+        permissions = [rbac_pb2.Permission(and_rules=rbac_pb2.Permission.Set(rules=every))]
+    return rbac_pb2.Policy(principals=ids, permissions=permissions)
 
 
 def _per_route(rbac: filter_pb2.RBAC) -> bytes:
@@ -197,21 +348,23 @@ def _principal_by_filter_state(source: Source) -> rbac_pb2.Principal:
     ids = []
     for key, wanted, unwanted in fields:
         if wanted:
-            ids.append(_or_principals([_filter_state(key, pattern) for pattern in wanted]))
+            ids.append(or_principals([_filter_state(key, pattern) for pattern in wanted]))
         if unwanted:
-            ids.append(rbac_pb2.Principal(not_id=_or_principals([_filter_state(key, pattern) for pattern in unwanted])))
-    return _and_principals(ids) if ids else ANY_CALLER
+            ids.append(rbac_pb2.Principal(not_id=or_principals([_filter_state(key, pattern) for pattern in unwanted])))
+    return and_principals(ids) if ids else ANY_CALLER
 
 
 def _filter_state(key: str, pattern: str) -> rbac_pb2.Principal:
-    return rbac_pb2.Principal(filter_state=filter_state_pb2.FilterStateMatcher(key=key, string_match=_string(pattern)))
+    return rbac_pb2.Principal(filter_state=filter_state_pb2.FilterStateMatcher(key=key, string_match=spelling.string(pattern)))
 
 
-def _or_principals(ids: list[rbac_pb2.Principal]) -> rbac_pb2.Principal:
+def or_principals(ids: list[rbac_pb2.Principal]) -> rbac_pb2.Principal:
+    """Any of at least one."""
     return ids[0] if len(ids) == 1 else rbac_pb2.Principal(or_ids=rbac_pb2.Principal.Set(ids=ids))
 
 
-def _and_principals(ids: list[rbac_pb2.Principal]) -> rbac_pb2.Principal:
+def and_principals(ids: list[rbac_pb2.Principal]) -> rbac_pb2.Principal:
+    """All of at least one."""
     return ids[0] if len(ids) == 1 else rbac_pb2.Principal(and_ids=rbac_pb2.Principal.Set(ids=ids))
 
 
@@ -219,30 +372,47 @@ def _over_tcp(operation: Operation) -> bool:
     return not operation.protocols or TCP in operation.protocols
 
 
-def _permission(operation: Operation, port: int | None) -> rbac_pb2.Permission | None:
+def _port_of_socket(port: int) -> rbac_pb2.Permission:
+    return rbac_pb2.Permission(destination_port=port)
+
+
+def _port_in_header(header: str, port: int) -> rbac_pb2.Permission:
+    return rbac_pb2.Permission(
+        header=route_components_pb2.HeaderMatcher(name=header, string_match=string_pb2.StringMatcher(suffix=f":{port}"))
+    )
+
+
+def _permission(operation: Operation, port: int | Ports, action: Action) -> rbac_pb2.Permission | None:
     if not _over_tcp(operation):
         return None
     rules = []
-    if port is None:
+    if callable(port):
         if operation.ports:
-            rules.append(_or_permissions([rbac_pb2.Permission(destination_port=p) for p in operation.ports]))
+            rules.append(_or_permissions([port(p) for p in operation.ports]))
         if operation.not_ports:
-            rules.append(_not(_or_permissions([rbac_pb2.Permission(destination_port=p) for p in operation.not_ports])))
+            rules.append(_not(_or_permissions([port(p) for p in operation.not_ports])))
     elif (operation.ports and port not in operation.ports) or port in operation.not_ports:
         return None
-    fields: tuple[tuple[Callable[[str], rbac_pb2.Permission], Sequence[str], Sequence[str]], ...] = (
+    conditions: list[tuple[_Match, Sequence[str], Sequence[str]]] = [
         (_method, operation.methods, operation.not_methods),
         (_path, operation.paths, operation.not_paths),
         (_host, operation.hosts, operation.not_hosts),
-    )
-    for match, wanted, unwanted in fields:
+        *((functools.partial(_header, one.name), one.values, one.not_values) for one in operation.headers),
+        *((functools.partial(_claim, one.path), one.values, one.not_values) for one in operation.claims),
+    ]
+    forbids = action is not Action.ALLOW
+    for match, wanted, unwanted in conditions:
         if wanted:
-            rules.append(_or_permissions([match(pattern) for pattern in wanted]))
+            rules.append(_or_permissions([match(pattern, forbids) for pattern in wanted]))
         if unwanted:
-            rules.append(_not(_or_permissions([match(pattern) for pattern in unwanted])))
+            rules.append(_not(_or_permissions([match(pattern, not forbids) for pattern in unwanted])))
     if not rules:
         return ANY_REQUEST
     return rules[0] if len(rules) == 1 else rbac_pb2.Permission(and_rules=rbac_pb2.Permission.Set(rules=rules))
+
+
+_Match = Callable[[str, bool], rbac_pb2.Permission]
+"""Turns a pattern into a condition; True: the wide form (`agent.l7.spelling`)."""
 
 
 def _or_permissions(rules: list[rbac_pb2.Permission]) -> rbac_pb2.Permission:
@@ -253,34 +423,25 @@ def _not(rule: rbac_pb2.Permission) -> rbac_pb2.Permission:
     return rbac_pb2.Permission(not_rule=rule)
 
 
-def _method(pattern: str) -> rbac_pb2.Permission:
-    return rbac_pb2.Permission(header=route_components_pb2.HeaderMatcher(name=":method", string_match=_string(pattern)))
+def _method(pattern: str, _wide: bool) -> rbac_pb2.Permission:
+    return _headed(":method", spelling.string(pattern))
 
 
-def _path(pattern: str) -> rbac_pb2.Permission:
-    """Match the normalized path without its query (Envoy, PathMatcher)."""
-    return rbac_pb2.Permission(url_path=path_pb2.PathMatcher(path=_string(pattern)))
+def _path(pattern: str, wide: bool) -> rbac_pb2.Permission:
+    return spelling.path(pattern, wide=wide)
 
 
-def _host(pattern: str) -> rbac_pb2.Permission:
-    """Match :authority whatever its case, port or final dot: a DENY for a host must not be evaded by spelling it differently."""
-    if pattern == "*":
-        regex = ".+"
-    elif pattern.endswith("*"):
-        regex = re.escape(pattern[:-1]) + ".*"
-    elif pattern.startswith("*"):
-        regex = ".*" + re.escape(pattern[1:]) + r"\.?(:[0-9]+)?"
-    else:
-        regex = re.escape(pattern) + r"\.?(:[0-9]+)?"
-    matcher = string_pb2.StringMatcher(safe_regex=regex_pb2.RegexMatcher(regex="(?i)" + regex))
-    return rbac_pb2.Permission(header=route_components_pb2.HeaderMatcher(name=":authority", string_match=matcher))
+def _host(pattern: str, wide: bool) -> rbac_pb2.Permission:
+    return _headed(":authority", spelling.host(pattern, wide=wide))
 
 
-def _string(pattern: str) -> string_pb2.StringMatcher:
-    if pattern == "*":
-        return string_pb2.StringMatcher(safe_regex=regex_pb2.RegexMatcher(regex=".+"))
-    if pattern.endswith("*"):
-        return string_pb2.StringMatcher(prefix=pattern[:-1])
-    if pattern.startswith("*"):
-        return string_pb2.StringMatcher(suffix=pattern[1:])
-    return string_pb2.StringMatcher(exact=pattern)
+def _header(name: str, pattern: str, wide: bool) -> rbac_pb2.Permission:
+    return _headed(name, spelling.header(pattern, wide=wide))
+
+
+def _headed(name: str, matcher: string_pb2.StringMatcher) -> rbac_pb2.Permission:
+    return rbac_pb2.Permission(header=route_components_pb2.HeaderMatcher(name=name, string_match=matcher))
+
+
+def _claim(path: tuple[str, ...], pattern: str, _wide: bool) -> rbac_pb2.Permission:
+    return rbac_pb2.Permission(sourced_metadata=rbac_pb2.SourcedMetadata(metadata_matcher=tokens.claim(path, pattern)))

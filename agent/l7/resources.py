@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
@@ -19,7 +19,7 @@ class Resource:
     """One resource as it goes over the wire: `body` is the serialized message without its type."""
 
     version: str
-    body: bytes
+    body: bytes = field(repr=False)  # a secret's holds a private key
 
 
 Resources = Mapping[str, Mapping[str, Resource]]

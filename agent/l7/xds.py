@@ -6,15 +6,24 @@ except in which order the types may change.
 Protocol: https://www.envoyproxy.io/docs/envoy/v1.37.0/api-docs/xds_protocol#incremental-xds. What this server adds to it:
 - make before break: changes go out as clusters, endpoints, listeners, scopes, routes, each after Envoy acknowledged the one before, and
   routes only when Envoy has the endpoints of every cluster; removals follow in the opposite direction;
-- a refused response of several resources is repeated one by one, so that one bad resource neither hides nor blocks the good ones;
-- a resource that Envoy refused alone is not sent again until its content changes: the last good one stays in force.
+- a cluster that no route names any more stays for LINGER_S: a request keeps the route that it was given, and looks for the cluster only when the filters are
+  done with it, which for HTTP/2 may be many turns later (`max_requests_per_io_cycle`), and once more for each retry. Without its cluster it would fail;
+- a cluster that changes gets its endpoints once more: Envoy 1.40 makes it anew and waits for them, but does not ask for what it has subscribed to already
+  (15 s, https://www.envoyproxy.io/docs/envoy/v1.40.0/intro/arch_overview/upstream/cluster_manager#cluster-warming);
+- a refused response of several resources is repeated in halves, so that one bad resource neither hides nor blocks the good ones, also among thousands;
+- a resource that Envoy refused alone is not sent again until its content changes: the last good one stays in force;
+- a change costs what it changes: what Envoy may lack is noted by name when it changes or is asked for, nothing looks through all resources;
+- secrets go out as soon as somebody names them, whatever else is under way, because clusters and listeners wait for theirs. They are set apart from
+  everything else, and are never taken back: Envoy keeps a secret as long as something names it (source/common/secret/sds_api.cc ignores removals).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +36,7 @@ from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from agent.errors import EnvironmentUnfit
-from agent.l7 import names
+from agent.l7 import names, peer_log
 from agent.l7.access_log import RequestRecord, records
 from agent.l7.resources import Resource, Resources
 
@@ -46,6 +55,8 @@ WAITS_FOR = {
 REMOVAL_ORDER = (names.SCOPE, names.LISTENER, names.ROUTES, names.CLUSTER, names.ENDPOINTS)
 WARM_PATIENCE_S = 2.0
 """How long routes wait for the endpoints of new clusters before they go out anyway."""
+LINGER_S = 5.0
+"""How long a cluster outlives the routes that named it."""
 STOP_GRACE_S = 0.2
 
 
@@ -60,6 +71,13 @@ class XdsState:
     """Resources whose present version is refused: Envoy runs on the version before."""
     last_nack: str
     """Resource and reason of the latest refusal, or ""."""
+    sent: Mapping[str, int] = field(default_factory=dict)
+    """Resources that went out since this server started, by the short name of their type."""
+    pushes: int = 0
+    """How often Envoy had everything after a change, or had refused it."""
+    pushed_s: float = 0.0
+    """Seconds from such changes to the last acknowledgement, all together."""
+    last_push_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -73,7 +91,10 @@ class _Type:
     nonce: str = ""
     sent: dict[str, str] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
-    alone: set[str] = field(default_factory=set)
+    portions: list[frozenset[str]] = field(default_factory=list)
+    """What goes out apart from all else, because it was refused together with others."""
+    dirty: set[str] = field(default_factory=set)
+    """Names that Envoy may lack or have too many; of all others it has what it should."""
     greeted: bool = False
 
     def wants(self, name: str) -> bool:
@@ -83,29 +104,56 @@ class _Type:
 class XdsServer:
     """Serves resources to Envoy until stopped; single-threaded: every method belongs to the event loop that started it."""
 
-    def __init__(self, socket: Path, on_record: Callable[[RequestRecord], None] | None = None) -> None:
+    def __init__(
+        self,
+        socket: Path,
+        on_record: Callable[[RequestRecord], None] | None = None,
+        on_audited: Callable[[RequestRecord], None] | None = None,
+    ) -> None:
+        """`on_record` gets the requests of workloads that are traced, `on_audited` those that an AUDIT rule matched."""
         self._socket = socket
         self._on_record = on_record
+        self.on_shown: Callable[[peer_log.Shown], None] | None = None
+        """Called with what the far end of an open tunnel has shown, while somebody asks (`names.PEERS_KEY`)."""
+        self._on_audited = on_audited
+        self.services: list[Callable[[grpc.aio.Server], None]] = []
+        """Add what else Envoy asks the agent for to a server that has not started."""
         self._resources: Resources = MappingProxyType({})
+        self._secrets: Mapping[str, Resource] = MappingProxyType({})
         self._refused: dict[tuple[str, str], str] = {}
         self._nacks = 0
         self._last_nack = ""
         self._stream: _Stream | None = None
         self._server: grpc.aio.Server | None = None
         self._watchers: set[asyncio.Event] = set()
+        self._sent: Counter[str] = Counter()
+        self._changed_at: float | None = None
+        """Since when Envoy has not had everything; None: it has."""
+        self._pushes, self._pushed_s, self._last_push_s = 0, 0.0, 0.0
         self.stopping = asyncio.Event()
         """Set when every stream should end by itself: gRPC cancels what is left, and says so with a traceback."""
 
     @property
     def state(self) -> XdsState:
         """The state right now."""
-        return XdsState(self._stream is not None, self._nacks, len(self._refused), self._last_nack)
+        return XdsState(
+            self._stream is not None,
+            self._nacks,
+            len(self._refused),
+            self._last_nack,
+            dict(self._sent),
+            self._pushes,
+            self._pushed_s,
+            self._last_push_s,
+        )
 
     async def start(self) -> None:
         """Listen on the socket (0600; a stale one is replaced). Call `set` before: an Envoy that reconnects gets differences to it."""
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         ads_pb2_grpc.add_AggregatedDiscoveryServiceServicer_to_server(_Discovery(self), server)
         als_pb2_grpc.add_AccessLogServiceServicer_to_server(_AccessLog(self), server)
+        for add in self.services:
+            add(server)
         try:
             server.add_insecure_port(f"unix:{self._socket}")
         except RuntimeError as error:
@@ -131,25 +179,47 @@ class XdsServer:
             await self.stop()
 
     def set(self, resources: Resources) -> None:
-        """Make `resources` the wanted state; the differences go to Envoy at once."""
-        self._resources = resources
-        self._refused = {key: version for key, version in self._refused.items() if self._version(*key) == version}
+        """Make `resources` the wanted state; the differences go to Envoy at once. A type that is the same object as before is not looked at."""
+        before, self._resources = self._resources, MappingProxyType({**resources, names.SECRET: self._secrets})
+        differs = False
+        for kind in before.keys() | self._resources.keys():
+            old, new = before.get(kind, {}), self._resources.get(kind, {})
+            if old is new:
+                continue
+            touched = {name for name, resource in new.items() if old.get(name) is not resource}
+            touched.update(name for name in old if name not in new)
+            for name in touched:
+                if self._refused.get((kind, name), "") != self._version(kind, name):
+                    self._refused.pop((kind, name), None)
+            differs = differs or bool(touched)
+            if self._stream is not None and touched:
+                self._stream.touch(kind, touched)
+        if differs and self._changed_at is None:
+            self._changed_at = time.monotonic()
         if self._stream is not None:
             self._stream.wake()
 
-    async def wait_acked(self, timeout: float) -> bool:
-        """Wait until Envoy acknowledged or refused everything; False if that takes longer than `timeout` seconds."""
+    def set_secrets(self, secrets: Mapping[str, Resource]) -> None:
+        """Make `secrets` the certificates and keys by the names that listeners and clusters give them; who subscribed gets the differences at once."""
+        self._secrets = secrets
+        self.set(self._resources)
+
+    async def wait_acked(self, timeout: float, *, lingering: bool = False) -> bool:
+        """Wait until Envoy acknowledged or refused everything; False if that takes longer than `timeout` seconds.
+
+        `lingering`: and until it has let go of clusters that stay for requests which are under way.
+        """
         try:
-            await asyncio.wait_for(self._settled(), timeout)
+            await asyncio.wait_for(self._settled(lingering), timeout)
         except asyncio.TimeoutError:
             return False
         return True
 
-    async def _settled(self) -> None:
+    async def _settled(self, lingering: bool) -> None:
         changed = asyncio.Event()
         self._watchers.add(changed)
         try:
-            while self._stream is None or self._pending():
+            while self._stream is None or next(self._lacking(lingering=lingering), None) is not None:
                 changed.clear()
                 await changed.wait()
         finally:
@@ -160,26 +230,49 @@ class XdsServer:
         wanted = self._resources.get(kind, {})
         return {name: resource for name, resource in wanted.items() if self._refused.get((kind, name)) != resource.version}
 
-    def _offered(self, kind: str, name: str) -> bool:
-        """Return True if `of` has this resource."""
-        return self.exists(kind, name) and self._refused.get((kind, name)) != self._version(kind, name)
+    def offered(self, kind: str, name: str) -> Resource | None:
+        """Return a resource if it is wanted and not refused."""
+        resource = self._resources.get(kind, {}).get(name)
+        return None if resource is None or self._refused.get((kind, name)) == resource.version else resource
+
+    def all_names(self, kind: str) -> Iterable[str]:
+        """Return the names of all resources of a type."""
+        return self._resources.get(kind, {}).keys()
+
+    def count(self, kind: str, number: int) -> None:
+        """Note that resources of a type went out."""
+        self._sent[kind.rpartition(".")[2]] += number
 
     def exists(self, kind: str, name: str) -> bool:
         """Return True if this resource is wanted, refused or not."""
         return name in self._resources.get(kind, {})
 
+    def has(self, kind: str, name: str) -> bool:
+        """Has Envoy acknowledged this resource as it is now?"""
+        state = self._stream.types.get(kind) if self._stream else None
+        return state is not None and name in state.known and state.known[name] == self._version(kind, name)
+
     def refuse(self, kind: str, name: str, version: str, reason: str) -> None:
         """Note that Envoy refused this version of a resource."""
+        if "PRIVATE KEY" in reason:  # Envoy quotes what it refuses
+            reason = "not shown, because it quotes a private key"
         self._nacks += 1
         self._refused[kind, name] = version
         self._last_nack = f"{kind.rpartition('.')[2]} {name}: {reason}"
         log.error("envoy refused a resource; the last good one stays in force", extra={"resource": name, "type": kind, "reason": reason})
 
     def record(self, message: als_pb2.StreamAccessLogsMessage, log_name: str) -> None:
-        """Hand the requests of an access log message to the callback."""
-        if self._on_record is not None:
-            for record in records(message, log_name):
-                self._on_record(record)
+        """Hand the requests of an access log message, or what it says of tunnels, to the callback."""
+        if log_name == peer_log.LOG_NAME:
+            if self.on_shown is not None:
+                for shown in peer_log.shown(message):
+                    self.on_shown(shown)
+            return
+        audit = f"{names.AUDIT}/"
+        receive = self._on_audited if log_name.startswith(audit) else self._on_record
+        if receive is not None:
+            for record in records(message, log_name.removeprefix(audit)):
+                receive(record)
 
     def connected(self, stream: _Stream) -> None:
         """Make `stream` the one that counts: the newest."""
@@ -196,36 +289,55 @@ class XdsServer:
         """Wake those who wait for an acknowledgement. No lock: reading from Envoy must never wait for who only looks on."""
         for watcher in self._watchers:
             watcher.set()
+        if self._changed_at is not None and self._stream is not None and next(self._lacking(), None) is None:
+            self._last_push_s, self._changed_at = time.monotonic() - self._changed_at, None
+            self._pushed_s += self._last_push_s
+            self._pushes += 1
 
     def _version(self, kind: str, name: str) -> str:
         resource = self._resources.get(kind, {}).get(name)
         return resource.version if resource else ""
 
     def _pending(self) -> list[tuple[str, str]]:
-        """Everything that Envoy should still hear about.
+        return list(self._lacking())
+
+    def _lacking(self, *, lingering: bool = False) -> Iterator[tuple[str, str]]:
+        """Everything that Envoy should still hear about; with `lingering` also what it hears about later.
 
         What depends on a refused resource is not waited for: Envoy does not subscribe to it.
         """
-        outbound = any(name.startswith(names.OUTBOUND) for name in self.of(names.LISTENER))
-        found = []
-        for kind in (*ORDER, names.RUNTIME):
+        outbound = any(name.startswith(names.OUTBOUND) and self.offered(names.LISTENER, name) for name in self.all_names(names.LISTENER))
+        for kind in (*ORDER, names.RUNTIME, names.SECRET):
             state = self._stream.types.get(kind) if self._stream else None
-            known = state.known if state else {}
-            for name, resource in self.of(kind).items():
-                if known.get(name) != resource.version and self._reachable(kind, name, outbound=outbound):
-                    found.append((kind, name))
+            if state is None and kind == names.SECRET:
+                continue  # nobody has named one
             if state is not None and state.nonce:
-                found.append((kind, "(unanswered)"))
-            found += [(kind, name) for name in known if not self.exists(kind, name) and state is not None and state.wants(name)]
-        return found
+                yield kind, "(unanswered)"
+            known = state.known if state is not None else {}
+            for name in state.dirty if state is not None else self.all_names(kind):
+                resource = self.offered(kind, name)
+                if resource is not None:
+                    # Who has not named a resource that it will need does so in a moment; but nobody may need a secret.
+                    wanted = kind != names.SECRET or (state is not None and state.wants(name))
+                    if wanted and known.get(name) != resource.version and self._reachable(kind, name, outbound=outbound):
+                        yield kind, name
+                elif state is not None and state.wants(name) and name in known and self._leaves(kind, name, lingering=lingering):
+                    yield kind, name
+
+    def _leaves(self, kind: str, name: str, *, lingering: bool) -> bool:
+        """Is Envoy to let go of this as soon as it can? With `lingering`: or at all."""
+        lingers = not lingering and self._stream is not None and self._stream.lingers(kind, name)
+        return kind != names.SECRET and not lingers and not self.exists(kind, name)
 
     def _reachable(self, kind: str, name: str, *, outbound: bool) -> bool:
         if kind == names.ENDPOINTS:
-            return self._offered(names.CLUSTER, name)
+            return self.offered(names.CLUSTER, name) is not None
         if kind == names.SCOPE:
             return outbound
+        if kind == names.ROUTES and name.startswith(f"{names.GATEWAY}/"):
+            return self.offered(names.LISTENER, "/".join(name.split("/")[:4])) is not None
         if kind == names.ROUTES:
-            return self._offered(names.LISTENER, name) if name.startswith(names.INBOUND) else outbound
+            return self.offered(names.LISTENER, name) is not None if name.startswith(names.RECEIVING) else outbound
         return True
 
 
@@ -237,11 +349,25 @@ class _Stream:
         self._server = server
         self._wakened = asyncio.Event()
         self._nonces = 0
+        self._cold: set[str] = set()
+        """Clusters that Envoy may have taken, without having their endpoints."""
         self._unwarmed_since = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        self._unnamed: dict[str, float] = {}
+        """Clusters that are to go, by when that is: seconds, the loop's time."""
+        self._timers: dict[str, asyncio.TimerHandle] = {}
 
     def wake(self) -> None:
         self._wakened.set()
+
+    def touch(self, kind: str, touched: Iterable[str]) -> None:
+        """Look at these resources again: what is wanted, or what Envoy has, is not what it was."""
+        if (state := self.types.get(kind)) is not None:
+            state.dirty.update(touched)
+        if kind in {names.CLUSTER, names.ENDPOINTS}:
+            self._cold.update(touched)
+        if kind == names.CLUSTER:
+            for name in [name for name in self._unnamed if self._server.exists(kind, name)]:
+                del self._unnamed[name]
 
     async def read(self, requests: AsyncIterator[discovery_pb2.DeltaDiscoveryRequest]) -> None:
         """Take requests until Envoy closes the stream."""
@@ -260,8 +386,8 @@ class _Stream:
                     yield response
                 self._server.changed()
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
+            for timer in self._timers.values():
+                timer.cancel()
 
     def _take(self, request: discovery_pb2.DeltaDiscoveryRequest) -> None:
         log.debug(
@@ -277,9 +403,12 @@ class _Stream:
         state = self.types.get(request.type_url)
         if state is None:
             # The first request of a type on this stream: it says what Envoy kept from before. No names at all = the wildcard.
-            wildcard = not request.resource_names_subscribe or "*" in request.resource_names_subscribe
+            wildcard = (
+                not request.resource_names_subscribe and request.type_url != names.SECRET
+            ) or "*" in request.resource_names_subscribe
             state = self.types[request.type_url] = _Type(wildcard, dict(request.initial_resource_versions))
             self._subscribe(request.type_url, state, request.resource_names_subscribe)
+            self.touch(request.type_url, [*self._server.all_names(request.type_url), *state.known])
             return
         if request.response_nonce and request.response_nonce == state.nonce:
             self._answer(request, state)
@@ -294,14 +423,17 @@ class _Stream:
             state.known.pop(name, None)  # subscribing again asks for the resource again
             state.wildcard = state.wildcard or name == "*"
         self._subscribe(request.type_url, state, request.resource_names_subscribe)
+        self.touch(request.type_url, [*request.resource_names_subscribe, *request.resource_names_unsubscribe])
 
     def _subscribe(self, kind: str, state: _Type, wanted: list[str]) -> None:
-        state.names |= set(wanted) - {"*"}
-        state.missing |= {name for name in state.names if name in wanted and not self._server.exists(kind, name)}
+        named = set(wanted) - {"*"}
+        state.names |= named
+        state.missing |= {name for name in named if not self._server.exists(kind, name)}
 
     def _answer(self, request: discovery_pb2.DeltaDiscoveryRequest, state: _Type) -> None:
         sent, removed = state.sent, state.removed
         state.nonce, state.sent, state.removed = "", {}, ()
+        self.touch(request.type_url, [*sent, *removed])
         if not request.HasField("error_detail"):
             for name, version in sent.items():
                 if state.wants(name):
@@ -309,7 +441,9 @@ class _Stream:
             for name in removed:
                 state.known.pop(name, None)
         elif len(sent) > 1:
-            state.alone |= sent.keys()
+            every = sorted(sent)
+            half = len(every) // 2
+            state.portions[:0] = [frozenset(every[:half]), frozenset(every[half:])]
         else:
             for name, version in sent.items():
                 self._server.refuse(request.type_url, name, version, request.error_detail.message)
@@ -318,19 +452,21 @@ class _Stream:
 
     def _next(self) -> discovery_pb2.DeltaDiscoveryResponse | None:
         """Return the next response that may go out now, or None to wait for an answer or a change."""
-        runtime = self.types.get(names.RUNTIME)
-        if runtime is not None and not runtime.nonce and (response := self._update(names.RUNTIME, runtime)) is not None:
-            return response
+        for kind in (names.RUNTIME, names.SECRET):
+            state = self.types.get(kind)
+            if state is not None and not state.nonce and (response := self._update(kind, state)) is not None:
+                return response
+        warm = self._warm()
         unanswered = {kind for kind in ORDER if (state := self.types.get(kind)) is not None and state.nonce}
         for kind in ORDER:
             state = self.types.get(kind)
             if state is None or kind in unanswered or unanswered & WAITS_FOR[kind]:
                 continue
-            if kind in {names.SCOPE, names.ROUTES} and not self._warm():
+            if kind in {names.SCOPE, names.ROUTES} and not warm:
                 continue
             if (response := self._update(kind, state)) is not None:
                 return response
-        if unanswered:
+        if unanswered or not warm:
             return None
         for kind in REMOVAL_ORDER:
             state = self.types.get(kind)
@@ -340,34 +476,74 @@ class _Stream:
 
     def _warm(self) -> bool:
         """Return True if Envoy has the endpoints of every cluster it took, or after WARM_PATIENCE_S without them."""
-        taken, has = self.types.get(names.CLUSTER), self.types.get(names.ENDPOINTS)
-        wanted = self._server.of(names.ENDPOINTS).keys() & (taken.known.keys() if taken else set())
-        if wanted <= (has.known.keys() if has else set()):
+        taken, has = (state.known if (state := self.types.get(kind)) else {} for kind in (names.CLUSTER, names.ENDPOINTS))
+        self._cold = {name for name in self._cold if name in taken and name not in has and self._server.offered(names.ENDPOINTS, name)}
+        if not self._cold:
             self._unwarmed_since = 0.0
             return True
-        loop = asyncio.get_running_loop()
+        now = asyncio.get_running_loop().time()
         if not self._unwarmed_since:
-            self._unwarmed_since = loop.time()
-            self._timer = loop.call_later(WARM_PATIENCE_S, self.wake)
-        return loop.time() - self._unwarmed_since >= WARM_PATIENCE_S
+            self._unwarmed_since = now
+            self._wake_in("warm", WARM_PATIENCE_S)
+        return now - self._unwarmed_since >= WARM_PATIENCE_S
+
+    def _wake_in(self, what_for: str, seconds: float) -> None:
+        """Look again later; of what is asked for one purpose the last counts."""
+        if (timer := self._timers.get(what_for)) is not None:
+            timer.cancel()
+        self._timers[what_for] = asyncio.get_running_loop().call_later(seconds, self.wake)
 
     def _update(self, kind: str, state: _Type) -> discovery_pb2.DeltaDiscoveryResponse | None:
-        wanted = self._server.of(kind)
-        changed = {name: r for name, r in wanted.items() if state.wants(name) and state.known.get(name) != r.version}
+        changed = self._changed(kind, state)
         first = state.wildcard and not state.greeted and not state.known  # Envoy waits for an answer, also for "there are none"
-        if single := changed.keys() & state.alone:
-            name = min(single)
-            changed = {name: changed[name]}
-            state.alone.discard(name)
-        missing = tuple(sorted(name for name in state.missing if not self._server.exists(kind, name)))
+        while state.portions:
+            portion = {name: resource for name, resource in changed.items() if name in state.portions[0]}
+            del state.portions[0]
+            if portion:
+                changed = portion
+                break
+        missing = tuple(sorted(name for name in state.missing if not self._server.exists(kind, name) and kind != names.SECRET))
         state.missing.clear()
         if not changed and not missing and not first:
             return None
         return self._respond(kind, state, changed, missing)
 
     def _removal(self, kind: str, state: _Type) -> discovery_pb2.DeltaDiscoveryResponse | None:
-        gone = tuple(sorted(name for name in state.known if state.wants(name) and not self._server.exists(kind, name)))
-        return self._respond(kind, state, {}, gone) if gone else None
+        gone = {name for name in state.dirty if name in state.known and state.wants(name) and not self._server.exists(kind, name)}
+        if kind == names.CLUSTER:
+            gone = self._lingered(gone)
+        elif kind == names.ENDPOINTS:
+            gone -= self._unnamed.keys()
+        return self._respond(kind, state, {}, tuple(sorted(gone))) if gone else None
+
+    def _lingered(self, gone: set[str]) -> set[str]:
+        """Which of the clusters that nothing names any more may go now; the others get a time for it."""
+        now = asyncio.get_running_loop().time()
+        self._unnamed = {name: self._unnamed.get(name, now + LINGER_S) for name in gone}
+        later = [at for at in self._unnamed.values() if at > now]
+        if later:
+            self._wake_in("linger", min(later) - now)
+        return {name for name, at in self._unnamed.items() if at <= now}
+
+    def lingers(self, kind: str, name: str) -> bool:
+        """Is this a cluster, or are these the endpoints of one, that stays for requests that are under way?"""
+        return kind in {names.CLUSTER, names.ENDPOINTS} and name in self._unnamed
+
+    def _changed(self, kind: str, state: _Type) -> dict[str, Resource]:
+        """What Envoy wants and lacks, by name; what is as it should be is not `dirty` any more."""
+        found: dict[str, Resource] = {}
+        settled = []
+        for name in state.dirty:
+            resource = self._server.offered(kind, name)
+            if resource is None:
+                if name not in state.known or self._server.exists(kind, name):
+                    settled.append(name)
+            elif state.known.get(name) == resource.version:
+                settled.append(name)
+            elif state.wants(name):
+                found[name] = resource
+        state.dirty.difference_update(settled)
+        return dict(sorted(found.items()))
 
     def _respond(
         self, kind: str, state: _Type, changed: dict[str, Resource], removed: tuple[str, ...]
@@ -377,6 +553,10 @@ class _Stream:
         state.greeted = True
         state.sent = {name: resource.version for name, resource in changed.items()}
         state.removed = removed
+        self._server.count(kind, len(changed))
+        if kind == names.CLUSTER and (endpoints := self.types.get(names.ENDPOINTS)) is not None:
+            again = [name for name in changed if name in state.known and endpoints.known.pop(name, None) is not None]
+            self.touch(names.ENDPOINTS, again)
         log.debug(
             "to envoy", extra={"type": kind.rpartition(".")[2], "nonce": state.nonce, "resources": list(changed), "removed": list(removed)}
         )

@@ -28,6 +28,7 @@ from agent import netns
 from agent.config import NAMES_PORT, Config
 from agent.errors import EnvironmentUnfit
 from agent.model import LocalWorkload
+from agent.patience import within
 from agent.process import Process, end, reap, record, recorded, send, spawn
 
 _log = logging.getLogger(__name__)
@@ -192,7 +193,7 @@ class Server:
                     await asyncio.to_thread(end, process, 1.0)
                     return
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(ended.wait(), START_POLL_S if misses else HEALTH_POLL_S)
+                await within(ended.wait(), START_POLL_S if misses else HEALTH_POLL_S)
 
     def _judge(self, *, answering: bool, problem: str) -> None:
         told = (self.answering, self.judged) != (answering, True)
@@ -341,7 +342,7 @@ def kill_strays(config: Config, files: Files) -> bool:
 async def _answers(probe: socket.socket) -> bool:
     """True if the name server answers within ANSWER_S."""
     try:
-        return await asyncio.wait_for(_ask(probe), ANSWER_S)
+        return await within(_ask(probe), ANSWER_S)
     except (OSError, asyncio.TimeoutError):
         return False
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from agent.model import Snapshot
 
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_HOST = re.compile(rf"{_LABEL.pattern}(\.{_LABEL.pattern})+")
 _NETNS_DIRECTORIES = frozenset({Path("/run/netns"), Path("/var/run/netns")})
 
 
@@ -24,6 +25,8 @@ class Record:
 
     names: tuple[str, ...]
     addresses: tuple[str, ...]
+    outside: bool = False
+    """Hosts outside the mesh: each of the names is whole."""
 
 
 def records(snapshot: Snapshot, namespace: str, domain: str) -> tuple[Record, ...]:
@@ -37,7 +40,20 @@ def records(snapshot: Snapshot, namespace: str, domain: str) -> tuple[Record, ..
         short = (leaf,) if home == namespace and leaf != "localhost" else ()  # RFC 6761, section 6.3
         names = (f"{leaf}.{home}.svc.{domain}", f"{leaf}.{home}.svc", f"{leaf}.{home}", *short)
         found.append(Record(names, service.addresses or headless.get(name, ())))
-    return tuple(found)
+    return (*found, *_hosts(snapshot, namespace, {name for record in found for name in record.names}))
+
+
+def _hosts(snapshot: Snapshot, namespace: str, taken: set[str]) -> Iterable[Record]:
+    """Hosts of ExternalServices, none that is a name of a service. One that is for this namespace alone goes before one for all."""
+    externals = [(name, service, service.external) for name, service in sorted(snapshot.services.items()) if service.external is not None]
+    for private in (True, False):
+        for name, service, external in externals:
+            if external.private is not private or (private and name.partition("/")[0] != namespace):
+                continue
+            names = tuple(host for host in external.hosts if host not in taken and _HOST.fullmatch(host))
+            taken.update(names)
+            if names:
+                yield Record(names, service.addresses, outside=True)
 
 
 def _endpoints(snapshot: Snapshot) -> Mapping[str, tuple[str, ...]]:
@@ -65,7 +81,7 @@ def servers_file(known: Iterable[Record], resolvers: Sequence[str], domain: str)
     lines = [f"server={resolver}" for resolver in resolvers]
     lines.append(f"server=/svc.{domain}/")
     for record in known:
-        for name in record.names[1:]:
+        for name in record.names if record.outside else record.names[1:]:
             lines += (f"server=/{name}/", f"server=/*.{name}/#")
     return "\n".join(lines) + "\n"
 

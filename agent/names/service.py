@@ -17,6 +17,7 @@ from agent.config import Config
 from agent.errors import MeshError
 from agent.model import LocalWorkload, Snapshot
 from agent.names import dnsmasq, records
+from agent.patience import within
 
 _log = logging.getLogger(__name__)
 
@@ -29,12 +30,24 @@ Rows = frozenset[tuple[int, str]]
 
 
 class Names:
-    """See the module. `set_resolvers` brings the kernel's table to exactly these (netns cookie, resolver address)."""
+    """See the module. `set_resolvers` brings the kernel's table to exactly these (netns cookie, resolver address).
 
-    def __init__(self, config: Config, set_resolvers: Callable[[Rows], None], *, root: Path = Path("/")) -> None:
+    `allow` is told the same of every resolver that a resolv.conf names, whoever answers: a workload that may not go out still finds names.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        set_resolvers: Callable[[Rows], None],
+        *,
+        root: Path = Path("/"),
+        allow: Callable[[Rows], None] = lambda _: None,
+    ) -> None:
         """Touch nothing yet. `root` is where /etc is, for tests."""
         self._config = config
         self._set_resolvers = set_resolvers
+        self._allow = allow
+        self._allowed: Rows | None = None
         self._root = root
         self._wanted: tuple[Snapshot, tuple[LocalWorkload, ...]] | None = None
         self._changed = asyncio.Event()
@@ -73,12 +86,13 @@ class Names:
         try:
             while True:
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), POLL_S)
+                    await within(self._changed.wait(), POLL_S)
                 self._changed.clear()
                 if self._config.names and self._wanted is not None:
                     await self._reconcile(*self._wanted)
                 elif not self._config.names:
                     self._push(frozenset())  # until the kernel has taken it
+                    await self._look()
                 await asyncio.sleep(PAUSE_S)
         finally:
             for task in self._tasks.values():
@@ -89,6 +103,26 @@ class Names:
         """End what an earlier agent started that had names on."""
         self._push(frozenset())
         await asyncio.to_thread(dnsmasq.stop, self._config)
+
+    async def _look(self) -> None:
+        """Without name servers: only see which resolvers may be asked."""
+        if self._wanted is None:
+            return
+        self._locals = {one.netns_cookie: one for one in self._wanted[1]}
+        with contextlib.suppress(OSError):
+            self._resolvers = await asyncio.to_thread(lambda: {cookie: self._read_resolvers(one) for cookie, one in self._locals.items()})
+        self._push_allowed()
+
+    def _push_allowed(self) -> None:
+        rows = frozenset((cookie, address) for cookie in self._locals for address in self._resolvers.get(cookie, ()))
+        if rows == self._allowed:
+            return
+        try:
+            self._allow(rows)
+        except (OSError, MeshError) as error:
+            _log.error("resolvers of workloads that may not go out cannot be asked", extra={"reason": str(error)})
+        else:
+            self._allowed = rows
 
     async def _reconcile(self, snapshot: Snapshot, local: tuple[LocalWorkload, ...]) -> None:
         for task in self._tasks.values():
@@ -115,6 +149,7 @@ class Names:
                 self._servers[cookie].reload()
             self._servers[cookie].local = one
         self._stale.clear()
+        self._push_allowed()
         self._push_current()
 
     async def _end(self, cookie: int) -> None:

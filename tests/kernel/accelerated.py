@@ -197,15 +197,20 @@ def main(arguments: list[str]) -> int:
         return 1
     seconds = time.monotonic() - started
     wrong = accelerated = tcp = 0
+    mixed = []
     for caller in callers:
         crc, moved, over_tcp = answered[str(caller.number)]
+        both, whole = (over_tcp, caller.over_tcp), (HEAD.size + caller.position[0], caller.position[1])
         wrong += (crc, moved) != (caller.crc, caller.moved)
-        accelerated += (over_tcp, caller.over_tcp) == (0, 0)
-        tcp += (over_tcp, caller.over_tcp) == (HEAD.size + caller.position[0], caller.position[1])
+        accelerated += both == (0, 0)
+        tcp += both == whole
+        if both not in {(0, 0), whole}:
+            mixed.append(f"{caller.number}: {both} of {whole} bytes (there, back) over TCP")
     figures = {
         "connections": connections,
         "accelerated": accelerated,
         "tcp": tcp,
+        "mixed": mixed,
         "bytes": sum(d.moved for d in callers),
         "messages": sum(d.messages for d in callers),
         "wrong_checksums": wrong,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -44,10 +45,15 @@ def node() -> Iterator[DataNode]:
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    """The shop with its mesh and its resources applied. One a module, because there is one lab a machine and other modules make theirs."""
+def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """The shop with its mesh and its resources applied. One a module, because there is one lab a machine and other modules make theirs.
+
+    A module that says `IDENTITY = False` has it without a certificate authority: in plaintext between nodes; one that says `WIREGUARD = True`
+    with a controller that wants WireGuard between nodes.
+    """
     others = paths.AGENT_RUN.exists()  # of an agent or controller that is not the lab's
-    running = Lab(topology.load(SHOP / "lab.yaml"))
+    identity, wireguard = getattr(request.module, "IDENTITY", True), getattr(request.module, "WIREGUARD", False)
+    running = Lab(replace(topology.load(SHOP / "lab.yaml"), identity=identity, wireguard=wireguard))
     try:
         running.up()
     except StartFailed as error:

@@ -7,7 +7,7 @@ import functools
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,11 +16,12 @@ import pytest
 from agent.bpf import source
 from agent.bpf.datapath import DataPath
 from agent.bpf.events import Event, Events
-from agent.bpf.manifest import Close, Direction
+from agent.bpf.manifest import STATS_TUNNELLED, Close, Direction
+from agent.bpf.tables import NO_TUNNELS
 from agent.config import Config
 from agent.enrolment import Enrolment
 from agent.ids import Ids
-from agent.model import Action, Backing, Policy, PolicyRule, Service, ServicePort, Snapshot, Source, Workload
+from agent.model import NO_DIRECT, Action, Backing, Direct, Policy, PolicyRule, Service, ServicePort, Snapshot, Source, Workload
 from agent.uninstall import uninstall
 from lab import mounts, paths
 from lab.lab import Lab
@@ -133,9 +134,15 @@ class DataNode:
         self.ids = Ids(self.config.run_dir / "ids")
         self.enrolment = Enrolment(self.config, self.datapath, self.ids)
 
-    def enforce(self, model: Snapshot, enforce_inbound: frozenset[str] = frozenset()) -> None:
+    def enforce(
+        self,
+        model: Snapshot,
+        enforce_inbound: frozenset[str] = frozenset(),
+        tunnels: Mapping[str, int] = NO_TUNNELS,
+        direct: Direct = NO_DIRECT,
+    ) -> None:
         """Bring a snapshot into force and attach."""
-        self.enrolled = self.enrolment.enforce(model, enforce_inbound)
+        self.enrolled = self.enrolment.enforce(model, enforce_inbound, tunnels, direct)
         assert self.enrolled.missing == ()
         self.datapath.configure(waypoint_cgroup_id=self.config.waypoint_cgroup.stat().st_ino, tracing=0)
         self.datapath.attach(self.config.waypoint_cgroup)
@@ -165,12 +172,12 @@ class DataNode:
             process.communicate()
 
     def stats(self, source: str, target: str, direction: Direction) -> dict[str, int]:
-        """Sums of a pair's counters over services, ports and CPUs; `closed` and `failed` apart."""
+        """Sums of a pair's counters over services, ports and CPUs, through tunnels or not; `closed` and `failed` apart."""
         table = self.datapath.maps["mesh_stats"]
         total = {"opened": 0, "sent_bytes": 0, "received_bytes": 0, "closed": 0, "failed": 0, "reset": 0}
         for key, values in table.items():
             k = table.layout.key.unpack(key)
-            if (self.ids.name(k["source"]), self.ids.name(k["target"]), k["direction"]) != (source, target, direction):
+            if (self.ids.name(k["source"]), self.ids.name(k["target"]), k["direction"] & ~STATS_TUNNELLED) != (source, target, direction):
                 continue
             for value in map(table.layout.value.unpack, values):
                 for name in ("opened", "sent_bytes", "received_bytes"):

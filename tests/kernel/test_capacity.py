@@ -11,7 +11,7 @@ from agent import addresses, files
 from agent.bpf import libbpf, migrate, sets, upgrade
 from agent.bpf.manifest import Direction, EventKind
 from agent.errors import KernelRefused
-from agent.model import Action, Policy, PolicyRule, Snapshot, Source
+from agent.model import Action, Mtls, Policy, PolicyRule, Snapshot, Source
 from tests.kernel.datanode import VIP4, DataNode, address_of, snapshot, workload
 from tests.kernel.programs import open_program, receive, running
 
@@ -23,7 +23,7 @@ FEW = snapshot(workload("caller"), workload("other"), workload("server-a", polic
 MORE = snapshot(
     *(workload(name) for name in ("caller", "other", "remote", "stranger")),
     workload("server-a", policies=("default/callers",)),
-    workload("server-b", policies=("default/others",)),
+    replace(workload("server-b", policies=("default/others",)), mtls_ports=((1, Mtls.STRICT), (2, Mtls.STRICT))),
     policies=(BLOCKS, OTHERS),
 )
 DENIALS = 40
@@ -53,7 +53,9 @@ def resize(node: DataNode, **capacities: int) -> None:
     node.datapath.forget_other_versions()
 
 
-@pytest.mark.parametrize("name", ["mesh_workload", "mesh_address", "mesh_service", "mesh_backend", "mesh_policy", "mesh_block"])
+@pytest.mark.parametrize(
+    "name", ["mesh_workload", "mesh_address", "mesh_service", "mesh_backend", "mesh_policy", "mesh_block", "mesh_mtls"]
+)
 def test_a_table_that_is_too_small_keeps_the_previous_state_in_force(node: DataNode, name: str) -> None:
     rows = max(1, len(node.enrolment.tables.mirrors[name].read()))
     resize(node, **{name: rows})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -106,6 +107,61 @@ def test_an_l7_service_is_closed_while_there_is_no_waypoint(node: DataNode) -> N
     assert node.connect("caller", VIP6, 80) == "ECONNREFUSED"
 
 
+CALLS = [pytest.param(VIP4, id="ipv4"), pytest.param(VIP6, id="ipv6"), pytest.param(f"::ffff:{VIP4}", id="mapped")]
+L7 = Policy("default/l7", Action.ALLOW, (PolicyRule(operations=(Operation(paths=("/items",)),)),))
+LISTENS = "import socket\ns=socket.create_server(('127.0.0.1',15001)); print('ready',flush=True)\nwhile True: s.accept()[0].close()"
+
+
+def opened(model: Snapshot) -> Snapshot:
+    """The same with fail mode `open`."""
+    return replace(model, services={name: replace(s, fail_open=True) for name, s in model.services.items()})
+
+
+def past(node: DataNode) -> int:
+    """Connections that went past an absent waypoint so far."""
+    return node.datapath.counters()["fail_open"]
+
+
+@pytest.mark.parametrize("address", CALLS)
+def test_an_l7_service_whose_fail_mode_is_open_is_l4_while_there_is_no_waypoint(node: DataNode, address: str) -> None:
+    node.enforce(opened(shop(waypoint=True)))
+    before = past(node)
+    assert node.connect("caller", address, 80).startswith("ok")
+    with node.program("caller", ["python3", "-c", LISTENS]):
+        assert not node.connect("caller", address, 80).startswith("ok"), "it went to the waypoint, which answers nothing here"
+        assert past(node) == before + 1
+    assert node.connect("caller", address, 80).startswith("ok")
+    assert past(node) == before + 2
+
+
+@pytest.mark.parametrize("address", CALLS)
+def test_open_does_not_go_past_a_policy(node: DataNode, address: str) -> None:
+    before = past(node)
+    node.enforce(opened(shop(waypoint=True, policies=(ALLOW_CALLER,))))
+    assert node.connect("other", address, 80) == "EPERM"
+    node.enforce(opened(shop(waypoint=True, policies=(L7,))))
+    assert node.connect("caller", address, 80) == "ECONNREFUSED", "only the request could decide"
+    node.enforce(opened(shop(waypoint=True, ready=False)))
+    assert node.connect("caller", address, 80) == "ECONNREFUSED", "no endpoint"
+    assert past(node) == before
+
+
+def test_a_traced_call_past_the_waypoint_says_so(node: DataNode) -> None:
+    node.enforce(opened(shop(waypoint=True)))
+    table = node.datapath.maps["mesh_trace"]
+    row = table.layout.key.pack(source=node.ids.number("workload", "default/caller"), service=node.ids.number("service", "default/echo:80"))
+    waypoint = node.config.waypoint_cgroup.stat().st_ino
+    table.put(row, table.layout.value.pack(**{"": 1}))
+    node.datapath.configure(waypoint_cgroup_id=waypoint, tracing=1)
+    try:
+        with node.events() as events:
+            assert node.connect("caller", VIP4, 80).startswith("ok")
+    finally:
+        node.datapath.configure(waypoint_cgroup_id=waypoint, tracing=0)
+        table.prune(set())
+    assert [Reason(e.reason) for e in events if e.kind is EventKind.CONNECT] == [Reason.FAIL_OPEN]
+
+
 def test_the_waypoint_learns_what_was_dialled_and_nobody_else_does(node: DataNode) -> None:
     """A stand-in for Envoy in its cgroup: listens on 15001 in the pod's namespace and asks SO_ORIGINAL_DST."""
     node.enforce(shop(waypoint=True))
@@ -179,6 +235,5 @@ def test_nothing_is_left_of_a_connection_that_ended(node: DataNode) -> None:
 
 
 def test_no_rare_event_was_counted(node: DataNode) -> None:
-    assert {name: count for name, count in node.datapath.counters().items() if not name.startswith("event")} == dict.fromkeys(
-        (n for n in node.datapath.counters() if not n.startswith("event")), 0
-    )
+    counters = {name: count for name, count in node.datapath.counters().items() if not name.startswith("event") and name != "fail_open"}
+    assert counters == dict.fromkeys(counters, 0)

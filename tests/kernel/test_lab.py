@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import paths, teardown
+from lab import cgroup, paths, teardown
 from lab.errors import LabError, StartFailed
 from lab.lab import Lab
 from lab.topology import Node, Outside, Pod, Topology
@@ -211,6 +213,26 @@ def test_down_works_after_a_crash_of_up_and_without_a_state_file() -> None:
     assert (run.returncode, run.stderr.splitlines()[-1]) == (0, "the lab is down")
     assert machine_state() == before
     assert run_cli("down").stderr.splitlines()[-1] == "no lab was up"
+
+
+def _bring_up_and_be_killed() -> None:
+    Lab(TOPOLOGY, mesh=False).up()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("no_lab")
+def test_a_lab_whose_processes_were_all_killed_makes_room_for_the_next() -> None:
+    before = machine_state()
+    first = multiprocessing.get_context("spawn").Process(target=_bring_up_and_be_killed)
+    first.start()
+    first.join(60)
+    assert first.exitcode == -signal.SIGKILL
+    with pytest.raises(LabError, match="a lab is up already"):
+        Lab(TOPOLOGY, mesh=False).up()  # its pods live
+    cgroup.kill(paths.cgroup_root())
+    with Lab(TOPOLOGY, mesh=False) as second:
+        assert second.exec("far", ["true"]).returncode == 0
+    assert machine_state() == before
 
 
 @pytest.mark.usefixtures("no_lab")

@@ -25,14 +25,18 @@ def test_status_has_the_documented_shape(lab: Lab) -> None:
     assert run.returncode == 0
     assert {key: type(value) for key, value in report.items()} == {
         "ready": bool, "node": str, "hooks": list, "waypoint": dict, "controller": dict, "workloads": list, "problems": list, "probe": dict,
-        "acceleration": dict, "foreignPrograms": list,
+        "acceleration": dict, "foreignPrograms": list, "identity": dict, "wireguard": dict,
     }  # fmt: skip
     assert {tuple(hook) for hook in report["hooks"]} == {("name", "attached", "effective")}
-    assert report["waypoint"].keys() == {"ready", "version", "pid", "nacks"}
+    assert report["waypoint"].keys() == {
+        "ready", "version", "pid", "nacks", "rejected", "lastNack", "sent", "pushes", "pushedSeconds", "lastPushSeconds", "residentBytes"
+    }  # fmt: skip
     assert report["controller"].keys() == {"connected", "version", "lagSeconds"}
     assert {tuple(workload) for workload in report["workloads"]} == {("namespace", "name", "enrolled", "redirected", "identity", "drift")}
     assert report["probe"].keys() == {"works", "ageSeconds"}
     assert report["acceleration"] == {"workloads": [], "failingChecks": []}
+    assert report["wireguard"].keys() == {"mode", "reason", "publicKey", "port", "mtu", "peers"}
+    assert (report["wireguard"]["mode"], report["wireguard"]["peers"]) == ("off", [])
     assert (report["foreignPrograms"], any(w["drift"] for w in report["workloads"])) == ([], False)
     assert (report["ready"], report["node"], report["problems"]) == (True, "node-1", [])
     assert len(report["hooks"]) == len(HOOKED)
@@ -150,7 +154,7 @@ def test_a_trace_whose_command_is_killed_leaves_no_filter_in_the_kernel(lab: Lab
 
 def test_two_traces_at_once_see_their_own_connections_only(lab: Lab) -> None:
     with (
-        shop.tracing("node-1", "frontend", "redis", "--duration", "3") as l4,
+        shop.tracing("node-1", "frontend", "redis", "--count", str(CALLS), "--duration", "30") as l4,
         shop.tracing("node-1", "frontend", "cart", "--count", str(CALLS)) as l7,
     ):
         for _ in range(CALLS):
@@ -186,12 +190,25 @@ def test_a_name_that_does_not_exist_is_a_negative_answer_with_a_suggestion(lab: 
     assert (run.returncode, run.stdout, run.stderr) == (1, "", f"Error: {said}\n")
 
 
-def test_a_trace_from_another_node_shows_the_plan_and_says_where_to_ask(lab: Lab) -> None:
-    run = lab.ask("node-1", "trace", "cart-v1-2", "redis", "-o", "json")
-    assert json.loads(run.stdout)["source"] == "default/cart-v1-2"
-    assert run.returncode == 1
-    assert run.stderr == "Error: connections of default/cart-v1-2 cannot be watched here: it runs on node node-2, this is node-1\n"
+def test_a_trace_works_from_any_node(lab: Lab) -> None:
+    with shop.tracing("node-1", "cart-v1-2", "redis", "--count", "1", "--duration", "30") as trace:
+        shop.ping(lab, "cart-v1-2")
+        (seen,) = shop.connections(trace)
+    assert (seen["source"], {hop["node"] for hop in seen["hops"]}) == ("default/cart-v1-2", {"node-2"})
     assert lab.meshagent("trace", "cart-v1-2", "frontend", "-o", "json", "--duration", "1").returncode == 0, "the right agent is found"
+    run = lab.ask("node-1", "trace", "cart-v1-2", "redis", "--probe", "-o", "json")
+    assert (run.returncode, json.loads(run.stdout)["source"]) == (1, "default/cart-v1-2")
+    assert "a node may not probe for another: ask on the source's node, or the controller (--controller)" in run.stderr
+
+
+def test_a_trace_and_the_status_of_all_nodes_come_through_the_controller(lab: Lab) -> None:
+    run = lab.meshagent("trace", "cart-v1-2", "frontend", "--probe", "-o", "json", "--controller", shop.CONTROLLER)
+    plan, seen = (json.loads(line) for line in run.stdout.splitlines())
+    assert (run.returncode, plan["source"], seen["hops"][0]["node"]) == (0, "default/cart-v1-2", "node-2")
+    run = lab.meshagent("status", "-o", "json", "--controller", shop.CONTROLLER)
+    assert (run.returncode, sorted(json.loads(line)["node"] for line in run.stdout.splitlines())) == (0, ["node-1", "node-2"])
+    run = lab.meshagent("trace", "cart-v1-9", "frontend", "--controller", shop.CONTROLLER)
+    assert (run.returncode, "did you mean default/cart-v1-" in run.stderr) == (1, True)
 
 
 @pytest.mark.parametrize(

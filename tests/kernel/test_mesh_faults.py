@@ -31,6 +31,17 @@ EVIL = (
 DENIED = ({"EPERM"}, {"ECONNREFUSED"}, {"403"}, {"ECONNREFUSED"})
 DENY_FRONTEND, DENY_NOBODY = (shop.DENY_FRONTEND.format(app=app) for app in ("redis", "nobody"))
 
+FAILS_OPEN = """
+apiVersion: v1
+kind: Service
+metadata: {name: fails-open, annotations: {meshagent.io/waypoint: "true", meshagent.io/fail-mode: open}}
+spec:
+  clusterIPs: ["10.96.0.90", "fd96::90"]
+  ipFamilyPolicy: RequireDualStack
+  selector: {app: frontend}
+  ports: [{name: http, port: 80, targetPort: 8080, appProtocol: http}]
+"""
+
 
 @contextmanager
 def unharmed(lab: Lab) -> Iterator[None]:
@@ -162,6 +173,26 @@ def test_an_envoy_that_is_killed_refuses_l7_lets_nobody_by_and_is_back_soon(lab:
     for found, denied in zip(evil, DENIED, strict=True):
         assert shop.outcomes(found).keys() <= denied | closed
     assert shop.status("node-1")["problems"] == []
+
+
+def test_a_service_that_fails_open_is_served_while_envoy_is_away_and_others_are_not(lab: Lab) -> None:
+    """Its only endpoint is on the caller's node. Of 20 calls a second the one that Envoy had at that moment may be lost."""
+    before = pids(lab)[0]
+
+    def past() -> float:
+        return shop.samples(lab, "node-1", "mesh_datapath_events_total", event="fail_open")
+
+    with shop.applied(lab, FAILS_OPEN):
+        shop.takes(lambda: shop.codes(lab, "other", "http://fails-open/healthz") == {"200": 1})
+        assert past() == 0
+        with shop.loads(lab, ("other", "http://fails-open/healthz"), ("frontend", "http://cart/items")) as calls:
+            os.kill(before, signal.SIGKILL)
+            shop.takes(lambda: (found := shop.status("node-1")["waypoint"])["ready"] and found["pid"] != before, ENVOY_BACK_S)
+        opened, closed = (shop.outcomes(found) for found in calls)
+        assert sum(opened.values()) - opened["200"] <= 1, opened
+        assert closed["ECONNREFUSED"] > 0
+        assert past() > 0
+        shop.takes(lambda: shop.codes(lab, "frontend", "http://cart/items") == {"200": 1}, ENVOY_BACK_S)
 
 
 def test_the_receivers_check_is_closed_without_envoy_and_works_with_the_next_one(lab: Lab) -> None:

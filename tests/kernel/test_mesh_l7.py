@@ -98,9 +98,11 @@ def _retries(lab: Lab) -> int:
 
 def test_the_weights_of_a_route_hold(lab: Lab) -> None:
     before = {pod: shop.answered(lab, pod)["GET /items 200"] for pod in ("cart-v1-1", "cart-v1-2", "cart-v2-1")}
+    retries = _retries(lab)
     assert shop.codes(lab, "frontend", f"http://cart/items?[1-{SPLIT_CALLS}]") == {"200": SPLIT_CALLS}
     seen = {pod: shop.answered(lab, pod)["GET /items 200"] - count for pod, count in before.items()}
-    assert sum(seen.values()) == SPLIT_CALLS
+    # A try that took longer than its second (on a machine that stood still) was answered too, to nobody.
+    assert SPLIT_CALLS <= sum(seen.values()) <= SPLIT_CALLS + _retries(lab) - retries
     assert abs(seen["cart-v2-1"] - 0.2 * SPLIT_CALLS) <= 4 * math.sqrt(SPLIT_CALLS * 0.2 * 0.8)
     assert abs(seen["cart-v1-1"] - 0.4 * SPLIT_CALLS) <= 4 * math.sqrt(SPLIT_CALLS * 0.4 * 0.6)
 
@@ -166,11 +168,11 @@ def test_a_forged_internal_header_does_not_win(lab: Lab, forged: str) -> None:
 @pytest.mark.usefixtures("mirrors")
 @pytest.mark.parametrize("caller", ["frontend", "other", "cart-v1-2"])
 @pytest.mark.parametrize("service", [1, 2])
-def test_the_backend_sees_the_calling_pods_own_address(lab: Lab, caller: str, service: int) -> None:
-    node = lab.topology.pod(caller).node
+def test_the_backend_sees_the_calling_pods_own_address_and_its_own_behind_a_tunnel(lab: Lab, caller: str, service: int) -> None:
+    node, backend = lab.topology.pod(caller).node, MIRRORS[service - 1]
     before = shop.requests(lab, node, "outbound")
     peers = [shop.get(lab, caller, f"http://{host}/")["peer"] for host in (f"10.96.0.{60 + service}", f"[fd96::{60 + service}]")]
-    assert set(peers) <= set(lab.topology.pod(caller).addresses)
+    assert set(peers) <= set(lab.topology.pod(caller).addresses if backend.node == node else backend.addresses)
     assert shop.requests(lab, node, "outbound") == before + 2, "through the waypoint"
 
 

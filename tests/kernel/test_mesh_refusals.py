@@ -100,7 +100,8 @@ def test_a_controller_over_tcp_without_credentials_is_misuse(places: dict[str, P
     result = run(*options(places), "--controller", "127.0.0.1:15010")
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == (
-        "Error: controller 127.0.0.1:15010 is reached over TCP: --tls-ca, --tls-cert and --tls-key are needed"
+        "Error: controller 127.0.0.1:15010 is reached over TCP: --tls-ca, --tls-cert and --tls-key are needed,"
+        " or a token to join with (--join-token-file)"
     )
 
 

@@ -115,9 +115,9 @@ def test_a_changed_layout_fails_no_request_lets_nobody_in_and_counters_go_on(lab
             replace_agents(lab, script)
             now = shop.map_ids("node-1")
             assert {name for name in now if now[name] != kept[name]} == {
-                *("mesh_flow", "mesh_origdst", "mesh_stats", "mesh_blank", "mesh_counter"),
+                *("mesh_flow", "mesh_origdst", "mesh_accepted", "mesh_stats", "mesh_blank", "mesh_counter"),
                 *("mesh_config", "mesh_epoch", "mesh_workload", "mesh_address", "mesh_service", "mesh_backend", "mesh_member"),
-                *("mesh_block", "mesh_resolver", "mesh_policy", "mesh_trace"),
+                *("mesh_block", "mesh_mtls", "mesh_resolver", "mesh_policy", "mesh_trace"),
             }
             after = opened(lab)
             assert all(after[node] >= counts[node] > 0 for node in NODES)

@@ -5,9 +5,11 @@ The pools are small and overlap, so that patterns, blocks and ports really meet:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
-from agent.model import Action, Operation, Policy, PolicyRule, Source
+from agent.model import Action, ClaimCondition, HeaderCondition, Operation, Policy, PolicyRule, Source
 from agent.policy import PROTOCOLS, STRANGER, Caller
 
 TRUST_DOMAIN = "mesh.local"
@@ -71,11 +73,36 @@ operations = st.builds(
     paths=st.sampled_from([(), (), (), ("/a*", "*z")]),
     protocols=some(PROTOCOLS),
 )
-rules = st.builds(
+plain_rules = st.builds(
     PolicyRule,
     st.one_of(st.lists(sources, min_size=1, max_size=2), st.just([])).map(tuple),
     st.one_of(st.just([]), st.lists(operations, min_size=1, max_size=2)).map(tuple),
 )
+ROLES, GROUPS, PRINCIPALS = ("admin", "a*", "*"), ("staff", "*ff", "*"), ("i/s", "i/*", "*/s", "i*", "*", "j/s")
+also_sources = st.one_of(
+    st.builds(Source, namespaces=nonempty(NAMESPACE_PATTERNS)),
+    st.builds(Source, not_principals=nonempty(PRINCIPAL_PATTERNS)),
+    st.builds(Source, ip_blocks=nonempty(BLOCKS)),
+    st.builds(Source, request_principals=some(PRINCIPALS), not_request_principals=some(PRINCIPALS)),
+)
+also_operations = st.one_of(
+    st.builds(Operation, ports=ports, not_ports=ports),
+    st.builds(Operation, headers=st.tuples(st.builds(HeaderCondition, st.just("x-role"), some(ROLES), some(ROLES)))),
+    st.builds(Operation, claims=st.tuples(st.builds(ClaimCondition, st.just(("group",)), some(GROUPS), some(GROUPS)))),
+)
+
+
+@st.composite
+def conditioned_rules(draw: st.DrawFn) -> PolicyRule:
+    """With `when`, and with sources that want a token."""
+    rule = draw(plain_rules)
+    wants = draw(some(PRINCIPALS))
+    found = [replace(source, request_principals=wants) if draw(st.booleans()) else source for source in rule.sources]
+    more = st.lists(also_sources, max_size=1).map(tuple), st.lists(also_operations, max_size=2).map(tuple)
+    return PolicyRule(tuple(found), rule.operations, draw(more[0]), draw(more[1]))
+
+
+rules = st.one_of(plain_rules, conditioned_rules())
 
 
 @st.composite

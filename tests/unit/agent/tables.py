@@ -69,7 +69,8 @@ def sock() -> Table:
     """mesh_sock: of each kind of member what is read."""
     words = [(name, "I") for name in ("source", "target", "service", "rule")]
     bytes_ = [(name, "B") for name in ("direction", "verdict", "redirected", "protocol", "accelerated")]
-    return Table(MapLayout(_codec(("", "I")), _codec(("start_ns", "Q"), ("established_ns", "Q"), *words, ("dialled_port", "H"), *bytes_)))
+    ports = [(name, "H") for name in ("dialled_port", "origdst_port")]
+    return Table(MapLayout(_codec(("", "I")), _codec(("start_ns", "Q"), ("established_ns", "Q"), *words, *ports, *bytes_)))
 
 
 def joined() -> Table:

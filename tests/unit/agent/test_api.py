@@ -17,7 +17,8 @@ import pytest
 from agent.api import Api
 from agent.config import Config
 from agent.enrolment import Enrolled
-from agent.model import Backing, LocalWorkload, Service, ServicePort, Snapshot, Workload
+from agent.model import NO_DIRECT, Backing, LocalWorkload, Service, ServicePort, Snapshot, Workload
+from agent.relay import Relay
 from agent.report import Connection, ControllerStatus, Status, WaypointStatus
 from agent.trace import Pair, Tracer
 from meshapi import agent_pb2 as pb
@@ -43,6 +44,7 @@ class Node:
         self.enrolled = Enrolled((LocalWorkload(workloads["default/frontend"], 7, "/proc/self/ns/net"),))
         self.asked: list[frozenset[Pair]] = []
         self.tracer = Tracer("node-1", self.asked.append)
+        self.direct = NO_DIRECT
 
     def status(self) -> Status:
         return STATUS
@@ -60,7 +62,10 @@ class Node:
 async def served(tmp_path: Path) -> AsyncIterator[tuple[Node, Any]]:
     node = Node()
     config = Config(node="node-1", controller="unix:x", run_dir=tmp_path)
-    async with beside(Api(config, cast("Any", node)).run()), grpc.aio.insecure_channel(f"unix:{config.api_socket}") as channel:
+    async with (
+        beside(Api(config, cast("Any", node), Relay(config)).run()),
+        grpc.aio.insecure_channel(f"unix:{config.api_socket}") as channel,
+    ):
         await channel.channel_ready()
         yield node, agent_pb2_grpc.AgentStub(channel)  # type: ignore[no-untyped-call,unused-ignore]
 

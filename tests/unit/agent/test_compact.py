@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.compact import Labels, Shared, Table
+from agent.compact import Labels, Shared, Table, differing
 
 NAMES = st.text(max_size=3)
 
@@ -29,6 +29,15 @@ def test_a_table_is_the_dict_with_the_same_history_and_earlier_ones_stay(history
         assert sorted(table.values()) == sorted(content.values())
         assert all(name in table and table[name] == value and (name, value) in table.items() for name, value in content.items())
         assert repr(table).startswith("{")
+
+
+@given(st.dictionaries(NAMES, st.integers()), st.dictionaries(NAMES, st.none() | st.integers()))
+def test_what_differs_between_tables_is_what_differs_between_mappings(content: dict[str, int], changes: dict[str, int | None]) -> None:
+    before = Table[int]().changed(content)
+    after = before.changed(changes)
+    expected = {name for name in before.keys() | after.keys() if before.get(name) is not after.get(name)}
+    assert differing(before, after) == differing(dict(before.items()), dict(after.items())) == expected
+    assert differing(before, before) == set()
 
 
 def test_a_table_cannot_be_written_to_and_misses_as_a_dict_does() -> None:

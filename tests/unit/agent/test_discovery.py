@@ -448,3 +448,20 @@ def test_over_tcp_the_nodes_certificate_opens_the_stream(tmp_path: Path, directo
                 assert agent.discovery.state.last_error.startswith("permission denied: node n2 is not yours")
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["ca", "certificate", "key"])
+def test_an_empty_file_of_credentials_is_waited_for(tmp_path: Path, which: int) -> None:
+    """GRPC would end the process."""
+    files = [tmp_path / name for name in ("ca", "crt", "key")]
+    for file in files:
+        file.write_text("not empty")
+    files[which].write_text(" \n")
+
+    async def check() -> None:
+        client = Agent(Config("n1", "127.0.0.1:1", TlsFiles(*files), state_dir=tmp_path / "state"))
+        async with client.running():
+            await until(lambda: client.discovery.state.last_error)
+            assert f"{files[which]} is empty" in client.discovery.state.last_error
+
+    asyncio.run(check())

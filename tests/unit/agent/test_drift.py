@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.drift import _Tree
+from agent.cgroups import Tree
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,6 @@ from agent.drift import _Tree
     ],
 )
 def test_a_cgroup_is_found_below_the_mount(root: str, path: str, directory: str | None) -> None:
-    tree = _Tree.__new__(_Tree)
+    tree = Tree.__new__(Tree)
     tree._mount, tree._root = Path("/mnt"), root
     assert tree._directory(path) == (Path(directory) if directory else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from agent.bpf.tables import Namespace
 from agent.config import Config
 from agent.enrolment import Enrolment
 from agent.errors import KernelRefused
-from agent.model import Delta, Snapshot, Workload
+from agent.model import NO_DIRECT, Delta, Direct, Snapshot, Workload
 
 
 class World:
@@ -49,8 +49,18 @@ class World:
     def detach_namespaces(self, keep: set[int]) -> None:
         self.log.append(("unlink all but", *sorted(keep)))
 
-    def sync(self, _: Snapshot, local: list[Namespace], inbound: frozenset[str], accelerated: frozenset[str]) -> int:
+    def sync(
+        self,
+        _: Snapshot,
+        local: list[Namespace],
+        inbound: frozenset[str],
+        accelerated: frozenset[str],
+        tunnels: Mapping[str, int],
+        direct: Direct,
+    ) -> int:
         assert not accelerated
+        assert not tunnels
+        assert direct == NO_DIRECT
         self.log.append(("rows", *(n.local.workload.name for n in local), *inbound))
         if self.refuse_rows:
             raise KernelRefused("full")

@@ -18,7 +18,7 @@ SENT, RETRANSMITS = flows.counter(flows.SENT), flows.counter(flows.RETRANSMITS)
 
 
 def living(source: int, sent: int, *, established: bool = True) -> LiveSocket:
-    record = Record(1, int(established), source, 2, 3, 0, 80, 0, 0, 0, 6, 0)
+    record = Record(1, int(established), source, 2, 3, 0, 80, 0, 0, 0, 0, 6, 0)
     return LiveSocket(2, 1, bytes(48), sent, 0, 1, 0, record)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.model import Action, MatchKind, Policy, Route, Service, Snapshot, Source, Workload, decode, port_name
+from agent.model import Action, MatchKind, Mtls, Policy, Route, Service, Snapshot, Source, Workload, decode, port_name
 from meshapi import discovery_pb2 as pb
 
 ENTITIES = (Workload, Service, Route, Policy)
@@ -40,6 +40,8 @@ def damaged(draw: st.DrawFn) -> bytes:
         rule.sources.add(ip_blocks=draw(blocks), not_ip_blocks=draw(blocks), labels=draw(st.dictionaries(TEXT, TEXT, max_size=2)))
     if kind == "workload":
         part.zone, part.weight, part.acceleration = draw(TEXT), draw(NUMBER), draw(TEXT)
+        part.mtls = draw(st.integers(0, 9))
+        part.mtls_ports.add(port=draw(NUMBER), mode=draw(st.integers(0, 9)))
         part.backing.add(service=draw(TEXT)).ports.add(service_port=draw(NUMBER), target_port=draw(NUMBER), protocol=draw(TEXT))
     content = bytearray(entity.SerializeToString())
     for position, value in draw(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=3)):
@@ -122,6 +124,28 @@ def test_a_workload_has_weight_one_and_no_zone_unless_it_says_so() -> None:
     assert (full.weight, full.zone, full.acceleration) == (5, "z1", "force")
 
 
+def test_a_workload_has_no_mutual_tls_unless_it_says_so_and_ports_of_their_own_win() -> None:
+    plain = decoded_workload(pb.Workload(namespace="n", name="a"))
+    assert (plain.mtls, plain.mtls_ports, plain.mtls_of(80)) == (Mtls.DISABLE, (), Mtls.DISABLE)
+    ports = [pb.PortMtls(port=80), pb.PortMtls(port=8080, mode=pb.Workload.PERMISSIVE)]
+    strict = decoded_workload(pb.Workload(namespace="n", name="a", mtls=pb.Workload.STRICT, mtls_ports=ports))
+    assert strict.mtls_ports == ((80, Mtls.DISABLE), (8080, Mtls.PERMISSIVE))
+    assert [strict.mtls_of(port) for port in (80, 443, 8080)] == [Mtls.DISABLE, Mtls.STRICT, Mtls.PERMISSIVE]
+
+
+def test_every_mode_has_the_same_name_and_number_on_both_sides() -> None:
+    assert {mode.name: mode.value for mode in Mtls} == dict(pb.Workload.MtlsMode.items())
+
+
+def test_a_mode_of_a_newer_controller_is_refused_and_not_taken_for_another() -> None:
+    whole, port = pb.Workload(namespace="n", name="a"), pb.Workload(namespace="n", name="a")
+    whole.mtls = 99  # type: ignore[assignment,unused-ignore]
+    port.mtls_ports.add(port=80).mode = 99  # type: ignore[assignment,unused-ignore]
+    for message in (whole, port, port):
+        with pytest.raises(ValueError, match="99 is not a valid Mtls"):
+            decoded_workload(message)
+
+
 def test_a_service_says_how_it_is_balanced() -> None:
     message = pb.Service(
         namespace="n", name="a", traffic_distribution="PreferSameNode", affinity_s=10800, load_balancing="least-connections"
@@ -160,6 +184,7 @@ def test_a_port_without_a_protocol_is_tcp() -> None:
 
 def _pod(name: str, labels: dict[str, str]) -> Workload:
     workload = pb.Workload(namespace="n", name=name, node="node-1", labels=labels, policies=["n/p"], service_account="s", zone="z")
+    workload.mtls_ports.add(port=80, mode=pb.Workload.STRICT)
     workload.backing.add(service="n/s").ports.extend(
         [pb.PortMapping(service_port=80, target_port=8080), pb.PortMapping(service_port=53, target_port=5353, protocol="UDP")]
     )
@@ -170,7 +195,7 @@ def _pod(name: str, labels: dict[str, str]) -> Workload:
 
 def test_what_workloads_have_in_common_is_one_object() -> None:
     one, two = _pod("a", {"app": "x", "tier": "y"}), _pod("b", {"tier": "y", "app": "x"})
-    for part in ("node", "service_account", "zone", "labels", "policies", "backing"):
+    for part in ("node", "service_account", "zone", "labels", "policies", "backing", "mtls_ports"):
         assert getattr(one, part) is getattr(two, part), part
     assert one.backing[0].ports == {80: 8080}
     assert one.backing[0].udp == {53: 5353}

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from agent.cli import daemon
 from agent.config import NAMES_ROOT, Config
 from agent.errors import EnvironmentUnfit, KernelRefused
+from agent.external import External
 from agent.model import Backing, LocalWorkload, Service, Snapshot, Workload
 from agent.names import dnsmasq, records, service
 from agent.names.records import Record, hosts_file, nameservers, resolv_conf, servers_file
@@ -380,3 +381,49 @@ def test_switched_off_it_removes_every_row_and_starts_nothing(world: World) -> N
         assert not world.config.names_dir.exists()
 
     world.run(scenario)
+
+
+def outside(name: str, *hosts: str, address: str = "240.240.0.9", private: bool = False) -> Service:
+    return Service(name, (address,), (), external=External("api", hosts, False, True, (), private=private))
+
+
+def test_a_host_outside_is_found_by_its_whole_name_in_every_namespace() -> None:
+    known = records.records(snapshot(outside("shop/api.example.com", "api.example.com")), "other", "cluster.local")
+    assert known == (Record(("api.example.com",), ("240.240.0.9",), outside=True),)
+    assert hosts_file(known) == "240.240.0.9 api.example.com\n"
+    lines = servers_file(known, ["10.0.0.53"], "cluster.local")
+    assert "server=/api.example.com/\nserver=/*.api.example.com/#\n" in lines, "other types are not asked outside, names below it are"
+
+
+def test_what_is_private_is_found_at_home_alone_and_goes_first_there() -> None:
+    mine = outside("shop/api.example.com", "api.example.com", address="240.240.0.1", private=True)
+    model = snapshot(mine, outside("a/api.example.com", "api.example.com", address="240.240.0.2"))
+    assert [r.addresses for r in records.records(model, "shop", "cluster.local")] == [("240.240.0.1",)]
+    assert [r.addresses for r in records.records(model, "other", "cluster.local")] == [("240.240.0.2",)]
+
+
+def test_a_host_never_takes_the_name_of_a_service_nor_more_than_a_line() -> None:
+    model = snapshot(CART, outside("x/evil.example.com", "cart.shop", "a.example.com\n1.2.3.4 cart", "good.example.com"))
+    known = records.records(model, "shop", "cluster.local")
+    assert [r.names for r in known if r.outside] == [("good.example.com",)]
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["names", "no-names"])
+def test_resolvers_may_be_asked_whoever_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
+    FakeServer.made.clear()
+    monkeypatch.setattr(dnsmasq, "Server", FakeServer)
+    monkeypatch.setattr(dnsmasq, "stop", lambda _: 0)
+    monkeypatch.setattr(service, "POLL_S", 0.05)
+    world = World(tmp_path)
+    object.__setattr__(world.config, "names", on)
+    allowed: list[Rows] = []
+    names = Names(world.config, world.push, root=tmp_path, allow=allowed.append)
+
+    async def scenario() -> None:
+        names.update(snapshot(CART), world.local(1))
+        await until(lambda: bool(allowed))
+        (tmp_path / "etc/resolv.conf").write_text("nameserver 10.0.0.54\n")
+        await until(lambda: len(allowed) == 2)
+
+    run_beside(names.run(), scenario)
+    assert allowed == [rows(1), rows(1, resolvers=("10.0.0.54",))]

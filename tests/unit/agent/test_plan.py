@@ -7,11 +7,14 @@ import dataclasses
 import pytest
 
 from agent.errors import NotFound
+from agent.external import External
 from agent.model import (
     Action,
     Backend,
     Backing,
+    Direct,
     HeaderEdit,
+    Mtls,
     Operation,
     Policy,
     PolicyRule,
@@ -24,6 +27,7 @@ from agent.model import (
     Workload,
 )
 from agent.plan import find_destination, find_workload, plan, targets
+from agent.traffic import LoadBalancing, TrafficPolicy
 
 
 def workload(name: str, node: str = "node-1", backing: tuple[Backing, ...] = (), policies: tuple[str, ...] = ()) -> Workload:
@@ -53,6 +57,26 @@ REDIS = workload("redis", backing=(Backing("default/redis", {6379: 6379}),), pol
 MODEL = snapshot(workload("frontend"), workload("other"), REDIS, services=(service("redis", 6379),), policies=(ALLOW_FRONTEND,))
 
 
+@pytest.mark.parametrize(
+    ("fail_open", "paths", "said"),
+    [
+        pytest.param(False, (), "closed", id="closed"),
+        pytest.param(True, (), "open: without a waypoint it is L4", id="open"),
+        pytest.param(True, ("/items",), "closed: a policy needs the request", id="open-with-an-l7-policy"),
+    ],
+)
+def test_the_plan_says_what_happens_without_a_waypoint(fail_open: bool, paths: tuple[str, ...], said: str) -> None:
+    policy = Policy("default/p", Action.ALLOW, (PolicyRule(operations=(Operation(paths=paths),)),))
+    cart = workload("cart-1", backing=(Backing("default/cart", {80: 8080}),), policies=("default/p",))
+    model = snapshot(
+        workload("frontend"),
+        cart,
+        services=(dataclasses.replace(service("cart", 80, waypoint=True), fail_open=fail_open),),
+        policies=(policy,),
+    )
+    assert plan(model, model.workloads["default/frontend"], "cart", "mesh.local").fail_mode == said
+
+
 def test_an_allowed_l4_call_names_rule_backend_and_level() -> None:
     planned = plan(MODEL, MODEL.workloads["default/frontend"], "redis", "mesh.local")
     assert (planned.verdict, planned.rule, planned.level) == ("ALLOW", "default/redis-clients[0]", "L4")
@@ -78,6 +102,32 @@ def test_a_service_without_endpoints_is_a_problem() -> None:
     assert "no ready endpoint" in plan(model, model.workloads["default/frontend"], "redis", "mesh.local").problems[0]
 
 
+def test_a_plan_follows_the_routes_that_are_for_the_caller() -> None:
+    def to(name: str, *callers: tuple[Source, ...]) -> RouteRule:
+        rule = RouteRule("", (), (Backend(f"default/{name}", 80, 1),), None, 0, 0, HeaderEdit(), HeaderEdit())
+        return dataclasses.replace(rule, callers=callers)
+
+    names = ("all", "some", "theirs")
+    parents = (("default/cart", 0),)
+    model = snapshot(
+        *(workload(name, backing=(Backing(f"default/{name}", {80: 8080}),)) for name in names),
+        services=(service("cart", 80, waypoint=True), *(service(name, 80) for name in names)),
+        routes=(
+            Route("default/r", parents, (), (to("all"), to("some", (Source(service_accounts=("default/web",)),))), 0),
+            Route("other/r", parents, (), (to("theirs"),), 0),
+        ),
+    )
+
+    def behind(name: str, account: str) -> list[str]:
+        caller = dataclasses.replace(workload("x"), name=name, service_account=account)
+        return [backend.workload for backend in plan(model, caller, "default/cart", "mesh.local").backends]
+
+    assert behind("default/web", "web") == ["default/all", "default/some"]
+    assert behind("default/frontend", "frontend") == ["default/all"]
+    assert behind("other/web", "web") == ["default/theirs"]
+    assert targets(model, "cart")[1] == {f"default/{name}" for name in names}
+
+
 def test_weights_and_endpoints_share_an_l7_service() -> None:
     v1 = [workload(f"cart-v1-{n}", backing=(Backing("default/cart-v1", {80: 8080}),)) for n in (1, 2)]
     v2 = workload("cart-v2", "node-2", backing=(Backing("default/cart-v2", {80: 8080}),))
@@ -98,7 +148,52 @@ def test_weights_and_endpoints_share_an_l7_service() -> None:
         "default/cart-v2": 0.25,
     }
     assert targets(model, "cart") == ("default/cart:80", frozenset({"default/cart-v1-1", "default/cart-v1-2", "default/cart-v2"}))
-    assert planned.encryption.startswith("none: plaintext to other nodes")
+    assert planned.encryption == "none: plaintext between nodes"
+
+
+@pytest.mark.parametrize(
+    ("mode", "enrolled", "encryption", "problem"),
+    [
+        (Mtls.DISABLE, True, "none: plaintext between nodes", ""),
+        (Mtls.PERMISSIVE, True, "mTLS between nodes (HBONE)", ""),
+        (Mtls.STRICT, True, "mTLS between nodes (HBONE)", ""),
+        (Mtls.STRICT, False, "none: plaintext between nodes", "default/far refuses plaintext from another node on port 80"),
+    ],
+)
+def test_encryption_is_what_mode_and_caller_make_of_it(mode: Mtls, enrolled: bool, encryption: str, problem: str) -> None:
+    source = dataclasses.replace(workload("near"), enrolled=enrolled)
+    far = dataclasses.replace(workload("far", "node-2", (Backing("default/far", {80: 80}),)), mtls=mode)
+    model = Snapshot("1", {w.name: w for w in (source, far)}, {"default/far": service("far", 80)})
+    planned = plan(model, source, "far", "mesh.local")
+    assert planned.encryption == encryption
+    said = [found for found in planned.problems if "PeerAuthentication" in found]
+    assert len(said) == bool(problem)
+    assert all(found.startswith(problem) for found in said)
+
+
+@pytest.mark.parametrize(
+    ("modes", "target", "encryption"),
+    [
+        ((Mtls.PERMISSIVE,), "far", "WireGuard between nodes"),
+        ((Mtls.DISABLE,), "far", "WireGuard between nodes"),
+        ((Mtls.STRICT,), "far", "mTLS between nodes (HBONE)"),
+        (
+            (Mtls.PERMISSIVE, Mtls.STRICT),
+            "far",
+            "mTLS between nodes (HBONE) to default/far-1, WireGuard between nodes to default/far-0",
+        ),
+        ((Mtls.PERMISSIVE,), "far:53/udp", "WireGuard between nodes"),
+    ],
+)
+def test_between_nodes_with_wireguard_only_strict_ports_take_tunnels(modes: tuple[Mtls, ...], target: str, encryption: str) -> None:
+    source = workload("near")
+    backing = (Backing("default/far", {80: 80}, {53: 53}),)
+    far = [dataclasses.replace(workload(f"far-{i}", "node-2", backing), mtls=mode) for i, mode in enumerate(modes)]
+    behind = dataclasses.replace(service("far", 80), ports=(*service("far", 80).ports, ServicePort(53, "", "UDP", "", False, "")))
+    model = Snapshot("1", {w.name: w for w in (source, *far)}, {"default/far": behind})
+    assert plan(model, source, target, "mesh.local", Direct(frozenset({"node-2"}))).encryption == encryption
+    stranger = dataclasses.replace(source, enrolled=False)
+    assert plan(model, stranger, target, "mesh.local", Direct(frozenset({"node-2"}))).encryption == "none: plaintext between nodes"
 
 
 def test_l7_rules_leave_the_verdict_to_each_request() -> None:
@@ -211,3 +306,27 @@ def test_a_trace_watches_every_endpoint_whichever_is_preferred() -> None:
     web = dataclasses.replace(service("web", 80), traffic_distribution="PreferSameNode")
     model = snapshot(workload("a", "node-1", backing), workload("b", "node-2", backing), services=(web,))
     assert targets(model, "web") == ("default/web:80", frozenset({"default/a", "default/b"}))
+
+
+def test_what_a_traffic_policy_prefers_is_what_the_plan_shows() -> None:
+    backing = (Backing("default/web", {80: 8080}),)
+    pods = (workload("a", "node-1", backing), workload("b", "node-2", backing))
+    model = snapshot(workload("frontend"), *pods, services=(service("web", 80, waypoint=True),))
+    near = TrafficPolicy("default/near", (("default/web", 80),), LoadBalancing(prefer="PreferSameNode"))
+    for policies, expected in (({}, {"default/a": 0.5, "default/b": 0.5}), ({near.name: near}, {"default/a": 1.0})):
+        planned = plan(dataclasses.replace(model, traffic=policies), model.workloads["default/frontend"], "web", "mesh.local")
+        assert {one.workload: one.share for one in planned.backends} == expected
+
+
+@pytest.mark.parametrize(
+    ("port", "caller", "verdict"),
+    [(80, "frontend", "ALLOW"), (80, "other", "DENY"), (9000, "frontend", "ALLOW"), (9000, "other", "DENY")],
+)
+def test_a_call_to_the_outside_is_decided_by_the_policies_of_its_external_service(port: int, caller: str, verdict: str) -> None:
+    external = External("api", ("api.example.com",), False, True, (), policies=(ALLOW_FRONTEND.name,))
+    ports = tuple(ServicePort(n, "", "TCP", spoken, True, "ExternalService default/api") for n, spoken in ((80, "http"), (9000, "tcp")))
+    outside = Service("default/api.example.com", ("240.240.0.9",), ports, external=external)
+    model = dataclasses.replace(MODEL, services={**MODEL.services, outside.name: outside})
+    found = plan(model, model.workloads[f"default/{caller}"], f"api.example.com:{port}", "mesh.test")
+    assert (found.verdict, found.level, found.reason) == (verdict, "L7", "ExternalService default/api")
+    assert found.problems == ()

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from agent import addresses
-from agent.bpf.manifest import Direction, Verdict
+from agent.bpf.manifest import Direction, Redirect, Verdict
 from agent.bpf.sockets import LiveSocket, Record
 from agent.config import Config
 from agent.enrolment import Enrolled
 from agent.ids import Ids
-from agent.model import Action, Delta, LocalWorkload, Operation, Policy, PolicyRule, Snapshot, Source, Workload
+from agent.model import Action, Delta, LocalWorkload, Mtls, Operation, Policy, PolicyRule, Snapshot, Source, Workload
 from agent.revocation import Judge, affects
 
 POLICY = Policy("d/p", Action.ALLOW, (PolicyRule((Source(service_accounts=("d/friend",)),), (Operation(ports=(80,)),)),))
@@ -49,11 +49,14 @@ class Node:
         source: str = "",
         direction: int = Direction.OUTBOUND,
         redirected: int = 0,
+        target: str = "",
+        origdst_port: int = 0,
         verdict: int = 0,
     ) -> str:
         """The rule that forbids a connection of `at`, or ""; `port` is the server's."""
         number = self.ids.number("workload", source) if source else 0
-        record = Record(1, 1, number, 0, 0, 0, port, direction, verdict, redirected, 6, 0)
+        of = self.ids.number("workload", target) if target else 0
+        record = Record(1, 1, number, of, 0, 0, port, origdst_port, direction, verdict, redirected, 6, 0)
         ports = (port, 50000) if direction == Direction.INBOUND else (50000, port)
         ident = struct.pack("!HH", *ports) + socket.inet_aton(at.addresses[0]).ljust(16, b"\0") + socket.inet_aton(remote).ljust(16, b"\0")
         found = self.judge.forbidden(LiveSocket(socket.AF_INET, 1, ident.ljust(48, b"\0"), 0, 0, 0, 0, record), LocalWorkload(at, 1, ""))
@@ -106,9 +109,31 @@ def test_what_somebody_else_decides_is_left_alone(tmp_path: Path) -> None:
     assert node.rule(FOE, "10.0.0.3", verdict=Verdict.DENY) == "", "a kernel thread's: its end refuses nothing"
 
 
+def test_what_goes_through_a_tunnel_is_decided_by_its_endpoint(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    for caller, port, rule in ((FOE, 80, NO), (FRIEND, 80, ""), (FRIEND, 81, NO)):
+        assert node.rule(caller, "127.0.1.0", 15002, redirected=Redirect.TUNNEL, target=SERVER.name, origdst_port=port) == rule
+
+
 def after(delta: Delta | None, *changed: Workload, policies: tuple[Policy, ...] = (POLICY, L7)) -> Snapshot:
     workloads = {**SNAPSHOT.workloads, **{w.name: w for w in changed}}
     return Snapshot("2", workloads, policies={p.name: p for p in policies}, delta=delta)
+
+
+def test_the_end_of_a_tunnel_is_left_to_the_waypoint(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    assert node.rule(SERVER, "10.0.1.1", 15008, source="d/far", direction=Direction.INBOUND) == ""
+    assert node.rule(SERVER, "10.0.1.1", 15007, source="d/far", direction=Direction.INBOUND) == NO
+
+
+def test_strict_forbids_plaintext_from_outside_the_node_alone(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    strict = replace(FRIEND, mtls=Mtls.STRICT, mtls_ports=((81, Mtls.PERMISSIVE),))
+    for source, remote in (("d/far", "10.0.1.1"), ("", "192.0.2.1")):
+        assert node.rule(strict, remote, 80, source=source, direction=Direction.INBOUND).startswith("STRICT")
+        assert node.rule(strict, remote, 81, source=source, direction=Direction.INBOUND) == ""
+    assert node.rule(strict, "10.0.0.2", 80, source="d/foe", direction=Direction.INBOUND) == ""
+    assert node.rule(strict, "192.0.2.1", 80) == "", "what it calls itself is not its mode's concern"
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,30 @@ import asyncio
 import os
 import signal
 import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
+import grpc.aio
 import pytest
 
+from agent import supervisor
 from agent.config import Config
-from agent.errors import EnvironmentUnfit
+from agent.errors import EnvironmentUnfit, KernelRefused
+from agent.identity.part import NoIdentities
+from agent.l7 import names
+from agent.l7.resources import Resource
+from agent.l7.xds import XdsServer
+from agent.model import NO_DIRECT, Snapshot
+from agent.quota import Quotas
 from agent.supervisor import Supervisor, run_forever
+from agent.tunnels import Tunnels
+from tests.tasks import beside, until
+from tests.unit.agent.l7.test_xds import Client
+
+if TYPE_CHECKING:
+    from agent.revocation import Revocation
+    from agent.wireguard.part import WireGuard
 
 FOREVER_S = 30.0
 
@@ -96,3 +114,135 @@ def test_an_agent_checks_the_machine_before_it_touches_anything(tmp_path: object
     monkeypatch.chdir(str(tmp_path))
     with pytest.raises(EnvironmentUnfit, match="this needs root"):
         asyncio.run(Supervisor(Config(node="n", controller="unix:x")).run())
+
+
+def test_a_restarted_agent_without_certificates_goes_on_with_the_tunnels_that_envoy_has(tmp_path: Path) -> None:
+    """Their callers must not fall back to plaintext because the controller is away and keys were kept nowhere else."""
+
+    def agent(directory: Path) -> Supervisor:
+        config = Config(node="node-1", controller="unix:/nowhere", run_dir=directory)
+        found = Supervisor(config)
+        found._identity, found._tunnels = NoIdentities(), Tunnels(config)
+        return found
+
+    first = agent(tmp_path / "one")
+    assert not first._secured
+    first._identity.active.set()
+    assert first._secured
+    first._tunnels.mark_ready({"spiffe://mesh.local/ns/default/sa/cart"})
+    again = agent(tmp_path / "one")
+    assert not again._identity.active.is_set()
+    assert again._secured
+    again._tunnels.keep(())
+    assert not again._secured
+    assert not agent(tmp_path / "two")._secured
+
+
+class Carrier:
+    """WireGuard, as far as the order of things goes."""
+
+    direct = NO_DIRECT
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    async def prepare(self, snapshot: Snapshot) -> None:
+        self.calls.append(f"prepare {snapshot.version}")
+
+    async def finish(self, *, dialled: bool = False) -> None:
+        self.calls.append("keep" if dialled else "remove")
+
+
+class Dialler(Supervisor):
+    """An agent with a real xDS server, without a kernel: Envoy gets one cluster with the snapshot's version."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(Config(node="n1", controller="unix:/nowhere", run_dir=directory))
+        self.carrier, self.refused = Carrier(), False
+        self._wireguard = cast("WireGuard", self.carrier)
+        self._tunnels, self._xds = Tunnels(self._config), XdsServer(self._config.xds_socket)
+        self._revocation = cast("Revocation", SimpleNamespace(changed=lambda *_: None))
+        self._quotas = Quotas("n1", lambda: None)
+
+    async def _enforce(self, snapshot: Snapshot, enforce_inbound: frozenset[str]) -> None:  # noqa: ARG002
+        if self.refused:
+            raise KernelRefused(f"version {snapshot.version} does not fit")
+
+    async def _configure_waypoint(self) -> None:
+        self._xds.set({names.CLUSTER: {"backend": Resource(self.snapshot.version, b"")}})
+
+
+def test_wireguard_lets_go_of_nothing_before_envoy_has_acknowledged_what_is_not_dialled_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not while Envoy is away, has not answered, or refuses; and not of what a failed snapshot would not need."""
+    monkeypatch.setattr(supervisor, "RETRY_S", 0.05)
+
+    async def scenario() -> None:
+        agent = Dialler(tmp_path)
+        calls = agent.carrier.calls
+        await agent.apply(Snapshot("1"))
+        await agent._xds.start()
+        try:
+            async with beside(agent._release()), grpc.aio.insecure_channel(f"unix:{agent._config.xds_socket}") as channel:
+                await asyncio.sleep(0.2)
+                assert calls == ["prepare 1", "keep"]  # away
+                envoy = Client(channel)
+                await envoy.send(names.CLUSTER)
+                first = await envoy.receive()
+                await asyncio.sleep(0.2)
+                assert calls == ["prepare 1", "keep"]  # has not answered
+                await envoy.send(names.CLUSTER, nonce=first.nonce)
+                await until(lambda: calls == ["prepare 1", "keep", "remove"])
+                calls.clear()
+                await agent.apply(Snapshot("2"))
+                second = await envoy.receive()
+                await envoy.send(names.CLUSTER, nonce=second.nonce, error="no")
+                await asyncio.sleep(0.3)
+                assert calls == ["prepare 2", "keep"]  # goes on with version 1
+                await agent.apply(Snapshot("3"))
+                third = await envoy.receive()
+                agent.refused = True
+                with pytest.raises(KernelRefused):
+                    await agent.apply(Snapshot("4"))
+                await envoy.send(names.CLUSTER, nonce=third.nonce)
+                assert await agent._xds.wait_acked(2)
+                await asyncio.sleep(0.2)
+                assert calls == ["prepare 2", "keep", "prepare 3", "keep", "prepare 4"]  # nobody was given version 4
+                agent.refused = False
+                await agent.apply(Snapshot("4"))
+                fourth = await envoy.receive()
+                await envoy.send(names.CLUSTER, nonce=fourth.nonce)
+                await until(lambda: calls[-3:] == ["prepare 4", "keep", "remove"])
+        finally:
+            await agent._xds.stop()
+
+    asyncio.run(scenario())
+
+
+def test_what_is_up_is_reported_until_nobody_asks_for_it_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "TUNNEL_ENDS_S", 0.005)
+    monkeypatch.setattr(supervisor, "RETRY_S", 0.05)
+    awaited, told, answer = {"default/one"}, list[frozenset[str]](), ["it is away"]
+
+    async def report(names: frozenset[str]) -> str:
+        told.append(names)
+        return answer[0]
+
+    async def scenario() -> None:
+        task = asyncio.create_task(supervisor.report_tunnel_ends(lambda: frozenset(awaited), report))
+        await until(lambda: len(told) >= 2)
+        answer[0] = ""
+        await until(lambda: len(told) >= 4)  # and again: the model still says that nobody knows
+        awaited.add("default/two")
+        await until(lambda: frozenset(awaited) in told)
+        awaited.clear()
+        await asyncio.sleep(0.02)
+        before = len(told)
+        await asyncio.sleep(0.15)
+        assert len(told) == before
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(scenario())
+    assert set(told) == {frozenset({"default/one"}), frozenset({"default/one", "default/two"})}

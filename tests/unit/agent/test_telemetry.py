@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent import telemetry
-from agent.bpf.manifest import BUCKET_SHIFT, Direction, Reason, Verdict
-from agent.config import Config
+from agent.bpf.manifest import BUCKET_SHIFT, STATS_TUNNELLED, Direction, Reason, Verdict
+from agent.config import HBONE_PORT, Config
 from agent.enrolment import Enrolled
 from agent.errors import EnvironmentUnfit
 from agent.flows import Pair
 from agent.ids import Ids
+from agent.report import CertificateStatus, IdentityStatus, WaypointStatus, WireGuardPeer, WireGuardStatus
 from agent.telemetry import FlowMetrics, MetricsServer
 from tests.unit.agent import tables
 
@@ -71,6 +72,23 @@ def test_labels_are_the_names_behind_the_numbers(tmp_path: Path) -> None:
         "security_policy": "none",
         "direction": "outbound",
     }
+
+
+@pytest.mark.parametrize(
+    ("way", "port", "policy"),
+    [
+        (Direction.OUTBOUND | STATS_TUNNELLED, 6379, "mutual_tls"),
+        (Direction.OUTBOUND, 6379, "none"),
+        (Direction.INBOUND, 6379, "none"),
+        (Direction.INBOUND, HBONE_PORT, "mutual_tls"),
+        (Direction.FROM_WAYPOINT, HBONE_PORT, "mutual_tls"),
+        (Direction.OUTBOUND, HBONE_PORT, "none"),
+    ],
+)
+def test_what_a_tunnel_carries_and_the_tunnel_itself_have_mutual_tls(tmp_path: Path, way: int, port: int, policy: str) -> None:
+    pair = Pair(1, 0, 0, port, way, socket.IPPROTO_TCP)
+    found = dict(zip(telemetry._LABELS, telemetry.pair_labels(Ids(tmp_path / "ids"), pair), strict=True))
+    assert (found["security_policy"], found["direction"]) == (policy, Direction(way & 3).name.lower())
 
 
 def test_whom_the_mesh_does_not_know_is_unknown(tmp_path: Path) -> None:
@@ -154,6 +172,38 @@ def test_what_a_page_says_packed_is_what_it_says() -> None:
     assert gzip.decompress(b"".join(telemetry._compressed(iter(pieces)))) == b"".join(pieces)
 
 
+def test_certificates_have_their_end_and_their_trouble_in_the_metrics() -> None:
+    status = IdentityStatus(
+        mode="on",
+        connected=True,
+        roots=2,
+        node=CertificateStatus("", "spiffe://m/meshagent/node/n", "1f", 1.0, 23.0),
+        workloads=(
+            CertificateStatus("shop/cart", "spiffe://m/ns/shop/sa/cart", "1f", 1.0, 7.0, problem="the controller is away"),
+            CertificateStatus("shop/new", "spiffe://m/ns/shop/sa/new"),
+        ),
+        signed=11,
+        failures=13,
+        callers_refused=17,
+    )
+    found = {(s.name, s.labels.get("workload", "")): s.value for family in telemetry._identity(status) for s in family.samples}
+    assert found == {
+        ("mesh_identity_connected", ""): 1,
+        ("mesh_trust_roots", ""): 2,
+        ("mesh_trust_revoked", ""): 0,
+        ("mesh_identity_expiry_timestamp_seconds", "cart"): 7,
+        ("mesh_identity_expiry_timestamp_seconds", "new"): 0,
+        ("mesh_identity_renewal_failing", "cart"): 1,
+        ("mesh_identity_renewal_failing", "new"): 0,
+        ("mesh_node_certificate_expiry_timestamp_seconds", ""): 23,
+        ("mesh_node_certificate_renewal_failing", ""): 0,
+        ("mesh_identity_signed_total", ""): 11,
+        ("mesh_identity_sign_failures_total", ""): 13,
+        ("mesh_workload_api_refused_total", ""): 17,
+    }
+    assert list(telemetry._identity(IdentityStatus())) == []
+
+
 def test_a_port_that_is_taken_is_said_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -171,3 +221,38 @@ class _Nothing:
         return ()
 
     collect = describe
+
+
+def test_wireguard_says_how_old_handshakes_are_and_of_no_more_nodes_than_it_may() -> None:
+    assert list(telemetry._wireguard(WireGuardStatus())) == []
+    without = next(iter(telemetry._wireguard(WireGuardStatus("unavailable", "why")))).samples[0]
+    assert (without.name, without.value) == ("mesh_wireguard_available", 0)
+    peers = [WireGuardPeer(f"n{number:04}", "encrypted", 23.0, 7, 11) for number in range(telemetry.MAX_NODES + 3)]
+    status = WireGuardStatus("on", peers=(*peers, WireGuardPeer("z", "waiting", None, 0, 0)))
+    found = [(s.name, s.labels, s.value) for family in telemetry._wireguard(status) for s in family.samples]
+    assert ("mesh_wireguard_available", {}, 1) in found
+    assert ("mesh_wireguard_peers", {"state": "encrypted"}, telemetry.MAX_NODES + 3) in found
+    assert ("mesh_wireguard_peers", {"state": "waiting"}, 1) in found
+    assert ("mesh_wireguard_handshake_age_seconds", {"node": "n0000"}, 23) in found
+    assert ("mesh_wireguard_sent_bytes_total", {"node": "n0001"}, 7) in found
+    assert ("mesh_wireguard_received_bytes_total", {"node": "n0001"}, 11) in found
+    assert sum(name == "mesh_wireguard_handshake_age_seconds" for name, _, _ in found) == telemetry.MAX_NODES
+
+
+def test_what_the_waypoints_configuration_costs_is_told() -> None:
+    waypoint = WaypointStatus(
+        True, "1", 23, nacks=2, rejected=1, sent={"Cluster": 7, "Listener": 3}, pushes=5, pushed_seconds=0.25, resident_bytes=4096
+    )
+    found = {
+        (sample.name, sample.labels.get("type", "")): sample.value for family in telemetry._pushes(waypoint) for sample in family.samples
+    }
+    assert found == {
+        ("mesh_xds_rejected", ""): 1,
+        ("mesh_xds_resources_sent_total", "Cluster"): 7,
+        ("mesh_xds_resources_sent_total", "Listener"): 3,
+        ("mesh_xds_push_seconds_count", ""): 5,
+        ("mesh_xds_push_seconds_sum", ""): 0.25,
+        ("mesh_waypoint_resident_memory_bytes", ""): 4096,
+    }
+    stopped = WaypointStatus(False, "", None, nacks=0)
+    assert "mesh_waypoint_resident_memory_bytes" not in {family.name for family in telemetry._pushes(stopped)}

@@ -24,7 +24,8 @@ NOTHING = Event(
 RECORD = RequestRecord(
     side="outbound", workload="default/frontend", method="GET", path="/items", authority="cart", protocol="HTTP/1.1", response_code=200,
     response_flags=(), response_code_details="via_upstream", audited="", route_name="default/split rule 0",
-    upstream_cluster="service/default/cart-v1/80", upstream_address="10.77.2.22:8080", upstream_local_address="10.77.1.10:51001",
+    upstream_cluster="service/default/cart-v1/80", upstream_address="10.77.2.22:8080", tunnelled=False,
+    upstream_local_address="10.77.1.10:51001",
     downstream_remote_address="127.0.0.1:40001", original_destination="10.96.0.10:80", attempts=1, start_ns=1, duration_ns=5_000,
     upstream_connected_ns=1_000, first_upstream_byte_ns=3_000, bytes_received=101, bytes_sent=307,
 )  # fmt: skip
@@ -52,6 +53,24 @@ def found(watch: Watch) -> list[Connection]:
 
 def names(connection: Connection) -> list[str]:
     return [hop.at for hop in connection.hops]
+
+
+def test_a_call_past_an_absent_waypoint_says_so() -> None:
+    watch = Watch(L7, "node-1")
+    for kind, reason in ((EventKind.CONNECT, Reason.FAIL_OPEN), (EventKind.CLOSED, Close.NORMAL)):
+        watch.on_event(event(kind, service="default/cart:80", target="default/cart-1", reason=reason))
+    (connection,) = found(watch)
+    assert connection.hops[0].detail["past"] == "waypoint, which is away"
+
+
+def test_a_backend_behind_a_tunnel_is_named_with_its_way() -> None:
+    watch = Watch(L7, "node-1")
+    for kind in (EventKind.CONNECT, EventKind.ESTABLISHED):
+        watch.on_event(l7(kind))
+    watch.on_record(dataclasses.replace(RECORD, tunnelled=True))
+    (connection,) = found(watch)
+    (backend,) = (hop for hop in connection.hops if hop.at == "backend")
+    assert (backend.detail["address"], backend.detail["via"]) == ("10.77.2.22:8080", "tunnel")
 
 
 def test_an_l4_connection_is_reported_once_when_it_has_ended() -> None:
@@ -105,13 +124,13 @@ def test_how_a_connection_ended_is_its_outcome(reason: Close, outcome: str, step
     assert (seen.next_step is None) if step is None else (step in str(seen.next_step))
 
 
-@pytest.mark.parametrize("reason", [reason for reason in Reason if reason is not Reason.NONE])
+@pytest.mark.parametrize("reason", [r for r in Reason if r not in {Reason.NONE, Reason.FAIL_OPEN}])
 def test_a_denial_is_reported_at_once_with_the_next_step(reason: Reason) -> None:
     watch = Watch(L4, "node-1")
     watch.on_event(event(EventKind.DENIED, verdict=Verdict.DENY, reason=reason, rule="default/p: no rule matches"))
     (seen,) = found(watch)
     assert (seen.outcome, seen.rule) == (
-        "refused" if reason in {Reason.NO_BACKEND, Reason.NO_PORT} else "denied",
+        "refused" if reason in {Reason.NO_BACKEND, Reason.NO_PORT, Reason.NO_TUNNEL} else "denied",
         "default/p: no rule matches",
     )
     assert seen.next_step
@@ -296,3 +315,13 @@ def test_a_trace_that_is_not_read_holds_a_bounded_number_of_connections(caplog: 
     assert len(found(watch)) + watch.missed == 5003
     assert watch.missed > 0
     assert [record.__dict__["missed"] for record in caplog.records] == [watch.missed]
+
+
+def test_a_call_that_was_not_let_out_is_in_every_trace_of_its_source_with_the_next_step() -> None:
+    watch = Watch(L7, "node-1")
+    refused = event(EventKind.DENIED, reason=Reason.EGRESS, target="", service="", dialled="203.0.113.7:443", verdict=Verdict.DENY)
+    watch.on_event(refused)
+    watch.on_event(dataclasses.replace(refused, source="default/other"))
+    (connection,) = found(watch)
+    assert (connection.destination, connection.outcome, connection.hops[0].detail["reason"]) == ("203.0.113.7:443", "denied", "egress")
+    assert "ExternalService" in (connection.next_step or "")

@@ -35,6 +35,10 @@ def config(tmp_path: Path) -> Config:
         directory.mkdir(parents=True)
     for name in OWN:
         (made.run_dir / name).touch()
+    (made.identity_dir / "door").mkdir(parents=True)
+    (made.identity_dir / "svids.json").touch()
+    made.workload_socket.parent.mkdir()
+    made.workload_socket.touch()
     for name in ("snapshot.pb", ".snapshot.pb.x1y2"):
         (made.state_dir / name).touch()
     for name in ("mesh_connect4", "netns-7"):
@@ -65,6 +69,7 @@ def test_everything_an_agent_ever_wrote_is_removed_and_said(config: Config) -> N
         f"removed programs, maps and 2 links below {config.pin_dir}",
         f"removed {config.run_dir}",
         f"removed {config.state_dir}",
+        f"removed {config.workload_socket.parent}",
     ]
     assert [path.exists() for path in (config.pin_dir, config.run_dir, config.state_dir)] == [False] * 3
 

@@ -25,18 +25,19 @@ def test_cpu_time_of_a_cgroup_is_read_as_seconds() -> None:
 
 
 def test_no_pair_is_named_twice() -> None:
-    found = pairs(Model(), PAIRS)
+    found = pairs(Model(), 0, PAIRS)
     assert len(set(found)) == len(found) == PAIRS
     assert {source for source, _, _ in found} == {"default/caller", "default/server"}
 
 
 def test_a_page_with_every_pair_is_complete() -> None:
-    check_page("\n".join([PAGE % "caller"] * PAIRS))
+    other = 'mesh_tcp_connections_closed_total{source_workload="caller"} 1.0'
+    assert check_page("\n".join([PAGE % "caller"] * 3 + [other, "mesh_map_entries 1.0"]), 3) == 4
 
 
 def test_a_pair_without_a_name_is_missing() -> None:
-    with pytest.raises(LabError, match=f"names {PAIRS - 1} pairs"):
-        check_page("\n".join([PAGE % "caller"] * (PAIRS - 1) + [PAGE % "unknown"]))
+    with pytest.raises(LabError, match="names 2 pairs of workloads, 3 were counted"):
+        check_page("\n".join([PAGE % "caller"] * 2 + [PAGE % "unknown"]), 3)
 
 
 def test_the_controller_sends_everything_then_each_change(tmp_path: Path) -> None:

@@ -31,6 +31,17 @@ def test_both_sidecars_are_valid_with_their_certificates(tmp_path: Path) -> None
     assert validated(tmp_path / "server.json", accepts) == ""
 
 
+def test_sidecars_of_tcp_services_are_valid_and_know_no_http(tmp_path: Path) -> None:
+    envoys.write_certificates(tmp_path)
+    hops = [(HERE, THERE), (("127.0.0.1", 18081), ("127.0.0.1", 8081))]
+    opens = envoys.tcp(hops, open_tls=envoys.mutual_tls(tmp_path, "caller", "server"))
+    accepts = envoys.tcp(hops, accept_tls=envoys.mutual_tls(tmp_path, "server", "caller"))
+    assert validated(tmp_path / "caller.json", opens) == ""
+    assert validated(tmp_path / "server.json", accepts) == ""
+    assert "http_connection_manager" not in opens + accepts
+    assert json.loads(accepts)["static_resources"]["listeners"][1]["address"]["socket_address"]["port_value"] == 18081
+
+
 def test_the_accepting_sidecar_demands_a_certificate_of_the_caller(tmp_path: Path) -> None:
     configuration = json.loads(envoys.hop(HERE, THERE, accept_tls=envoys.mutual_tls(tmp_path, "server", "caller")))
     context = configuration["static_resources"]["listeners"][0]["filter_chains"][0]["transport_socket"]["typed_config"]

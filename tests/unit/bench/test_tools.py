@@ -76,3 +76,35 @@ def test_iperf_gives_the_bits_that_arrived() -> None:
 def test_iperf_that_failed_gives_no_number() -> None:
     with pytest.raises(tools.ToolFailed, match="iperf3"):
         tools.parse_iperf('{"end": {}, "error": "unable to connect to server"}')
+
+
+def test_a_ping_pong_may_have_a_rate() -> None:
+    assert tools.sockperf("10.0.0.1", 5001, 1, 500) == [*tools.sockperf("10.0.0.1", 5001, 1), "--mps", "500"]
+
+
+def test_nginx_answers_what_it_is_told() -> None:
+    assert "return 200 ok;" in tools.nginx(8080)
+    assert "/dev/" not in tools.nginx(8080), "nginx removes its pid file"
+    assert "listen 8081 backlog=4096;" in tools.nginx(8081, "kkk")
+    assert "return 200 kkk;" in tools.nginx(8081, "kkk")
+
+
+def test_h2load_is_read_against_its_schedule() -> None:
+    # Two connections, 100 requests a second on each. The first two are on time; then the server stalls for 30 ms.
+    log = "1000000\t200\t100\n1005000\t200\t100\n1010000\t200\t30000\n1015000\t200\t25000\n1040000\t200\t100\n1040000\t200\t100\n"
+    found = tools.parse_h2load(log, 2, 100)
+    assert found.requests == 6
+    assert found.p99_us == 30000.0
+    assert found.p50_us == 15100.0, "sent 15 ms after it was due, although its answer took 0.1 ms"
+
+
+@pytest.mark.parametrize("log", ["1\t200\t5\n2\t200\t5\n3\t503\t5\n", "1\t200\t5\n2\t-1\t5\n3\t200\t5\n", "1\t200\t5\n", ""])
+def test_h2load_with_a_failed_request_or_hardly_any_is_no_result(log: str) -> None:
+    with pytest.raises(tools.ToolFailed):
+        tools.parse_h2load(log, 1, 100)
+
+
+def test_more_than_h2load_spreads_evenly_is_refused() -> None:
+    assert "--rps=100" in tools.h2load("http://a/", 32, 100, 1, "/tmp/log")  # noqa: S108  a name, nothing is written
+    with pytest.raises(ValueError, match="spreads"):
+        tools.h2load("http://a/", 32, 101, 1, "/tmp/log")  # noqa: S108

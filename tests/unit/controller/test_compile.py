@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from agent.model import Action, MatchKind, Operation, Policy, PolicyRule, Route, Service, Source, Workload, decode
+import pytest
+
+from agent.model import Action, Entity, MatchKind, Operation, Policy, PolicyRule, Route, Service, Source, Workload, decode
 from controller.compile import Compiled, compile_model
 from controller.objects import Key
 from controller.schema import read
@@ -31,7 +33,7 @@ def compiled(text: str) -> Compiled:
     return compile_model({item.object.key: item.object for item in checked if item.object})
 
 
-def entity(model: Compiled, name: str) -> Workload | Service | Route | Policy:
+def entity(model: Compiled, name: str) -> Entity:
     return decode(model.entities[name].SerializeToString())
 
 
@@ -222,7 +224,12 @@ def test_a_route_is_resolved_with_gateway_api_defaults() -> None:
     assert (rule.retry.attempts, rule.retry.codes, rule.retry.backoff_ms) == (3, (503,), 100)
     assert (rule.request_timeout_ms, rule.backend_request_timeout_ms) == (90_000, 500)
     assert (dict(rule.request_headers.set), rule.request_headers.remove) == ({"a": "b"}, ("c",))
-    assert statuses(model, "HTTPRoute", "r") == {"Accepted": (True, "Accepted"), "ResolvedRefs": (True, "ResolvedRefs")}
+    assert statuses(model, "HTTPRoute", "r") == {
+        "Accepted": (True, "Accepted"),
+        "ResolvedRefs": (True, "ResolvedRefs"),
+        "HostnamesApplied": (False, "Ignored"),
+    }
+    assert found.hostnames == (), "no functionality is inferred from them (GEP-1294)"
 
 
 def test_backends_that_cannot_be_resolved_answer_for_their_share() -> None:
@@ -236,10 +243,10 @@ def test_backends_that_cannot_be_resolved_answer_for_their_share() -> None:
     assert [backend.invalid for backend in route(model, "default/r").rules[0].backends] == [
         "there is no Service default/none",
         "Service default/cart has no TCP port 82",
-        "backend far/cart needs a ReferenceGrant, which is not supported yet",
+        "there is no Service far/cart",
         "a backend of kind multicluster.x-k8s.io/ServiceImport is not supported yet",
     ]
-    assert statuses(model, "HTTPRoute", "r")["ResolvedRefs"] == (False, "RefNotPermitted")
+    assert statuses(model, "HTTPRoute", "r")["ResolvedRefs"] == (False, "InvalidKind")
 
 
 def test_a_route_without_a_parent_is_not_sent() -> None:
@@ -292,6 +299,39 @@ def test_the_old_name_of_a_traffic_distribution_means_the_zone() -> None:
     assert balanced("trafficDistribution: PreferSameNode,").traffic_distribution == "PreferSameNode"
     assert balanced("trafficDistribution: PreferSameZone,").traffic_distribution == "PreferSameZone"
     assert balanced("trafficDistribution: PreferClose,").traffic_distribution == "PreferSameZone"
+
+
+@pytest.mark.parametrize(
+    ("port", "spoken", "level"),
+    [
+        pytest.param("{name: http, port: 80}", "", True, id="a-name-of-any-version"),
+        pytest.param("{name: grpc-main, port: 80}", "grpc", True, id="the-first-part-of-a-name"),
+        pytest.param("{name: grpc-web-x, port: 80}", "grpc-web", True, id="a-longer-protocol"),
+        pytest.param("{name: httpfoo, port: 80}", "", True, id="a-word-that-begins-like-one"),
+        pytest.param("{name: redis-main, port: 80}", "redis", False, id="what-is-not-http"),
+        pytest.param("{name: https, port: 80}", "https", False, id="tls-of-the-application"),
+        pytest.param("{name: redis, port: 80, appProtocol: http}", "http", True, id="appprotocol-wins"),
+        pytest.param("{port: 80}", "", True, id="nothing"),
+    ],
+)
+def test_a_port_says_what_it_speaks_by_appprotocol_or_by_its_name(port: str, spoken: str, level: bool) -> None:
+    """And a route for every port makes L7 of what is HTTP or not known."""
+    text = (
+        f"apiVersion: v1\nkind: Service\nmetadata: {{name: cart}}\nspec: {{clusterIP: 10.96.0.1, ports: [{port}]}}\n---\n"
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: r}\n"
+        "spec: {parentRefs: [{group: '', kind: Service, name: cart}], rules: [{backendRefs: [{name: cart, port: 80}]}]}\n"
+    )
+    (found,) = service(compiled(text)).ports
+    assert (found.app_protocol, found.waypoint) == (spoken, level)
+
+
+def test_the_fail_mode_is_closed_unless_it_is_open() -> None:
+    for mode, fails_open in (("", False), ("closed", False), ("open", True)):
+        text = SHOP.replace(
+            "metadata: {name: cart}",
+            f"metadata: {{name: cart, annotations: {{meshagent.io/fail-mode: {mode}}}}}" if mode else "metadata: {name: cart}",
+        )
+        assert service(compiled(text)).fail_open is fails_open
 
 
 def test_session_affinity_lasts_three_hours_unless_it_says_how_long() -> None:

@@ -106,6 +106,12 @@ WORDS = st.sampled_from(
         "parentRefs",
         "kind",
         "backendRefs",
+        "mtls",
+        "mode",
+        "portLevelMtls",
+        "80",
+        "selector",
+        "matchLabels",
     ]
 )
 SHAPES = st.recursive(
@@ -123,6 +129,7 @@ SHAPES = st.recursive(
             ("v1", "Namespace"),
             ("meshagent.io/v1alpha1", "Workload"),
             ("meshagent.io/v1alpha1", "AuthorizationPolicy"),
+            ("meshagent.io/v1alpha1", "PeerAuthentication"),
             ("gateway.networking.k8s.io/v1", "HTTPRoute"),
         ]
     ),

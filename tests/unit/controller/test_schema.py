@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from controller.documents import path_text
 from controller.schema import kinds, read
 
 
@@ -24,8 +25,27 @@ def policy(spec: str) -> str:
     return f"apiVersion: meshagent.io/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {{name: p}}\nspec: {spec}\n"
 
 
+def peers(spec: str) -> str:
+    return f"apiVersion: meshagent.io/v1alpha1\nkind: PeerAuthentication\nmetadata: {{name: p}}\nspec: {spec}\n"
+
+
 def test_every_kind_of_the_issue_is_known() -> None:
-    assert sorted(kinds()) == ["AuthorizationPolicy", "HTTPRoute", "Namespace", "Service", "Workload"]
+    assert sorted(kinds()) == [
+        "AuthorizationPolicy",
+        "CallerMatch",
+        "ExternalService",
+        "GRPCRoute",
+        "Gateway",
+        "HTTPRoute",
+        "Namespace",
+        "PeerAuthentication",
+        "ReferenceGrant",
+        "RequestAuthentication",
+        "Secret",
+        "Service",
+        "TrafficPolicy",
+        "Workload",
+    ]
 
 
 def test_a_problem_names_file_line_object_field_and_reason() -> None:
@@ -73,8 +93,7 @@ def test_a_problem_names_file_line_object_field_and_reason() -> None:
         ),
         pytest.param(
             route("{filters: [{type: RequestMirror}]}"),
-            'f.yaml:7 HTTPRoute/r spec.rules[0].filters[0].type: "RequestMirror" is not supported yet; '
-            'supported: "RequestHeaderModifier" or "ResponseHeaderModifier"',
+            'f.yaml:7 HTTPRoute/r spec.rules[0].filters[0].requestMirror: is required for type "RequestMirror"',
             id="mirror",
         ),
         pytest.param(
@@ -104,9 +123,7 @@ def test_a_problem_names_file_line_object_field_and_reason() -> None:
             "f.yaml:4 AuthorizationPolicy/p spec.rules[0].from[0].source.principals: must not be empty",
             id="an empty list would match everybody",
         ),
-        pytest.param(
-            policy("{rules: [{when: []}]}"), "f.yaml:4 AuthorizationPolicy/p spec.rules[0].when: is not supported yet: remove it", id="when"
-        ),
+        pytest.param(policy("{rules: [{when: []}]}"), "f.yaml:4 AuthorizationPolicy/p spec.rules[0].when: must not be empty", id="when"),
         pytest.param(
             policy("{rules: [{from: [{source: {remoteIpBlocks: [10.0.0.0/8]}}]}]}"),
             "f.yaml:4 AuthorizationPolicy/p spec.rules[0].from[0].source.remoteIpBlocks: is not supported yet: remove it",
@@ -176,6 +193,13 @@ def test_a_problem_names_file_line_object_field_and_reason() -> None:
             id="load balancing",
         ),
         pytest.param(
+            "apiVersion: v1\nkind: Service\nmetadata: {name: cart, annotations: {meshagent.io/fail-mode: fail-open}}\n"
+            "spec: {clusterIP: 10.0.0.1, ports: [{port: 80}]}\n",
+            "f.yaml:3 Service/cart metadata.annotations['meshagent.io/fail-mode']: "
+            'must be "closed" (the default) or "open" (without a waypoint its L7 ports are served as L4), not "fail-open"',
+            id="fail mode",
+        ),
+        pytest.param(
             "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {meshagent.io/default-policy: Deny}}\n",
             "f.yaml:3 Namespace/shop metadata.labels['meshagent.io/default-policy']: "
             'must be "allow" (the default) or "deny" (what no ALLOW policy allows is denied), not "Deny"',
@@ -208,6 +232,11 @@ def test_a_problem_names_file_line_object_field_and_reason() -> None:
             "apiVersion: meshagent.io/v1alpha1\nkind: Workload\nmetadata: {name: w}\nspec: {node: n, addresses: [10.0.0.1], zone: 'a b'}\n",
             'f.yaml:4 Workload/w spec.zone: "a b" does not match ^[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$',
             id="zone",
+        ),
+        pytest.param(
+            policy(f"{{rules: [{{to: [{{operation: {{paths: ['/{'a' * 512}']}}}}]}}]}}"),
+            "f.yaml:4 AuthorizationPolicy/p spec.rules[0].to[0].operation.paths[0]: must have at most 512 characters, not 513",
+            id="a path that no expression of Envoy could hold",
         ),
         pytest.param(
             policy("{action: CUSTOM}"),
@@ -312,3 +341,60 @@ def test_an_invalid_object_still_says_which_object_it_is() -> None:
     (checked,) = read(policy("{action: CUSTOM}"), "f")
     assert checked.key is not None
     assert checked.key.qualified == "default/p"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "{}",
+        "{mtls: {}}",
+        "{mtls: {mode: UNSET}}",
+        "{selector: {matchLabels: {}}, mtls: {mode: STRICT}}",
+        "{selector: {matchLabels: {app: cart}}, portLevelMtls: {8080: {mode: DISABLE}, '9090': {}}}",
+        "{targetRefs: [{kind: Service, name: cart}], portLevelMtls: {65535: {mode: PERMISSIVE}}}",
+    ],
+)
+def test_a_peer_authentication_of_istio_is_accepted_as_it_is(spec: str) -> None:
+    assert messages(peers(spec)) == []
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (
+            "{mtls: {mode: STRIKT}}",
+            '.mtls.mode: must be "UNSET" or "DISABLE" or "PERMISSIVE" or "STRICT", not "STRIKT"; did you mean "STRICT"?',
+        ),
+        ("{mtls: }", ".mtls: is empty: give a value or remove the field"),
+        ("{mtls: STRICT}", '.mtls: must be a mapping, not "STRICT"'),
+        ("{mtls: {modus: STRICT}}", '.mtls.modus: unknown field; did you mean "mode"?'),
+        ("{mode: STRICT}", ".mode: unknown field; known are targetRefs, selector, mtls, portLevelMtls"),
+        ("{portLevelMtls: {}}", ".portLevelMtls: must not be empty"),
+        (
+            "{portLevelMtls: {8080: {mode: STRICT}}}",
+            ".portLevelMtls: needs spec.targetRefs or labels in spec.selector: ports belong to workloads",
+        ),
+        (
+            "{selector: {matchLabels: {}}, portLevelMtls: {8080: {mode: STRICT}}}",
+            ".portLevelMtls: needs spec.targetRefs or labels in spec.selector: ports belong to workloads",
+        ),
+        (
+            "{selector: {matchLabels: {a: b}}, portLevelMtls: {8080: {mode: OFF}}}",
+            '.portLevelMtls.8080.mode: must be "UNSET" or "DISABLE" or "PERMISSIVE" or "STRICT", not "OFF"',
+        ),
+        ("{selector: {matchLabels: {a: b}}, portLevelMtls: {8080: {port: 1}}}", ".portLevelMtls.8080.port: unknown field; known are mode"),
+        (
+            "{targetRefs: [{kind: Service, name: cart}], selector: {matchLabels: {a: b}}}",
+            ".selector: cannot be combined with spec.targetRefs: choose one",
+        ),
+        ("{targetRefs: [{kind: Gateway, name: cart}]}", '.targetRefs[0].kind: must be "Service", not "Gateway"'),
+    ],
+)
+def test_a_peer_authentication_that_cannot_be_meant_is_refused_with_the_path_of_its_field(spec: str, expected: str) -> None:
+    assert messages(peers(spec)) == [f"f.yaml:4 PeerAuthentication/p spec{expected}"]
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "080", "-1", "http", "٨"])
+def test_a_port_of_a_peer_authentication_is_a_number_in_its_one_spelling(port: str) -> None:
+    (found,) = messages(peers(f"{{selector: {{matchLabels: {{a: b}}}}, portLevelMtls: {{'{port}': {{mode: STRICT}}}}}}"))
+    assert found == f"f.yaml:4 PeerAuthentication/p {path_text(('spec', 'portLevelMtls', port))}: is not a port from 1 to 65535"

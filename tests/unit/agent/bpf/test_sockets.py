@@ -21,7 +21,7 @@ IDENT = (
     + bytes([10, 0, 0, 2]).ljust(16, b"\0")
     + struct.pack("=III", 0, 7, 1)
 )
-RECORD = Record(5, 6, 1, 2, 3, 4, 8080, Direction.INBOUND, 0, 0, 6, 0)
+RECORD = Record(5, 6, 1, 2, 3, 4, 8080, 8081, Direction.INBOUND, 0, 0, 6, 0)
 FOUND = LiveSocket(socket.AF_INET, sockets.ESTABLISHED, IDENT, 0, 0, 0, 0, RECORD)
 
 

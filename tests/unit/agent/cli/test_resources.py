@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from agent.cli import resources
 from tests.unit.controller.harness import SHOP, serve, service
+from tests.unit.controller.test_gateways import WORKLOAD, gateway, secret
 
 
 @click.group()
@@ -125,3 +126,26 @@ def test_an_unreachable_controller_is_one_line(tmp_path: Path) -> None:
 )
 def test_misuse_is_status_2(arguments: tuple[str, ...], tmp_path: Path) -> None:
     assert run(f"unix://{tmp_path}/none.sock", *arguments).exit_code == 2
+
+
+def test_a_peer_authentication_is_listed_with_its_modes_and_says_that_it_needs_an_authority(target: str) -> None:
+    spec = "{selector: {matchLabels: {app: cart}}, mtls: {mode: STRICT}, portLevelMtls: {9090: {mode: DISABLE}}}"
+    text = f"---\napiVersion: meshagent.io/v1alpha1\nkind: PeerAuthentication\nmetadata: {{name: cart}}\nspec: {spec}\n"
+    assert run(target, "apply", "-f", "-", text=SHOP + text).stdout.endswith("peerauthentication/cart created\n")
+    for word in ("peerauthentication", "PeerAuthentication", "peerauthentications", "pa"):
+        _, row = run(target, "get", word).stdout.splitlines()
+        assert row.split() == ["PeerAuthentication", "default", "cart", "STRICT,", "9090", "DISABLE", "NoCertificateAuthority"]
+    assert "has no effect" in run(target, "get", "pa", "-o", "wide").stdout
+
+
+def test_gateways_show_their_listeners_and_secrets_nothing(target: str) -> None:
+    text = WORKLOAD + gateway("name: http, port: 80, protocol: HTTP", "name: x, port: 81, protocol: TCP") + secret()
+    assert run(target, "apply", "-f", "-", text=text).exit_code == 0
+    table = run(target, "get", "gtw", "-o", "wide").stdout.splitlines()
+    assert "meshagent: http HTTP 80 *, x TCP 81 *" in table[1]
+    assert "UnsupportedProtocol" in table[1]
+    assert "protocol TCP is not supported; supported: HTTP, HTTPS" in table[1]
+    for form in ("json", "yaml"):
+        shown = run(target, "get", "secrets", "-o", form).stdout
+        assert "kubernetes.io/tls" in shown
+        assert "tls.key" not in shown

@@ -10,19 +10,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent import policy
 from agent.balancing import SAME_NODE, SAME_ZONE, node_zone
 from agent.compact import Table
+from agent.external import Endpoint, External
+from agent.l7 import gateways as gateways_of_envoy
 from agent.l7 import names, rbac, resources
 from agent.l7 import snapshot as snapshot_module
 from agent.l7.kept import Kept
 from agent.l7.resources import Resource, Resources
 from agent.l7.snapshot import Builder, build
 from agent.model import (
+    NO_DIRECT,
     Action,
+    AtGateway,
+    Authentication,
     Backend,
     Backing,
+    ClaimCondition,
     Delta,
+    Direct,
+    Gateway,
+    GatewayListener,
     LocalWorkload,
+    Mtls,
     Operation,
     Policy,
     PolicyRule,
@@ -31,17 +42,25 @@ from agent.model import (
     ServicePort,
     Snapshot,
     Source,
+    TokenIssuer,
     Workload,
 )
+from agent.policy import Caller
+from agent.routing import Mirror, Rewrite
 from agent.supervisor import residents
+from agent.traffic import CheckKind, HealthCheck, Limits, TrafficPolicy
 from tests.unit.agent.l7 import harness
 
 NODE = "node-1"
 PORTS = (80, 81)
 WORKLOADS = tuple(f"default/w{i}" for i in range(6))
 SERVICES = tuple(f"default/s{i}" for i in range(3))
-ROUTES = tuple(f"default/r{i}" for i in range(2))
+ROUTES = ("default/r0", "default/r1", "other/r2")
 POLICIES = tuple(f"default/p{i}" for i in range(3))
+TRAFFIC = ("default/t0", "default/t1")
+AUTHENTICATIONS = ("default/a0", "default/a1")
+GATEWAYS = ("default/g0",)
+OUTSIDE = "default/a.example"
 
 
 def some(pool: tuple[Any, ...], most: int = 2) -> st.SearchStrategy[tuple[Any, ...]]:
@@ -57,7 +76,7 @@ def workloads(draw: st.DrawFn, name: str) -> Workload:
         name=name,
         service_account=draw(st.sampled_from(("a", "b"))),
         node=draw(st.sampled_from((NODE, NODE, "node-2"))),
-        labels=draw(st.sampled_from(({}, {"app": "x"}))),
+        labels=draw(st.sampled_from(({}, {"app": "x"}, {gateways_of_envoy.LABEL: "g0"}))),
         addresses=draw(some(tuple(f"10.0.0.{i}" for i in range(8)))),
         network_namespace="ns",
         enrolled=draw(st.booleans()),
@@ -66,11 +85,16 @@ def workloads(draw: st.DrawFn, name: str) -> Workload:
         policies=draw(some((*POLICIES, "default/missing"))),
         zone=draw(st.sampled_from(("", "z1", "z2"))),
         weight=draw(st.integers(1, 2)),
+        mtls=draw(st.sampled_from(Mtls)),
+        mtls_ports=draw(st.sampled_from(((), (), ((8080, Mtls.DISABLE),), ((8081, Mtls.STRICT),)))),
+        authentications=draw(some(AUTHENTICATIONS, 1)),
     )
 
 
 @st.composite
 def services(draw: st.DrawFn, name: str) -> Service:
+    if name == OUTSIDE:
+        return draw(outside())
     found = tuple(
         ServicePort(
             port, "", draw(st.sampled_from(("TCP", "TCP", "UDP"))), draw(st.sampled_from(("http", "grpc"))), draw(st.booleans()), ""
@@ -83,28 +107,79 @@ def services(draw: st.DrawFn, name: str) -> Service:
 
 
 @st.composite
+def outside(draw: st.DrawFn) -> Service:
+    protocols = st.sampled_from(("http", "http", "tls", "tcp"))
+    found = tuple(ServicePort(port, "", "TCP", draw(protocols), True, "") for port in draw(some(PORTS)))
+    external = External("default/e", ("a.example",), False, True, (Endpoint("a.example", 1, {}),), None, draw(some(POLICIES)))
+    return Service(OUTSIDE, ("240.240.0.1",), found, "", external=external)
+
+
+@st.composite
+def gateways(draw: st.DrawFn, name: str) -> Gateway:
+    listeners = (GatewayListener("one", 8000), GatewayListener("two", 8000, "b.example"), GatewayListener("three", 8001))
+    return Gateway(name, draw(some(listeners, 3)))
+
+
+@st.composite
 def routes(draw: st.DrawFn, name: str) -> Route:
     backends = st.builds(Backend, st.sampled_from(SERVICES), st.sampled_from(PORTS), st.integers(0, 2), st.sampled_from(("", "", "gone")))
-    rules = tuple(harness.rule(*draw(st.lists(backends, max_size=2))) for _ in range(draw(st.integers(0, 2))))
+    filters: st.SearchStrategy[dict[str, Any]] = st.sampled_from(
+        (
+            {},
+            {},
+            {"rewrite": Rewrite("x")},
+            {"mirrors": (Mirror(SERVICES[0], 80, 1, 100),)},
+            {"callers": ((Source(labels=(("app", "x"),)),),)},
+            {"claims": (ClaimCondition(("sub",), ("a",)),)},
+        )
+    )
+    made = (harness.rule(*draw(st.lists(backends, max_size=2))) for _ in range(draw(st.integers(0, 2))))
+    rules = tuple(replace(one, **draw(filters)) for one in made)
     parents = draw(st.lists(st.tuples(st.sampled_from(SERVICES), st.sampled_from((0, 80))), max_size=2))
-    return Route(name, tuple(parents), (), rules, 0)
+    at = draw(some((AtGateway(GATEWAYS[0], "one", ("*",)), AtGateway(GATEWAYS[0], "three", ("a.example",)))))
+    return Route(name, tuple(parents), (), rules, 0, gateways=at, not_from_gateways=draw(some(SERVICES, 1)))
 
 
 @st.composite
 def policies(draw: st.DrawFn, name: str) -> Policy:
     sources = st.sampled_from(
-        ((), (Source(labels=(("app", "x"),)),), (Source(namespaces=("default",)),), (Source(not_principals=("*/sa/a",)),))
+        (
+            (),
+            (Source(labels=(("app", "x"),)),),
+            (Source(namespaces=("default",)),),
+            (Source(not_principals=("*/sa/a",)),),
+            (Source(ip_blocks=("10.0.0.0/30",)),),
+            (Source(namespaces=("default",), not_ip_blocks=("10.0.0.4/32",)),),
+        )
     )
     operations = st.sampled_from(((), (Operation(ports=(8080,)),), (Operation(methods=("GET",)),), (Operation(paths=("/x",)),)))
     rules = tuple(PolicyRule(draw(sources), draw(operations)) for _ in range(draw(st.integers(0, 2))))
     return Policy(name, draw(st.sampled_from(Action)), rules)
 
 
+@st.composite
+def traffic(draw: st.DrawFn, name: str) -> TrafficPolicy:
+    check = st.sampled_from((None, HealthCheck(CheckKind.HTTP, "/", "", (), "", 1000, 1000, 3, 1)))
+    # No other policy has a port that one decides for: each has a service of its own.
+    targets = st.sampled_from((((SERVICES[int(name[-1])], 80),), ((SERVICES[int(name[-1])], 80), (SERVICES[int(name[-1])], 81))))
+    return TrafficPolicy(
+        name, draw(targets), limits=Limits(requests=draw(st.integers(1, 2)), per_workload=draw(st.booleans())), health_check=draw(check)
+    )
+
+
+@st.composite
+def authentications(draw: st.DrawFn, name: str) -> Authentication:
+    return Authentication(name, draw(st.sampled_from(((), (TokenIssuer("a"),), (TokenIssuer("a", forward=True),)))))
+
+
 _KINDS: Mapping[str, tuple[tuple[str, ...], Any]] = {
     "workloads": (WORKLOADS, workloads),
-    "services": (SERVICES, services),
+    "services": ((*SERVICES, OUTSIDE), services),
     "routes": (ROUTES, routes),
     "policies": (POLICIES, policies),
+    "traffic": (TRAFFIC, traffic),
+    "authentications": (AUTHENTICATIONS, authentications),
+    "gateways": (GATEWAYS, gateways),
 }
 
 
@@ -130,13 +205,17 @@ def changed(before: Snapshot, version: str, difference: Mapping[str, Mapping[str
     for kind in _KINDS:
         table = getattr(before, kind)
         tables[kind] = (table if isinstance(table, Table) else Table()).changed(difference.get(kind, {}))
-    delta = Delta(before.version, *(frozenset(difference.get(kind, ())) for kind in _KINDS)) if before.version else None
+    delta = Delta(before.version, **{kind: frozenset(difference.get(kind, ())) for kind in _KINDS}) if before.version else None
     return Snapshot(version, **tables, delta=delta)
 
 
-def enrolled(snapshot: Snapshot, absent: str) -> list[LocalWorkload]:
+def enrolled(snapshot: Snapshot, absent: str, place: str = "/netns") -> list[LocalWorkload]:
     found = sorted(snapshot.workloads.items())
-    return [LocalWorkload(w, 1, f"/netns/{name}") for name, w in found if w.node == NODE and w.enrolled and name != absent]
+    return [LocalWorkload(w, 1, f"{place}/{name}") for name, w in found if w.node == NODE and w.enrolled and name != absent]
+
+
+def loopback(identity: str) -> str:
+    return {"a": "127.0.1.0", "b": "127.0.1.1"}[identity.rpartition("/")[2]]
 
 
 def zone_of(snapshot: Snapshot) -> str:
@@ -149,6 +228,8 @@ def test_differences_lead_where_everything_leads(data: st.DataObject) -> None:
     builder = Builder(NODE, harness.TRUST_DOMAIN)
     in_force = changed(Snapshot(), "0", data.draw(differences(all_of_it=True)))
     here = residents(NODE, in_force, Snapshot(), {})
+    shown: Resources = {}
+    was: Resources = {}
     for number in range(data.draw(st.integers(1, 8))):
         snapshot = changed(in_force, str(number + 1), data.draw(differences()))
         fate = data.draw(st.sampled_from(("applied",) * 5 + ("refused", "unknown", "again")))
@@ -162,12 +243,21 @@ def test_differences_lead_where_everything_leads(data: st.DataObject) -> None:
         here = residents(NODE, snapshot, in_force, here)
         in_force = snapshot
         assert here == {name: w for name, w in snapshot.workloads.items() if w.node == NODE}
-        local = enrolled(snapshot, data.draw(st.sampled_from(("", "", *WORKLOADS))))
-        full = build(snapshot, local, trust_domain=harness.TRUST_DOMAIN)
-        assert builder.build(snapshot, local, zone_of(snapshot)) == {kind: found for kind, found in full.items() if kind != names.RUNTIME}
+        local = enrolled(
+            snapshot, data.draw(st.sampled_from(("", "", *WORKLOADS))), data.draw(st.sampled_from(("/netns", "/netns", "/other")))
+        )
+        tunnels = data.draw(st.sampled_from((loopback, loopback, None)))
+        direct = data.draw(st.sampled_from((NO_DIRECT, NO_DIRECT, Direct(frozenset({"node-2"})))))
+        full = Builder(NODE, harness.TRUST_DOMAIN).build(snapshot, local, zone_of(snapshot), tunnels, direct=direct)
+        built = builder.build(snapshot, local, zone_of(snapshot), tunnels, direct=direct)
+        assert built == full
+        assert shown == was, "who still reads an earlier result sees what it was"
+        shown, was = built, {kind: dict(found) for kind, found in built.items()}
 
 
-L7 = Policy("default/l7", Action.ALLOW, (PolicyRule(operations=(Operation(methods=("GET",)),)),))
+L7 = Policy(
+    "default/l7", Action.ALLOW, (PolicyRule((Source(namespaces=("default",), labels=(("app", "x"),)),), (Operation(methods=("GET",)),)),)
+)
 
 
 def mesh() -> Snapshot:
@@ -255,21 +345,61 @@ def test_what_stands_behind_a_route_or_an_address_reaches_it(name: str, differen
     assert all(after[kind] == full[kind] for kind in after)
 
 
+@pytest.mark.parametrize(
+    "difference",
+    [{"mtls": Mtls.STRICT}, {"mtls_ports": ((8080, Mtls.PERMISSIVE),)}, {"service_account": "b"}, {"node": NODE}],
+    ids=lambda difference: next(iter(difference)),
+)
+def test_the_way_to_a_workloads_own_address_follows_its_mode_and_its_identity(difference: dict[str, Any]) -> None:
+    builder, before = Builder(NODE, harness.TRUST_DOMAIN), mesh()
+    asking = replace(before.workloads["default/a1"], service_account="a", mtls=Mtls.DISABLE if "mtls" in str(difference) else Mtls.STRICT)
+    before = changed(before, "2", {"workloads": {asking.name: asking}})
+    builder.build(before, enrolled(before, ""), "", loopback)
+    after = changed(before, "3", {"workloads": {asking.name: replace(asking, **difference)}})
+    local = enrolled(before, "")
+    full = Builder(NODE, harness.TRUST_DOMAIN).build(after, local, "", loopback)
+    assert builder.build(after, local, "", loopback) == full
+
+
 def test_who_has_which_address_is_asked_again_only_if_it_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     steady = _Steady()
     steady.change(replace(steady.snapshot.workloads["default/caller"], policies=(L7.name,)))
-    asked: list[object] = []
+    asked: list[Caller] = []
 
-    class Callers(rbac.Callers):
-        def __init__(self, *rest: Any) -> None:
-            asked.append(rest)
-            super().__init__(*rest)
+    def source_matches(source: Source, caller: Caller) -> bool:
+        asked.append(caller)
+        return policy.source_matches(source, caller)
 
-    monkeypatch.setattr(rbac, "Callers", Callers)
+    monkeypatch.setattr(rbac, "source_matches", source_matches)
     steady.unready("default/c1")
     assert not asked
     steady.change(replace(steady.snapshot.workloads["default/c0"], addresses=("10.0.3.9",)))
-    assert len(asked) == 1
+    assert [caller.addresses for caller in asked] == [("10.0.3.9",)]
+
+
+def test_a_kind_that_nothing_differs_in_is_the_same_object_so_that_nobody_need_look_at_it() -> None:
+    steady = _Steady()
+    before = steady.build()
+    after = steady.unready("default/b1")
+    assert {kind for kind in after if after[kind] is not before[kind]} == {names.ENDPOINTS}
+
+
+def test_a_change_of_a_policy_or_a_route_makes_what_depends_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    steady = _Steady()
+    steady.build()
+    found = made(monkeypatch)
+    steady.snapshot = changed(steady.snapshot, "2", {"policies": {L7.name: replace(L7, action=Action.DENY)}})
+    steady.build()
+    assert set(found) == {"service/default/a/80", *(f"workload/default/a{i}/8080" for i in range(2))}
+    found.clear()
+    sends = harness.route("r", harness.rule(Backend("default/a", 80, 1)), parent="b")
+    steady.snapshot = changed(steady.snapshot, "3", {"routes": {sends.name: sends}})
+    steady.build()
+    assert found == ["service/default/b/80"]
+    steady.snapshot = changed(steady.snapshot, "4", {"policies": {L7.name: L7}})
+    found.clear()
+    steady.build()
+    assert "service/default/b/80" in found, "its requests go there"
 
 
 class _Unseen(Mapping[str, Workload]):
@@ -312,3 +442,73 @@ def test_what_is_not_asked_for_in_a_turn_is_forgotten() -> None:
     kept.turn()
     kept("place", make, 2)
     assert calls == [1, 2, 2]
+
+
+_EXTERNAL = External("default/e", ("a.example",), False, True, (Endpoint("a.example", 1, {}),), None, ("default/out",))
+_HTTP = Service(OUTSIDE, ("240.240.0.1",), (ServicePort(80, "", "TCP", "http", True, ""),), "", external=_EXTERNAL)
+_TLS = replace(_HTTP, ports=(ServicePort(443, "", "TCP", "tls", True, ""),))
+_OUT = Policy("default/out", Action.ALLOW, (PolicyRule((Source(service_accounts=("default/caller",)),)),))
+_NOBODY = replace(_OUT, rules=())
+_SHARES = TrafficPolicy("default/t0", (("default/b", 80),), limits=Limits(requests=2, per_workload=True))
+_CLAIMS = replace(
+    harness.route("r", replace(harness.rule(Backend("default/b", 80, 1)), claims=(ClaimCondition(("sub",), ("a",)),)), parent="a")
+)
+_CHANGES = harness.route("changes", replace(harness.rule(Backend("default/b", 80, 1)), rewrite=Rewrite("x")), parent="a")
+_TOKENS = Authentication("default/a0", (TokenIssuer("a"),))
+_GATEWAY = Gateway(GATEWAYS[0], (GatewayListener("one", 8000),))
+_PLACE = replace(harness.workload("place", "10.0.0.9"), labels={gateways_of_envoy.LABEL: "g0"})
+_IN = replace(
+    harness.route("in", harness.rule(Backend("default/b", 80, 1)), parent="none"), parents=(), gateways=(AtGateway(GATEWAYS[0], "one"),)
+)
+_LATE = harness.workload("late", "10.0.0.8")
+
+
+def test_what_a_gateway_alone_copies_has_somewhere_to_go() -> None:
+    copies = replace(_IN, rules=(replace(_IN.rules[0], mirrors=(Mirror("default/a", 80, 1, 100),)),))
+    kinds: dict[str, Any] = {"workloads": _PLACE, "gateways": _GATEWAY, "routes": copies}
+    known = changed(mesh(), "2", {kind: {entity.name: entity} for kind, entity in kinds.items()})
+    built = build(known, enrolled(known, ""), trust_domain=harness.TRUST_DOMAIN)
+    assert all(names.MIRROR in built[kind] for kind in (names.CLUSTER, names.LISTENER, names.ROUTES))
+
+
+@pytest.mark.parametrize(
+    ("before", "difference"),
+    [
+        pytest.param({"services": _HTTP, "policies": _OUT}, {"policies": _NOBODY}, id="who may go out, HTTP"),
+        pytest.param({"services": _TLS, "policies": _OUT}, {"policies": _NOBODY}, id="who may go out, TLS"),
+        pytest.param({"services": _TLS, "policies": _OUT}, {"workloads": _LATE}, id="a workload that may not go out"),
+        pytest.param({"policies": _OUT}, {"services": _TLS}, id="the first service outside that is not HTTP"),
+        pytest.param({"services": _TLS}, {"services": _HTTP}, id="the last service outside that is not HTTP"),
+        pytest.param({"traffic": _SHARES}, {"workloads": _LATE}, id="one more caller has a share"),
+        pytest.param({"traffic": replace(_SHARES, limits=Limits(requests=2))}, {"traffic": _SHARES}, id="shares"),
+        pytest.param({"traffic": _SHARES}, {"services": replace(harness.service("b", "10.96.0.1", 80), ports=())}, id="shares of nothing"),
+        pytest.param({"routes": _CLAIMS}, {"authentications": _TOKENS}, id="whose tokens have claims"),
+        pytest.param({"authentications": _TOKENS, "routes": _CLAIMS}, {"routes": replace(_CLAIMS, rules=())}, id="nobody asks for claims"),
+        pytest.param(
+            {"authentications": _TOKENS, "routes": _CHANGES}, {"routes": replace(_CHANGES, rules=())}, id="tokens are kept no more"
+        ),
+        pytest.param({"authentications": _TOKENS}, {"routes": _CHANGES}, id="tokens are kept for the receiver"),
+        pytest.param({"routes": _IN, "gateways": _GATEWAY}, {"workloads": _PLACE}, id="the place of a gateway"),
+        pytest.param({"routes": _IN, "workloads": _PLACE}, {"gateways": _GATEWAY}, id="a gateway"),
+        pytest.param({"workloads": _PLACE, "gateways": _GATEWAY}, {"routes": _IN}, id="the first route of a gateway"),
+        pytest.param({"workloads": _PLACE, "gateways": _GATEWAY, "routes": _IN}, {"policies": L7}, id="policies behind a gateway"),
+        pytest.param(
+            {"workloads": _PLACE, "gateways": _GATEWAY, "routes": _IN}, {"gateways": replace(_GATEWAY, listeners=())}, id="a listener"
+        ),
+    ],
+)
+def test_a_difference_reaches_whatever_depends_on_it(before: dict[str, Any], difference: dict[str, Any]) -> None:
+    steady = _Steady()
+    protected = [
+        replace(w, policies=(L7.name,), authentications=(_TOKENS.name,)) for n, w in steady.snapshot.workloads.items() if "/b" in n
+    ]
+    known: dict[str, dict[str, Any]] = {"workloads": {w.name: w for w in protected}, "policies": {L7.name: replace(L7, rules=())}}
+    for kind, entity in before.items():
+        known.setdefault(kind, {})[entity.name] = entity
+    steady.snapshot = changed(steady.snapshot, "1+", known)
+    was = steady.build()
+    steady.snapshot = changed(steady.snapshot, "2", {kind: {entity.name: entity} for kind, entity in difference.items()})
+    now = steady.build()
+    full = build(steady.snapshot, enrolled(steady.snapshot, ""), trust_domain=harness.TRUST_DOMAIN)
+    assert all(now[kind] == full[kind] for kind in now)
+    assert now != was

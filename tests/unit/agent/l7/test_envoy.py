@@ -6,22 +6,28 @@ import asyncio
 import importlib.metadata
 import json
 import os
+import resource
 import signal
 import stat
 import subprocess
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from agent.errors import EnvironmentUnfit
-from agent.l7 import envoy as module
+from agent.l7 import memory
 from agent.l7.bootstrap import bootstrap
 from agent.l7.envoy import Envoy, find, stop
 from agent.l7.xds import XdsServer
 from agent.process import Process, end
 from tests.tasks import beside
 from tests.unit.agent.l7 import harness
+
+_MONITORS = "type.googleapis.com/envoy.extensions.resource_monitors."
+HEAP = _MONITORS + "fixed_heap.v3.FixedHeapConfig"
+CONNECTIONS = _MONITORS + "downstream_connections.v3.DownstreamConnectionsConfig"
 
 
 async def until(holds: Callable[[], bool], envoy: Envoy) -> None:
@@ -72,6 +78,37 @@ def test_it_starts_becomes_ready_and_is_restarted_at_once_when_it_dies(tmp_path:
     assert not stop(tmp_path), "there is none any more"
 
 
+def test_an_agent_that_comes_back_is_found_soon_however_often_it_was_away(tmp_path: Path) -> None:
+    """It has nothing new to say, which Envoy takes for one more attempt that failed."""
+    settings = harness.config(tmp_path)
+
+    async def scenario() -> list[float]:
+        server = XdsServer(settings.xds_socket)
+        await server.start()
+        server.set(harness.build_nothing())
+        envoy, took = Envoy(settings), []
+        try:
+            async with beside(envoy.run()):
+                await until(lambda: envoy.state.ready, envoy)
+                for away in (0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 4):
+                    await server.stop()
+                    await asyncio.sleep(away)
+                    await server.start()
+                    started = time.monotonic()
+                    await until(lambda: server.state.connected, envoy)
+                    took.append(time.monotonic() - started)
+                    assert await server.wait_acked(5)
+        finally:
+            await server.stop()
+        return took
+
+    try:
+        took = asyncio.run(scenario())
+        assert max(took) < 1.5
+    finally:
+        stop(tmp_path)
+
+
 def test_an_envoy_with_another_configuration_is_replaced(tmp_path: Path) -> None:
     pids: list[int | None] = []
 
@@ -117,14 +154,82 @@ def test_the_packaged_binary_is_found_though_another_package_is_named_envoy() ->
     assert find().parent.name == "_bin"
 
 
-@pytest.mark.parametrize(("content", "limit"), [("max\n", None), ("1073741824\n", 1073741824), (None, None)])
-def test_the_memory_limit_of_the_cgroup_sizes_the_overload_manager(tmp_path: Path, content: str | None, limit: int | None) -> None:
-    if content is not None:
-        (tmp_path / "memory.max").write_text(content)
-    assert module._memory_limit(tmp_path) == limit
-    built = bootstrap("n", tmp_path / "x", tmp_path / "a", limit)
-    assert ("overload_manager" in built) is (limit is not None)
+@pytest.mark.parametrize("inner", ["max\n", "2147483648\n", None])
+def test_the_smallest_memory_limit_around_it_sizes_the_overload_manager(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str | None
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (0, resource.RLIM_INFINITY))
+    (tmp_path / "memory.max").write_text("1073741824\n")
+    cgroup = tmp_path / "meshagent-waypoint"
+    if inner is not None:
+        cgroup.mkdir()
+        (cgroup / "memory.max").write_text(inner)
+    room = memory.room(cgroup)
+    assert room == (1 << 30, 16384)
+    built = bootstrap("n", tmp_path / "x", tmp_path / "a", room)
+    assert [one["typed_config"] for one in built["overload_manager"]["resource_monitors"]] == [
+        {"@type": HEAP, "max_heap_size_bytes": 1 << 30},
+        {"@type": CONNECTIONS, "max_active_downstream_connections": 16384},
+    ]
     path = tmp_path / "bootstrap.json"
     path.write_text(json.dumps(built))
     done = subprocess.run([find(), "--mode", "validate", "-c", path, "--log-level", "error"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def _directory_of(pid: int) -> Path:
+    return Path(f"/proc/{pid}/cwd").readlink()
+
+
+def may_raise() -> bool:
+    """Has this process CAP_SYS_RESOURCE?"""
+    text = Path("/proc/self/status").read_text()
+    return bool(int(text.partition("CapEff:")[2].split()[0], 16) >> 24 & 1)
+
+
+def _cores(directory: Path) -> set[Path]:
+    return set(directory.glob("core*"))
+
+
+@pytest.mark.parametrize("who", ["started", "adopted"])
+def test_it_leaves_no_core_dump_however_much_its_starter_allows(tmp_path: Path, who: str) -> None:
+    """A real one: SIGSEGV after it has got its limits, with the limits of the starter raised."""
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    most, could = before[1], before[1] != 0
+    resource.setrlimit(resource.RLIMIT_CORE, (before[1], before[1]))
+
+    async def allow(envoy: Envoy) -> None:
+        await until(lambda: envoy.state.ready, envoy)
+        assert envoy.state.pid is not None
+        if may_raise():
+            resource.prlimit(envoy.state.pid, resource.RLIMIT_CORE, (most, most))  # as one that an agent before this one started
+
+    async def crash(envoy: Envoy) -> None:
+        await until(lambda: envoy.state.ready, envoy)
+        pid = envoy.state.pid
+        assert pid is not None
+        assert resource.prlimit(pid, resource.RLIMIT_CORE) == ((1, 1) if could else (0, 0))
+        directory = _directory_of(pid)
+        cores = _cores(directory)
+        os.kill(pid, signal.SIGSEGV)
+        await until(lambda: envoy.state.restarts == 1, envoy)
+        assert _cores(directory) == cores
+
+    try:
+        if who == "adopted":
+            supervised(tmp_path, allow)
+        supervised(tmp_path, crash)
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, before)
+        stop(tmp_path)
+
+
+def test_what_was_never_counted_is_not_among_the_counters_and_takes_no_memory(tmp_path: Path) -> None:
+    async def work(envoy: Envoy) -> None:
+        await until(lambda: envoy.state.ready, envoy)
+        found = await envoy.stats("cluster")
+        assert "cluster.meshagent-xds.upstream_cx_total" in found
+        assert bootstrap("n", tmp_path / "x", tmp_path / "a")["deferred_stat_options"] == {"enable_deferred_creation_stats": True}
+
+    supervised(tmp_path, work)
+    stop(tmp_path)

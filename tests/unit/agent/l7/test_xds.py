@@ -5,21 +5,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import stat
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import pytest
 from envoy.config.listener.v3 import listener_pb2
 from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
 
-from agent.l7 import names
+from agent.l7 import names, xds
 from agent.l7.envoy import Envoy, stop
 from agent.l7.resources import Resource, Resources, pack
 from agent.l7.snapshot import build
 from agent.l7.xds import XdsServer
 from agent.model import Backend, HeaderEdit
 from tests.unit.agent.l7 import harness
+
+LINGER_S = 0.3
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clusters that go, go soon."""
+    monkeypatch.setattr(xds, "LINGER_S", LINGER_S)
 
 
 class Client:
@@ -121,6 +131,29 @@ def test_an_empty_wildcard_is_answered_because_envoy_waits(tmp_path: Path) -> No
     asyncio.run(scenario())
 
 
+def test_a_cluster_outlives_the_routes_that_named_it_and_stays_if_it_is_named_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, some(cluster="a:1 b:1", endpoints="a:1 b:1")) as (server, client):
+            await client.send(names.CLUSTER, has={"a": "1", "b": "1"})
+            await client.send(names.ENDPOINTS, subscribe=["a", "b"], has={"a": "1", "b": "1"})
+            assert await server.wait_acked(2)
+            server.set(some(cluster="a:1", endpoints="a:1"))
+            assert await server.wait_acked(2), "nobody waits for what only lingers"
+            assert not await server.wait_acked(0.05, lingering=True), "but who asks for it"
+            server.set(some(cluster="a:1 b:1", endpoints="a:1 b:1"))
+            await asyncio.sleep(2 * LINGER_S)
+            server.set(some(cluster="a:1", endpoints="a:1"))
+            began = time.monotonic()
+            response = await client.receive()
+            assert got(response) == ("Cluster", {}, ["b"])
+            assert time.monotonic() - began > 0.9 * LINGER_S
+            await client.send(names.ENDPOINTS, unsubscribe=["b"])
+            await client.send(names.CLUSTER, nonce=response.nonce)
+            assert await client.silent()
+
+    asyncio.run(scenario())
+
+
 def test_a_client_that_comes_back_gets_only_what_it_lacks(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(tmp_path, some(cluster="a:1 b:2", endpoints="a:1")) as (server, client):
@@ -177,10 +210,10 @@ def test_a_refused_resource_is_isolated_surfaced_and_not_sent_again_until_it_cha
             await client.send(names.CLUSTER)
             together = await client.receive()
             await client.send(names.CLUSTER, nonce=together.nonce, error="one of them is wrong")
-            for expected in ("a", "bad", "c"):
-                single = await client.receive()
-                assert list(got(single)[1]) == [expected]
-                await client.send(names.CLUSTER, nonce=single.nonce, error="no such filter" if expected == "bad" else "")
+            for expected in (["a"], ["bad", "c"], ["bad"], ["c"]):
+                portion = await client.receive()
+                assert list(got(portion)[1]) == expected
+                await client.send(names.CLUSTER, nonce=portion.nonce, error="no such filter" if "bad" in expected else "")
             assert await server.wait_acked(2)
             assert (server.state.nacks, server.state.rejected) == (1, 1)
             assert server.state.last_nack == "Cluster bad: no such filter"
@@ -194,6 +227,33 @@ def test_a_refused_resource_is_isolated_surfaced_and_not_sent_again_until_it_cha
             await client.send(names.CLUSTER, nonce=again.nonce)
             assert await server.wait_acked(2)
             assert (server.state.nacks, server.state.rejected) == (1, 0)
+
+    asyncio.run(scenario())
+
+
+def test_two_bad_ones_among_thousands_are_found_in_a_few_steps(tmp_path: Path) -> None:
+    many = some(cluster=" ".join(f"c{number}:1" for number in range(2003)))
+    bad = {"c7", "c1999"}
+
+    async def scenario() -> None:
+        async with serving(tmp_path, many) as (server, client):
+            await client.send(names.CLUSTER)
+            steps, taken = 0, set[str]()
+            while len(taken) < 2001 or server.state.rejected < 2:
+                response = await client.receive()
+                found = set(got(response)[1])
+                steps += 1
+                await client.send(names.CLUSTER, nonce=response.nonce, error="bad" if found & bad else "")
+                if not found & bad:
+                    taken |= found
+                elif len(found) == 1:
+                    while not server.state.rejected or f"Cluster {min(found)}: bad" != server.state.last_nack:  # noqa: ASYNC110  nothing announces it
+                        await asyncio.sleep(0.005)
+            assert await server.wait_acked(2)
+            assert steps < 50
+            assert (server.state.nacks, taken & bad) == (2, set())
+            assert server.state.pushes == 1
+            assert server.state.last_push_s > 0
 
     asyncio.run(scenario())
 
@@ -303,3 +363,64 @@ def test_a_new_service_is_never_answered_by_a_cluster_that_is_not_there_yet(tmp_
         asyncio.run(scenario())
     assert len(statuses) >= 13
     assert set(statuses) == {200}
+
+
+def secret(version: str) -> dict[str, Resource]:
+    return {"spiffe://m/a": Resource(version, b"")}
+
+
+def test_a_secret_is_answered_when_it_exists_and_at_once_whatever_else_is_under_way(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, some(cluster="a:1", listener="l:1")) as (server, client):
+            await client.send(names.CLUSTER)
+            assert (await client.receive()).type_url == names.CLUSTER  # and stays unanswered: a cluster waits for its secret
+            await client.send(names.SECRET, subscribe=["spiffe://m/a"])
+            server.set_secrets({"spiffe://m/other": Resource("7", b"")})
+            server.set_secrets(secret("1"))
+            first = await client.receive()
+            assert (first.type_url, [r.version for r in first.resources], list(first.removed_resources)) == (names.SECRET, ["1"], [])
+            await client.send(names.SECRET, nonce=first.nonce)
+            server.set_secrets(secret("2"))
+            second = await client.receive()
+            assert [(r.name, r.version) for r in second.resources] == [("spiffe://m/a", "2")]
+
+    asyncio.run(scenario())
+
+
+def test_a_secret_is_never_taken_back_and_what_envoy_kept_is_not_sent_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, some()) as (server, client):
+            server.set_secrets(secret("1"))
+            await client.send(names.SECRET, subscribe=["spiffe://m/a"], has={"spiffe://m/a": "1"})
+            server.set_secrets({})
+            server.set(some())
+            assert await client.silent()
+            assert not server._pending()
+
+    asyncio.run(scenario())
+
+
+def test_secrets_that_nobody_named_are_not_waited_for_and_do_not_show(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, some()) as (server, client):
+            server.set_secrets({"spiffe://m/a": Resource("1", b"a private key")})
+            await client.send(names.SECRET, subscribe=["spiffe://m/b"])
+            assert await client.silent()
+            assert not server._pending()
+            assert "private" not in repr(server.of(names.SECRET))
+
+    asyncio.run(scenario())
+
+
+def test_what_quotes_a_private_key_is_not_repeated(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, some()) as (server, client):
+            server.set_secrets(secret("1"))
+            await client.send(names.SECRET, subscribe=["spiffe://m/a"])
+            answer = await client.receive()
+            await client.send(names.SECRET, nonce=answer.nonce, error="bad: -----BEGIN PRIVATE KEY----- MIG")
+            while not server.state.nacks:  # noqa: ASYNC110  nothing announces it
+                await asyncio.sleep(0.005)
+            assert server.state.last_nack == "Secret spiffe://m/a: not shown, because it quotes a private key"
+
+    asyncio.run(scenario())

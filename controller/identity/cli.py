@@ -1,0 +1,322 @@
+"""`mesh-controller ca` and `mesh-controller token`: they change files of the CA directory, under its lock; a running controller follows within a second.
+
+They need no running controller and no network, only the rights to the directory.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+
+from controller.errors import ControllerError
+from controller.identity import fields, keys, ledger, revocations, rotation, trust
+from controller.identity.certificates import pem
+from controller.identity.directory import AUTHORITY, STATUS, Directory
+from controller.identity.fields import BadState
+from controller.identity.keys import Keys
+from controller.identity.ledger import Issued
+from controller.identity.names import node_id, node_of
+from controller.identity.options import Span
+from controller.identity.refusals import Refused
+from controller.identity.times import when
+from controller.identity.tokens import DEFAULT_LIFETIME_S, MAX_LIFETIME_S, Record, TokenStore
+
+F = TypeVar("F", bound=Callable[..., Any])
+_DIRECTORY: Final = click.option(
+    "--ca-directory",
+    "directory",
+    type=click.Path(path_type=Path),
+    required=True,
+    envvar=["MESH_CONTROLLER_CA_DIRECTORY", "MESH_CONTROLLER_RUN_CA_DIRECTORY"],
+    show_envvar=True,
+    help="The directory that `mesh-controller run --ca-directory` has.",
+)
+
+
+def _output(*more: str) -> Callable[[F], F]:
+    return click.option("-o", "--output", type=click.Choice(["text", "json", *more]), default="text", help="How it is printed.")
+
+
+def _in_one_line(command: F) -> F:
+    """Open the directory, and show failures as one line and status 1."""
+
+    @functools.wraps(command)
+    def wrapped(directory: Path, **values: Any) -> Any:
+        found = Directory(directory)
+        try:
+            found.check()
+            return command(directory=found, **values)
+        except (ControllerError, Refused) as error:
+            click.echo(f"mesh-controller: {error}", err=True)
+            sys.exit(1)
+
+    return wrapped  # type: ignore[return-value]
+
+
+@click.group()
+def ca() -> None:
+    """Look at the certificate authority, replace its root, revoke certificates."""
+
+
+@ca.command()
+@_DIRECTORY
+@_output("pem")
+@_in_one_line
+def show(directory: Directory, output: str) -> None:
+    """Print roots, steps of a rotation and what it waits for, revoked certificates; -o pem: the trusted roots."""
+    held, known, now = _keys(directory), trust.read(directory), time.time()
+    if output == "pem":
+        own = pem(root.certificate for root in held.roots).decode()
+        click.echo(known.roots if known else own, nl=False)
+        return
+    revoked = revocations.read(directory)
+    gone = {record.serial for record in revoked}
+    live = [record for record in ledger.read(directory)[0] if record.until > now and record.serial not in gone]
+    nodes = {node_of(held.trust_domain, record.spiffe_id) for record in live} - {""}
+    content = {
+        "trustDomain": held.trust_domain,
+        "sequence": known.sequence if known else 0,
+        "roots": [
+            {
+                "hash": root.hash,
+                "stage": root.stage,
+                "since": root.since,
+                "validUntil": int(root.certificate.not_valid_after_utc.timestamp()),
+                **({"trustedUntil": root.until} if root.stage == "retired" else {}),
+            }
+            for root in held.roots
+        ],
+        "next": _next(held),
+        "waits": _waits(directory) if held.root("next") else [],
+        "certificates": len(live),
+        "nodes": sorted(nodes),
+        "barred": sorted(revocations.barred(directory)),
+        "revoked": [{"serial": item.serial, "spiffeId": item.spiffe_id, "until": item.until, "at": item.at} for item in revoked],
+    }
+    click.echo(json.dumps(content) if output == "json" else "\n".join(_described(content)))
+
+
+@ca.command()
+@_DIRECTORY
+@click.option("--wait", type=Span(0, 7 * 86_400), default=f"{rotation.WAIT_S // 60}m", help="For agents to hand the new root on.")
+@click.option(
+    "--now",
+    "at_once",
+    is_flag=True,
+    help="Take the next step whatever it should wait for, and replace the JWT keys: connections and tokens may break.",
+)
+@click.option("--cancel", is_flag=True, help="Forget the new root, if it does not sign yet.")
+@_in_one_line
+def rotate(directory: Directory, wait: int, at_once: bool, cancel: bool) -> None:
+    """Replace the self-made root in steps, without a dropped connection; the running controller takes the later ones by itself.
+
+    1 a new root is made, and trusted beside the old one. 2 when every node knows it, it signs. 3 when everything that the old one signed has run out,
+    the old one is forgotten. Called again it says where the rotation stands. With --now JWT keys are replaced too, whoever signs certificates: tokens of
+    the old ones are refused at once.
+    """
+    if at_once and cancel:
+        raise click.UsageError("--now and --cancel exclude each other")
+    with directory.locked():
+        held, now = _keys(directory), time.time()
+        if at_once:
+            changed = rotation.hurry(held, now)
+        elif held.root("signing") is None:
+            raise ControllerError(
+                "somebody else signs for this mesh: put the new root beside the old one into --ca-root, replace --ca-cert and --ca-key (or what "
+                "--ca-command does) when every agent is connected, and take the old root out when its certificates have run out"
+            )
+        elif cancel:
+            changed = rotation.cancel(held)
+        elif held.root("next") or held.root("retired"):
+            changed = held
+        else:
+            changed = rotation.begin(held, now, wait)
+        if changed is not held:
+            keys.store(directory, changed)
+    if at_once:
+        click.echo("the JWT keys are replaced")
+    click.echo(
+        "\n".join([*(f"root {root.hash[:16]}  {root.stage}" for root in changed.roots), _next(changed) or "no rotation is under way"])
+    )
+    if changed is held and changed.root("next"):
+        for line in _waits(directory):
+            click.echo(f"waits: {line}")
+
+
+@ca.command()
+@_DIRECTORY
+@click.option("--with-workloads", is_flag=True, help="With a node's identity: also what its workloads were given there.")
+@click.option("--unknown", is_flag=True, help="A serial number that is not on record: revoke it for as long as certificates live.")
+@click.argument("what", metavar="SERIAL|SPIFFE-ID")
+@_in_one_line
+def revoke(directory: Directory, what: str, with_workloads: bool, unknown: bool) -> None:
+    """Let nobody believe a certificate any more, by its serial number (hexadecimal) or all of an identity by its SPIFFE ID.
+
+    A workload gets a new certificate from its node unless it leaves the model. A node must join again: with a new join token, or, with its Kubernetes
+    service account, after `ca restore`.
+    """
+    held, now = _keys(directory), time.time()
+    live = [record for record in ledger.read(directory)[0] if record.until > now]
+    if what.startswith("spiffe://"):
+        found = [record for record in live if record.spiffe_id == what]
+        if node := node_of(held.trust_domain, what):
+            found += [record for record in live if with_workloads and record.node == node and record not in found]
+        elif with_workloads:
+            raise click.UsageError(f"--with-workloads belongs to spiffe://{held.trust_domain}/meshagent/node/NODE")
+    else:
+        serial = _serial(what)
+        found = [record for record in live if record.serial == serial]
+        if not found and unknown:
+            found = [Issued(serial, "", "", "", int(now) + held.longest_s)]
+    names = {node_of(held.trust_domain, name) for name in (what, *(record.spiffe_id for record in found))} - {""}
+    if not found and not names:
+        raise ControllerError(
+            f"no certificate in force is on record for {what[:200]}: check the spelling (`ca show`); it may have run out"
+            + ("" if what.startswith("spiffe://") else ", or give --unknown")
+        )
+    also = "" if not what.startswith("spiffe://") or not node else "workloads" if with_workloads else "node"
+    new = revocations.add(directory, found, now, also, names)
+    for record in found:
+        click.echo(
+            f"{record.serial}  {record.spiffe_id or '?'}  {'revoked' if record.serial in {item.serial for item in new} else 'was revoked before'}"
+        )
+    for name in sorted(names):
+        click.echo(f"node {name} cannot join with its service account until `mesh-controller ca restore {name}`")
+
+
+@ca.command()
+@_DIRECTORY
+@click.argument("node", metavar="NODE")
+@_in_one_line
+def restore(directory: Directory, node: str) -> None:
+    """Let a revoked node join again with its Kubernetes service account. Its revoked certificates stay revoked."""
+    if not revocations.restore(directory, node):
+        raise ControllerError(f"node {node[:80]!r} is not revoked: `mesh-controller ca show` names those that are")
+    click.echo(f"node {node} can join again")
+
+
+@click.group()
+def token() -> None:
+    """Make, list and revoke the tokens with which nodes join."""
+
+
+@token.command()
+@_DIRECTORY
+@click.option("--node", default="", help="Only this node may use it; otherwise any that has no certificate.")
+@click.option("--ttl", type=Span(60, MAX_LIFETIME_S), default=f"{DEFAULT_LIFETIME_S // 3600}h", help="How long it is good for.")
+@_in_one_line
+def create(directory: Directory, node: str, ttl: int) -> None:
+    """Print a token that is good for one join. It is shown once and stored hashed."""
+    held, known = _keys(directory), trust.read(directory)
+    if node:
+        node_id(held.trust_domain, node)
+    signing = held.root("signing")
+    name = signing.hash if signing else known.signing if known else ""
+    if not name:
+        raise ControllerError("it is not known yet which root the controller's certificate leads to: start the controller once")
+    made, record = TokenStore(directory, time.time).create(node, ttl, name)
+    click.echo(f"token {record.id} for {f'node {node}' if node else 'any node'}, one join, until {when(record.expires)}", err=True)
+    if held.root("next"):
+        click.echo("a root rotation is under way and waits until this token is used, revoked or expired", err=True)
+    click.echo(str(made))
+
+
+@token.command("list")
+@_DIRECTORY
+@_output()
+@_in_one_line
+def list_(directory: Directory, output: str) -> None:
+    """Print tokens that are or were good; never the tokens themselves."""
+    now = time.time()
+    records = TokenStore(directory, time.time).all()
+    if output == "json":
+        found = [
+            {
+                "id": record.id,
+                "node": record.node,
+                "state": record.state(now),
+                "expires": record.expires,
+                "used": record.used,
+                "usedBy": record.used_by,
+            }
+            for record in records
+        ]
+        click.echo(json.dumps(found))
+        return
+    for record in records:
+        click.echo(f"{record.id}  {record.node or '(any node)'}  {_token_state(record, now)}")
+
+
+@token.command("revoke")
+@_DIRECTORY
+@click.argument("identifier", metavar="ID")
+@_in_one_line
+def revoke_token(directory: Directory, identifier: str) -> None:
+    """Make a token void. What joined with it stays joined: see `mesh-controller ca revoke`."""
+    record = TokenStore(directory, time.time).revoke(identifier)
+    click.echo(f"token {record.id} revoked" + (f"; node {record.used_by} has joined with it" if record.used else ""))
+
+
+def _keys(directory: Directory) -> Keys:
+    found = keys.load(directory)
+    if found is None:
+        raise ControllerError(f"{directory.path} holds no {AUTHORITY}: start `mesh-controller run` with this --ca-directory first")
+    return found
+
+
+def _serial(text: str) -> str:
+    cleaned = text.lower().removeprefix("0x").replace(":", "").lstrip("0")
+    try:
+        return ledger.check_serial(cleaned)
+    except BadState as error:
+        raise ControllerError(
+            f"{text[:80]!r} is neither a serial number (hexadecimal, as the audit log and `openssl x509 -serial` write it) nor a SPIFFE ID"
+        ) from error
+
+
+def _next(held: Keys) -> str:
+    upcoming, retired = held.root("next"), held.root("retired")
+    if upcoming:
+        return f"next: the new root signs, not before {when(upcoming.since + upcoming.wait_s)} and not before every node knows it"
+    if retired:
+        return f"next: the old root is forgotten, not before {when(retired.until)}, when all it signed has run out"
+    return ""
+
+
+def _waits(directory: Directory) -> list[str]:
+    """Return what the running controller wrote last; a damaged file says nothing."""
+    try:
+        return [str(line) for line in fields.listed(fields.parse(directory.read(STATUS) or b"{}"), "waits")]
+    except BadState:
+        return []
+
+
+def _described(content: dict[str, Any]) -> Iterable[str]:
+    yield f"trust domain  {content['trustDomain']}"
+    if not content["roots"]:
+        yield "root          somebody else's (--ca-cert or --ca-command); -o pem prints what is trusted"
+    for root in content["roots"]:
+        yield f"root          {root['hash']}  {root['stage']} since {when(root['since'])}, valid until {when(root['validUntil'])}"
+    if content["next"]:
+        yield f"rotation      {content['next']}"
+    for line in content["waits"]:
+        yield f"waits         {line}"
+    yield f"in force      {content['certificates']} certificates, {len(content['nodes'])} nodes"
+    for node in content["barred"]:
+        yield f"revoked       node {node}  until `mesh-controller ca restore {node}`, unless it has a new join token"
+    for record in content["revoked"]:
+        yield f"revoked       {record['serial']}  {record['spiffeId'] or '?'}  until {when(record['until'])}"
+
+
+def _token_state(record: Record, now: float) -> str:
+    state = record.state(now)
+    if state == "used":
+        return f"used {when(record.used)} by {record.used_by}"
+    return f"{state}, {'until' if state == 'valid' else 'since'} {when(record.expires)}"

@@ -1,0 +1,143 @@
+"""The revocation lists that go with a trust bundle: one for each issuer that may have signed what is still in force. Used by the authority.
+
+Envoy believes nobody whose issuer has no list, or one that has run out, as soon as there is any list. So every issuer has one from the first moment, also
+while nothing is revoked; it outlives everything that its issuer signs, also if the controller is away for so long; and the list of an issuer that was
+replaced (an operator's intermediate) is kept: in memory with the key, so that more can be revoked, and in lists.json as it was signed last. The key of an
+operator is written nowhere. If more was revoked since and the key is gone, the list is left out: then Envoy believes nothing of that issuer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+
+from controller.identity import fields
+from controller.identity.certificates import BACKDATE_S, Issuer, new_crl
+from controller.identity.directory import LISTS, Directory
+from controller.identity.fields import BadState
+from controller.identity.lapse import Lapse
+from controller.identity.revocations import Revoked
+from meshapi.join import root_hash
+
+_log = logging.getLogger(__name__)
+
+LIFETIME_S: Final = 14 * 86_400  # at least
+SPARE_S: Final = 2 * BACKDATE_S  # by which a list outlives certificates: clocks differ, and maintenance may be late
+_LOSS: Final = "or delete it: Envoy then believes nothing that a former --ca-cert signed, if anything is revoked"
+_FIELDS: Final = ("issuer", "crl")
+_Name: TypeAlias = tuple[str, x509.Name]
+"""Hash of the key and subject: the same key may sign under another subject, and lists are found by that."""
+
+
+@dataclass(frozen=True, slots=True)
+class SignedList:
+    """A list as it was signed. Times are Unix seconds."""
+
+    issuer: str
+    crl: str = field(repr=False)
+    subject: x509.Name
+    serials: frozenset[int]
+    since: float
+    until: float
+
+
+class RevocationLists:
+    """The lists as they were signed last. Used in one thread."""
+
+    def __init__(self, directory: Directory, lapse: Lapse) -> None:
+        self._directory, self._lapse = directory, lapse
+        self._lists: dict[_Name, SignedList] = {}
+        self._issuers: dict[_Name, Issuer] = {}
+        self._stored: list[SignedList] = []
+        self._left_out: set[_Name] = set()
+        self._pem = b""
+
+    def load(self) -> None:
+        """Read the lists that an earlier controller signed. Raises ControllerError."""
+        content = self._directory.read(LISTS)
+        try:
+            self._stored = parse(content) if content is not None else []
+        except BadState as error:
+            raise fields.refuse(self._directory.path / LISTS, error, _LOSS) from error
+        self._lists = {(found.issuer, found.subject): found for found in self._stored}
+
+    def save(self) -> None:
+        """Keep the lists for the next controller, if they have changed. Raises ControllerError."""
+        held = list(self._lists.values())
+        if held != self._stored:
+            content = {"lists": [{name: getattr(found, name) for name in _FIELDS} for found in held]}
+            with self._directory.locked():
+                self._directory.write(LISTS, json.dumps(content, indent=1) + "\n")
+            self._stored = held
+
+    def current(self, issuers: Sequence[Issuer], revoked: Mapping[str, Revoked], now: float, longest_s: int) -> bytes:
+        """Return the lists, PEM; the same bytes while nothing changes. Nothing if nothing is revoked, or if the keys are elsewhere.
+
+        `longest_s`: how long certificates live at most. A certificate whose issuer is not known is in every list.
+        """
+        signing = {(root_hash(issuer.certificate), issuer.certificate.subject): issuer for issuer in issuers}
+        self._issuers |= signing
+        for name in self._issuers.keys() | self._lists.keys():
+            self._follow(name, revoked, now, longest_s + SPARE_S if name in signing else 0)
+        shown = (found.crl for name, found in sorted(self._lists.items(), key=lambda item: item[0][0]) if name not in self._left_out)
+        pem = "".join(shown).encode() if revoked and issuers else b""
+        if pem != self._pem:
+            self._pem = pem
+        return self._pem
+
+    def _follow(self, name: _Name, revoked: Mapping[str, Revoked], now: float, lasts_s: int) -> None:
+        """Sign one issuer's list anew if that is needed. `lasts_s`: for how long it must be good; 0 if the issuer signs no more: as long as it was."""
+        entries = {int(record.serial, 16): record.at for record in revoked.values() if record.issuer in {"", name[0]}}
+        held, issuer = self._lists.get(name), self._issuers.get(name)
+        if held is None or (lasts_s and (held.until - now < lasts_s or now < held.since)):
+            until = now + max(LIFETIME_S, 2 * lasts_s)
+        elif not lasts_s and self._lapse.passed(("list", name), held.until):
+            self._lapse.forget(("list", name))
+            del self._lists[name]
+            self._issuers.pop(name, None)
+            self._left_out.discard(name)
+            return
+        elif held.serials == entries.keys():
+            self._left_out.discard(name)
+            return
+        else:
+            until = held.until
+        if issuer is not None and until > now:
+            self._lists[name] = _read(name[0], new_crl(issuer, entries.items(), int(now), now, until).decode())
+            self._left_out.discard(name)
+        elif held is not None and entries.keys() <= held.serials:  # more than is needed: what has run out
+            self._left_out.discard(name)
+        elif name not in self._left_out:
+            self._left_out.add(name)
+            _log.error(
+                "a former signing certificate's revocation list cannot be extended without its key: Envoy believes nothing that it signed, until renewed",
+                extra={"issuer": name[0], "subject": name[1].rfc4514_string()},
+            )
+
+
+def parse(content: bytes) -> list[SignedList]:
+    """Return what a lists.json holds. Raises BadState."""
+    return [_record(item) for item in fields.listed(fields.only(fields.parse(content), ("lists",)), "lists")]
+
+
+def _record(item: Any) -> SignedList:
+    record = fields.only(item, _FIELDS)
+    issuer, crl = (fields.field(record, name, str) for name in _FIELDS)
+    try:
+        return _read(issuer, crl)
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
+        raise BadState("a revocation list cannot be read") from error
+
+
+def _read(issuer: str, pem: str) -> SignedList:
+    crl = x509.load_pem_x509_crl(pem.encode())
+    if crl.next_update_utc is None:
+        raise ValueError("a list without an end")
+    serials = frozenset(entry.serial_number for entry in crl)
+    return SignedList(issuer, pem, crl.issuer, serials, crl.last_update_utc.timestamp(), crl.next_update_utc.timestamp())

@@ -1,0 +1,196 @@
+"""Join tokens: made by `mesh-controller token`, used once by a node that joins. The only owner of tokens.json.
+
+What is kept is the SHA-256 of the secret, neither salted nor slow: salt and work factors protect secrets that people choose and that can therefore be
+guessed; of 256 random bits no two are alike and none is guessed (NIST SP 800-63B, 5.1.2.2, asks for salt below 112 bits only). The list is what is
+allowed: an entry that is lost lets nobody in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from controller.errors import ControllerError
+from controller.identity import fields
+from controller.identity.directory import TOKENS, Directory, Signature
+from controller.identity.fields import BadState
+from controller.identity.lapse import Clock
+from controller.identity.names import SHOWN
+from controller.identity.refusals import Refused
+from meshapi.join import Token, parse
+
+SECRET_BYTES: Final = 32
+DEFAULT_LIFETIME_S: Final = 3600
+MAX_LIFETIME_S: Final = 7 * 86_400  # a token that lies about for longer is better made when it is needed
+KEPT_S: Final = 7 * 86_400  # used and expired tokens stay in the list, so that people see what became of them
+MAX_TOKENS: Final = 10_000
+MAX_TEXT: Final = 1024
+_FIELDS: Final = ("hash", "node", "root", "created", "expires", "used", "used_by", "lapsed")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One token without its secret. Times are Unix seconds; `node` "" allows any node; `root` is the hash that the token's text carries.
+
+    `lapsed`: was seen to have expired. It stays so even if the clock is set back.
+    """
+
+    hash: str
+    node: str
+    root: str
+    created: int
+    expires: int
+    used: int = 0
+    used_by: str = ""
+    lapsed: bool = False
+
+    @property
+    def id(self) -> str:
+        """How people name the token: the first 12 digits of its hash; proves nothing."""
+        return self.hash[:12]
+
+    def state(self, now: float) -> str:
+        """Return "used", "expired" or "valid"."""
+        if self.used:
+            return "used"
+        return "expired" if self.lapsed or self.expires <= now else "valid"
+
+
+class TokenStore:
+    """The tokens of one CA directory; every change is read, made and written under the directory's lock. All methods block."""
+
+    def __init__(self, directory: Directory, clock: Clock) -> None:
+        self._directory, self._clock = directory, clock
+        self._read: tuple[Signature, list[Record]] | None = None
+
+    def create(self, node: str, lifetime_s: int, root: str) -> tuple[Token, Record]:
+        """Make a token for one node, or for any ("")."""
+        token = Token(secrets.token_bytes(SECRET_BYTES), root)
+        now = int(self._clock())
+        record = Record(_hash(token), node, root, now, now + lifetime_s)
+        with self._directory.locked():
+            records = [item for item in self.all() if item.expires + KEPT_S > now]
+            if len(records) >= MAX_TOKENS:
+                raise ControllerError(
+                    f"there are {len(records)} tokens: revoke some (mesh-controller token list), or wait until they expire"
+                )
+            self._write([*records, record])
+        return token, record
+
+    def all(self) -> list[Record]:
+        """Return every token. Raises ControllerError if the file cannot be believed."""
+        signature, read = self._directory.signature(TOKENS), self._read
+        if signature is not None and read is not None and read[0] == signature:
+            return list(read[1])  # every version of the file is another file
+        content = self._directory.read(TOKENS)
+        if content is None:
+            return []
+        try:
+            records = parse_records(content)
+            self._read = (signature, records) if signature is not None and signature == self._directory.signature(TOKENS) else None
+            return list(records)
+        except BadState as error:
+            loss = (
+                "or delete it: tokens that were not used yet are then void, nothing else is lost (a backup would make used ones good again)"
+            )
+            raise fields.refuse(self._directory.path / TOKENS, error, loss) from error
+
+    def revoke(self, identifier: str) -> Record:
+        """Remove a token by its id, or a longer beginning of its hash."""
+        with self._directory.locked():
+            records = self.all()
+            found = [record for record in records if len(identifier) >= 4 and record.hash.startswith(identifier.lower())]
+            if len(found) != 1:
+                raise ControllerError(
+                    f"{len(found) or 'no'} token{'s' if len(found) != 1 else ''} with the id {identifier[:SHOWN]!r}: "
+                    "`mesh-controller token list` shows them; give the id, not the token"
+                )
+            self._write([record for record in records if record is not found[0]])
+        return found[0]
+
+    def reserve(self, text: str, node: str) -> Record:
+        """Use a token up for a node, durably, before anything is given for it; of many concurrent uses one gets through. Raises Refused."""
+        if len(text) > MAX_TEXT:
+            raise Refused("token", f"the join token has more than {MAX_TEXT} characters: it was damaged on its way")
+        try:
+            wanted = _hash(parse(text))
+        except ValueError as error:
+            raise Refused("token", str(error)) from error
+        if not any(record.hash == wanted for record in self.all()):  # strangers who guess do not get as far as the lock
+            raise _unknown()
+        with self._directory.locked():
+            records, now = self.all(), self._clock()
+            record = next((item for item in records if item.hash == wanted), None)
+            if record is None:
+                raise _unknown()
+            if record.used:
+                raise Refused(
+                    "token-used",
+                    f"join token {record.id} was used {_ago(now - record.used)} by node {record.used_by}, and a token is good for one join: make a new one; "
+                    "if that was not you, revoke that node's certificate (mesh-controller ca revoke)",
+                )
+            if record.state(now) != "valid":
+                self._lapse(records, now)
+                raise Refused(
+                    "token-expired", f"join token {record.id} expired {_ago(now - record.expires)}: make a new one (token create --ttl)"
+                )
+            if record.node not in {"", node}:
+                raise Refused(
+                    "token-node", f"join token {record.id} is for node {record.node}, not for {node}: check --node, or make another token"
+                )
+            reserved = replace(record, used=max(1, int(now)), used_by=node)
+            self._write([reserved if item is record else item for item in records])
+        return reserved
+
+    def release(self, reserved: Record) -> None:
+        """Give a token back for which nothing was given."""
+        with self._directory.locked():
+            fresh = replace(reserved, used=0, used_by="")
+            self._write([fresh if item == reserved else item for item in self.all()])
+
+    def lapse(self) -> None:
+        """Remember which tokens have expired by now."""
+        now = self._clock()
+        if any(not record.lapsed and record.expires <= now for record in self.all()):
+            with self._directory.locked():
+                self._lapse(self.all(), now)
+
+    def _lapse(self, records: Iterable[Record], now: float) -> None:
+        self._write([replace(record, lapsed=True) if record.expires <= now else record for record in records])
+
+    def _write(self, records: list[Record]) -> None:
+        content = {"tokens": [{name: getattr(record, name) for name in _FIELDS} for record in records]}
+        self._directory.write(TOKENS, json.dumps(content, indent=1) + "\n")
+
+
+def parse_records(content: bytes) -> list[Record]:
+    """Return what a tokens.json holds. Raises BadState."""
+    return [_record(item) for item in fields.listed(fields.only(fields.parse(content), ("tokens",)), "tokens")]
+
+
+def _record(item: Any) -> Record:
+    record = fields.only(item, _FIELDS)
+    hashed, node, root, used_by = (fields.field(record, name, str) for name in ("hash", "node", "root", "used_by"))
+    created, expires, used = (fields.field(record, name, int) for name in ("created", "expires", "used"))
+    if len(hashed) != 64:
+        raise BadState("a token's hash does not have 64 digits")
+    return Record(hashed, node, root, created, expires, used, used_by, fields.field(record, "lapsed", bool))
+
+
+def _unknown() -> Refused:
+    return Refused("token-unknown", "this controller does not know the join token: it was revoked, or made for another one; make a new one")
+
+
+def _hash(token: Token) -> str:
+    return hashlib.sha256(token.secret).hexdigest()
+
+
+def _ago(seconds: float) -> str:
+    seconds = max(0, int(seconds))
+    if seconds < 120:
+        return f"{seconds} s ago"
+    return f"{seconds // 60} min ago" if seconds < 7200 else f"{seconds // 3600} h ago"

@@ -1,0 +1,235 @@
+"""The WireGuard keys of nodes: what agents announced on their own, authenticated streams, and the `Node` entities that carry it to all of them.
+
+Only a node's key and where it is reached come from its agent. Which addresses it may use comes from the operator's resources (`Workload.node`), so no agent
+can get another node's. An agent that claims to be reached at the address of another node's workload is not told to anybody: `NodeKeys.entities`.
+The keys are kept in the CA directory: a controller that starts anew must not take away what connections run on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ipaddress
+import json
+import logging
+import threading
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from controller.errors import ControllerError
+from controller.files import write_atomically
+from meshapi import discovery_pb2 as pb
+
+_log = logging.getLogger(__name__)
+
+FILE: Final = "wireguard.json"
+KEY_BYTES: Final = 32  # Curve25519 (RFC 7748, 5)
+LOOK_S: Final = 5.0
+"""How often it is looked whether a node was revoked."""
+SETTLE_S: Final = 0.1
+"""Many agents that come at once are one change."""
+Barred = Callable[[], Collection[str]]
+
+
+class BadKey(ValueError):
+    """What an agent announced cannot be used; the text says why."""
+
+
+class Stolen(NamedTuple):
+    """An endpoint that is the address of another node's workload."""
+
+    endpoint: str
+    workload: str
+    node: str
+
+
+class NodeKeys:
+    """Keys by node. `announce` is called on the event loop, everything else from any thread."""
+
+    def __init__(self, directory: Path, barred: Barred) -> None:
+        """`directory`: the CA directory. `barred` names the nodes that an operator has revoked; it blocks, and raises ControllerError."""
+        self._path = directory / FILE
+        self._barred_now = barred
+        self._barred: frozenset[str] = frozenset()
+        self._keys: dict[str, bytes] = {}
+        """Encoded WireGuard messages."""
+        self._withheld: Mapping[str, Stolen] = {}
+        """What was said last of nodes that others are not told."""
+        self._lock = threading.Lock()
+        self._changed = asyncio.Event()
+
+    def start(self) -> None:
+        """Read what was kept. Blocking. Raises ControllerError: an empty list would take WireGuard from connections that run on it."""
+        try:
+            content = self._path.read_bytes()
+        except FileNotFoundError:
+            content = b'{"nodes": {}}'
+        except OSError as error:
+            raise ControllerError(f"cannot read {self._path}: {error.strerror}; check its owner and mode") from error
+        try:
+            self._keys = _parse(content)
+        except ValueError as error:
+            raise ControllerError(
+                f"{self._path} cannot be used: {error}. Restore it from a backup; without it connections between nodes go on unencrypted until "
+                "their agents have connected again"
+            ) from error
+        self.forget_barred()
+
+    async def announce(self, node: str, said: pb.WireGuard | None) -> None:
+        """A node's agent says how the node is reached; None: it has no WireGuard. Stored when this returns.
+
+        Raises BadKey for what cannot be used, with what was known before still in force, and ControllerError if it cannot be stored.
+        """
+        content = None if said is None else check(said).SerializeToString(deterministic=True)
+        if await asyncio.to_thread(self._take, node, content):
+            self._changed.set()
+
+    def _take(self, node: str, content: bytes | None) -> bool:
+        with self._lock:
+            if self._keys.get(node) == content:
+                return False
+            keys = {name: kept for name, kept in self._keys.items() if name != node}
+            if content is not None:
+                key = pb.WireGuard.FromString(content).public_key
+                for other, kept in keys.items():
+                    if pb.WireGuard.FromString(kept).public_key == key:
+                        raise BadKey(
+                            f"its public key is node {other}'s: each node makes its own; was the machine copied while its agent ran?"
+                        )
+                keys[node] = content
+            self._store(keys)
+        _log.info("WireGuard key of a node changed", extra={"node": node, "has": content is not None})
+        return True
+
+    def forget_barred(self) -> bool:
+        """Forget the keys of nodes that were revoked since the last look; True if there were any. Blocking.
+
+        A node that an operator lets join again announces its key again.
+        """
+        try:
+            barred = frozenset(self._barred_now())
+        except ControllerError as error:  # the authority says so too, and lets nobody in
+            _log.error("cannot see which nodes are revoked, their WireGuard keys stay", extra={"error": str(error)})
+            return False
+        with self._lock:
+            gone = (barred - self._barred) & self._keys.keys()
+            if gone:
+                self._store({name: kept for name, kept in self._keys.items() if name not in gone})
+                _log.warning("WireGuard keys of revoked nodes forgotten", extra={"nodes": sorted(gone)})
+            self._barred = barred
+        return bool(gone)
+
+    def _store(self, keys: dict[str, bytes]) -> None:
+        nodes = {name: base64.b64encode(kept).decode() for name, kept in sorted(keys.items())}
+        try:
+            write_atomically(self._path, json.dumps({"nodes": nodes}, indent=1) + "\n")
+        except OSError as error:
+            raise ControllerError(f"cannot write {self._path}: {error.strerror or error}; is the disk full or read-only?") from error
+        self._keys = keys
+
+    def entities(self, model: Mapping[str, pb.Entity]) -> dict[str, pb.Entity]:
+        """A `Node` for each node that has workloads in `model`, by resource name.
+
+        One that announced the address of an enrolled workload of another node is said to have no WireGuard, and logged, as long as both are so: it is looked
+        at here, and not in `announce`, because the workload may come after the announcement.
+        """
+        nodes = {entity.workload.node for name, entity in model.items() if name.startswith("workload/")}
+        with self._lock:
+            keys = self._keys
+        withheld = _stolen({node: keys[node] for node in nodes if node in keys}, model)
+        self._tell(withheld)
+        found = {}
+        for node in sorted(nodes):
+            message = pb.Node(name=node)
+            if node in keys and node not in withheld:
+                message.wireguard.ParseFromString(keys[node])
+            found[f"node/{node}"] = pb.Entity(node=message)
+        return found
+
+    def _tell(self, withheld: Mapping[str, Stolen]) -> None:
+        """Log once what others are not told."""
+        before, self._withheld = self._withheld, withheld
+        for node, stolen in withheld.items():
+            if before.get(node) != stolen:
+                _log.error(
+                    "WireGuard of a node is kept from the others: its agent announces the address of another node's workload; correct the agent's "
+                    "--wireguard-address or the workload's spec.addresses, or revoke the node if it is not trusted",
+                    extra={"node": node, "endpoint": stolen.endpoint, "workload": stolen.workload, "workload_node": stolen.node},
+                )
+        for node in before.keys() - withheld.keys():
+            _log.info("WireGuard of a node is not kept from the others any more", extra={"node": node})
+
+    async def changed(self) -> None:
+        """Wait until there is something new to publish."""
+        while True:
+            try:
+                await asyncio.wait_for(self._changed.wait(), LOOK_S)
+            except asyncio.TimeoutError:
+                if await asyncio.to_thread(self.forget_barred):
+                    return
+            else:
+                await asyncio.sleep(SETTLE_S)
+                self._changed.clear()
+                return
+
+
+def check(said: pb.WireGuard) -> pb.WireGuard:
+    """Return what an agent announced, addresses in their usual form. Raises BadKey."""
+    if len(said.public_key) != KEY_BYTES or not any(said.public_key):
+        raise BadKey(f"a public key has {KEY_BYTES} bytes that are not all zero")
+    if not 1 <= said.port <= 65535:
+        raise BadKey(f"{said.port} is no UDP port")
+    families = set()
+    endpoints = []
+    for text in said.endpoints:
+        try:
+            address = ipaddress.ip_address(text)
+        except ValueError as error:
+            raise BadKey(f"endpoint {text[:100]!r} is no IP address") from error
+        if address.is_loopback or address.is_unspecified or address.is_multicast or address.is_link_local or "%" in text:
+            raise BadKey(f"endpoint {address} cannot be reached from other nodes: give the agent --wireguard-address")
+        families.add(address.version)
+        endpoints.append(str(address))
+    if not endpoints or len(families) != len(endpoints):
+        raise BadKey("one address of each family at most, and one at least, says where the node is reached")
+    return pb.WireGuard(public_key=said.public_key, port=said.port, endpoints=endpoints)
+
+
+def _stolen(keys: Mapping[str, bytes], model: Mapping[str, pb.Entity]) -> dict[str, Stolen]:
+    """The nodes, of those with `keys`, that announced the address of an enrolled workload of another node: the first by its text and the workload's name."""
+    ends = {node: frozenset(pb.WireGuard.FromString(kept).endpoints) for node, kept in keys.items()}
+    every = frozenset(text for texts in ends.values() for text in texts)
+    found: dict[str, Stolen] = {}
+    for name, entity in model.items():
+        if not name.startswith("workload/") or not entity.workload.enrolled:
+            continue
+        for text in every.intersection(map(_usual, entity.workload.addresses)):
+            stolen = Stolen(text, name.partition("/")[2], entity.workload.node)
+            for node, texts in ends.items():
+                if node != stolen.node and text in texts:
+                    found[node] = min(stolen, found.get(node, stolen))
+    return found
+
+
+def _usual(text: str) -> str:
+    """An address in the form that `check` leaves endpoints in."""
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        return text
+
+
+def _parse(content: bytes) -> dict[str, bytes]:
+    try:
+        document: Any = json.loads(content)
+        nodes = document["nodes"]
+        found = {str(name): base64.b64decode(text, validate=True) for name, text in nodes.items()}
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError("it is cut off or overwritten") from error
+    for name, kept in found.items():
+        try:
+            check(pb.WireGuard.FromString(kept))
+        except Exception as error:
+            raise ValueError(f"what it says about node {name[:100]} is damaged") from error
+    return found

@@ -1,0 +1,1 @@
+"""What is deployed beside the programs; only its generators are Python."""

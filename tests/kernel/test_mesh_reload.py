@@ -1,0 +1,148 @@
+"""Configuration that changes all the time under a thousand requests a second: none is lost, and an agent that is replaced meanwhile loses none either."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+
+import grpc
+import pytest
+
+from bench import tools
+from lab import paths, resources
+from lab.lab import Lab
+from lab.topology import Pod
+from meshapi import admin_pb2 as pb
+from meshapi import admin_pb2_grpc
+from tests.kernel import openloop, shop
+
+pytestmark = pytest.mark.kernel
+
+URL = "http://10.96.0.91/"
+RATE, SECONDS, EVERY_S = 1000, 15, 0.2
+ENOUGH = 0.5
+"""Of the rate that is asked for: a machine that others use may not reach it."""
+PODS = tuple(
+    Pod(f"swift-{n}", node, (f"10.77.{node[-1]}.9{n}", f"fd77:0:0:{node[-1]}::9{n}"), labels={"app": "swift", "n": str(n)}, ports=(8080,),
+        command=("sh", "-c", f"printf '%s' '{tools.nginx(8080)}' > {paths.RUN}/swift-{n}.conf && exec nginx -e stderr -c {paths.RUN}/swift-{n}.conf"))
+    for n, node in ((1, "node-1"), (2, "node-1"), (3, "node-2"))
+)  # fmt: skip
+SERVICES = """
+apiVersion: v1
+kind: Service
+metadata: {name: swift}
+spec: {clusterIP: 10.96.0.91, selector: {app: swift}, ports: [{name: http, port: 80, targetPort: 8080, appProtocol: http}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: swift-near}
+spec: {clusterIP: 10.96.0.92, selector: {app: swift, n: '1'}, ports: [{name: http, port: 80, targetPort: 8080, appProtocol: http}]}
+"""
+ROUTE = """
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {{name: swift}}
+spec:
+  parentRefs: [{{group: "", kind: Service, name: swift}}]
+  rules:
+    - matches: [{{path: {{type: PathPrefix, value: /other-{turn}}}}}]
+      backendRefs: [{{name: swift, port: 80}}]
+    - backendRefs: [{{name: swift, port: 80, weight: {weight}}}, {{name: swift-near, port: 80, weight: 1}}]
+      filters: [{{type: ResponseHeaderModifier, responseHeaderModifier: {{set: [{{name: x-turn, value: "{turn}"}}]}}}}]
+"""
+POLICY = """
+apiVersion: meshagent.io/v1alpha1
+kind: AuthorizationPolicy
+metadata: {{name: swift}}
+spec: {{selector: {{matchLabels: {{app: swift}}}}, action: DENY, rules: [{{to: [{{operation: {{paths: [/secret-{turn}]}}}}]}}]}}
+"""
+TRAFFIC = """
+apiVersion: meshagent.io/v1alpha1
+kind: TrafficPolicy
+metadata: {{name: swift}}
+spec:
+  targetRefs: [{{kind: Service, name: swift}}]
+  loadBalancing: {{type: {kind}}}
+  limits: {{maxRequests: {limit}, per: {per}}}
+"""
+
+
+def endpoint(turn: int) -> str:
+    """The second endpoint of the caller's node, ready or not."""
+    document = resources.workload(PODS[1])
+    return json.dumps({**document, "spec": {**document["spec"], "ready": turn % 2 == 0}})
+
+
+CHANGES: tuple[Callable[[int], str], ...] = (
+    lambda turn: ROUTE.format(turn=turn, weight=turn % 7 + 1),
+    lambda turn: POLICY.format(turn=turn),
+    lambda turn: TRAFFIC.format(
+        kind=("RoundRobin", "LeastRequest")[turn % 2], limit=1000 + turn, per=("Service", "Workload")[turn // 2 % 2]
+    ),
+    endpoint,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def swift(lab: Lab) -> Iterator[None]:
+    """A service of three quick servers, one of them on the other node."""
+    documents = [SERVICES, ROUTE.format(turn=0, weight=1)]
+    for pod in PODS:
+        lab.add_pod(pod)
+        documents.append(json.dumps(resources.workload(pod)))
+    with shop.applied(lab, "\n---\n".join(documents)):
+        shop.takes(lambda: shop.codes(lab, "frontend", f"{URL}?[1-23]") == {"200": 23})
+        yield
+
+
+@pytest.fixture
+def admin() -> Iterator[Callable[[str], None]]:
+    """The way that `meshagent apply` takes, without starting a program each time."""
+    with grpc.insecure_channel(f"unix:{paths.CONTROLLER_SOCKET}") as channel:
+        stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call,unused-ignore]
+
+        def apply(text: str) -> None:
+            answer = stub.Apply(pb.ApplyRequest(documents=[pb.Document(origin="test", yaml=text)]), timeout=5)
+            assert [one.message for one in answer.results if one.action == "refused"] == []
+
+        yield apply
+
+
+def change(apply: Callable[[str], None], until: float) -> int:
+    """Apply one change after the other until then; how many."""
+    for turn in itertools.count(1):
+        if time.monotonic() >= until:
+            return turn - 1
+        began = time.monotonic()
+        apply(CHANGES[turn % len(CHANGES)](turn // len(CHANGES)))
+        time.sleep(max(0.0, EVERY_S - (time.monotonic() - began)))
+    raise AssertionError
+
+
+@pytest.mark.parametrize("options", [("--h1",), ("-p", "h2c", "-m", "10")], ids=["http1", "http2"])
+def test_no_request_is_lost_while_routes_policies_and_endpoints_change(
+    lab: Lab, admin: Callable[[str], None], options: tuple[str, ...]
+) -> None:
+    with openloop.asking(lab, "frontend", URL, rate=RATE, seconds=SECONDS, options=options) as seen:
+        changes = change(admin, time.monotonic() + SECONDS - 1)
+    assert changes > SECONDS / EVERY_S / 2, "the controller took them as fast as they came"
+    assert seen.statuses.keys() == {200}, seen.statuses
+    assert seen.statuses[200] > ENOUGH * RATE * SECONDS
+    assert shop.status("node-1")["problems"] == []
+
+
+def test_no_request_is_lost_while_the_agents_are_replaced_and_configuration_changes(lab: Lab, admin: Callable[[str], None]) -> None:
+    envoys = [shop.status(node)["waypoint"]["pid"] for node in ("node-1", "node-2")]
+    with openloop.asking(lab, "frontend", URL, rate=RATE, seconds=SECONDS) as seen:
+        ends = time.monotonic() + SECONDS - 1
+        change(admin, time.monotonic() + 3)
+        for node in ("node-1", "node-2"):
+            lab.kill_agent(node)
+            change(admin, time.monotonic() + 1)
+            lab.start_agent(node)
+        change(admin, ends)
+    assert seen.statuses.keys() == {200}, seen.statuses
+    assert seen.statuses[200] > ENOUGH * RATE * SECONDS
+    assert [shop.status(node)["waypoint"]["pid"] for node in ("node-1", "node-2")] == envoys
