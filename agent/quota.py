@@ -94,6 +94,11 @@ class Quotas(rlqs_pb2_grpc.RateLimitQuotaServiceServicer):  # type: ignore[misc,
             for number, limit in enumerate(policy.rate_limits)
             if limit.is_global
         }
+        for key in [key for key in self._buckets if not quota.keeps_buckets(self._limits.limits[key[0]], limits.get(key[0]))]:
+            bucket = self._buckets.pop(key)
+            if key[0] in limits:
+                self._gone[key] = (bucket.allowed, bucket.denied)
+                self._news.set()
         nodes = len({one.node for one in snapshot.workloads.values() if one.enrolled}) if limits else 1
         self._limits = _Limits(limits, max(1, nodes))
 

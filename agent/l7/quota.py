@@ -91,14 +91,22 @@ def _filter(bucket: str, limit: RateLimit) -> rate_limit_quota_pb2.RateLimitQuot
     )
     settings.no_assignment_behavior.fallback_rate_limit.blanket_rule = Strategy.ALLOW_ALL
     settings.deny_response_settings.http_status.code = 429  # type: ignore[assignment,unused-ignore]
-    wait = max(1, -(-limit.interval_ms // max(1, limit.requests) // 1000)) if limit.interval_ms <= quotas.COUNTED_MS else 60
     settings.deny_response_settings.response_headers_to_add.append(
-        base_pb2.HeaderValueOption(header=base_pb2.HeaderValue(key="retry-after", value=str(wait)))
+        base_pb2.HeaderValueOption(header=base_pb2.HeaderValue(key="retry-after", value=str(_retry_after_s(limit))))
     )
     result = rate_limit_quota_pb2.RateLimitQuotaFilterConfig(domain=DOMAIN)
     result.rlqs_server.envoy_grpc.cluster_name = names.XDS_CLUSTER
     result.bucket_matchers.on_no_match.action.CopyFrom(_xds("bucket", settings))
     return result
+
+
+def _retry_after_s(limit: RateLimit) -> int:
+    return max(1, -(-limit.interval_ms // max(1, limit.requests) // 1000)) if limit.interval_ms <= quotas.COUNTED_MS else 60
+
+
+def keeps_buckets(before: RateLimit, after: RateLimit | None) -> bool:
+    """Is a limit after a change the same filter to Envoy? Another one begins without buckets, and those of the old one are not heard of again."""
+    return after is not None and (before.per, _retry_after_s(before)) == (after.per, _retry_after_s(after))
 
 
 def _xds(name: str, message: Message) -> xds_extension_pb2.TypedExtensionConfig:

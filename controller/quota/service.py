@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -188,9 +189,17 @@ class QuotaService(quota_pb2_grpc.QuotasServicer):
         """The limits in force."""
         model = self._entities()
         if model is not self._model:
-            self._model, self._catalogue = model, Catalogue.of(model)
+            before, self._model, self._catalogue = self._catalogue.limits, model, Catalogue.of(model)
+            self._forget_callers({name for name in before if name not in self._catalogue.limits})
             self._due.set()
         return self._catalogue
+
+    def _forget_callers(self, gone: AbstractSet[str]) -> None:
+        """Forget who called under limits that have gone: if one of this name comes again, a part kept for who does not call any more is lost to the rest."""
+        for connection in self._connections.values():
+            for key in [key for key in connection.held if key[0] in gone]:
+                del connection.held[key]
+                self._news.append(News(*key, None))
 
     async def run(self) -> None:
         """Share out for ever."""

@@ -333,6 +333,24 @@ def test_a_limit_that_is_gone_is_not_asked_about_by_each_request() -> None:
 
 
 @pytest.mark.parametrize(
+    ("after", "told"),
+    [
+        ([], []),  # the controller knows no such limit any more
+        ([RateLimit(Per.SERVICE_ACCOUNT, 100, 1000, 50, True)], [(3, True)]),
+        ([RateLimit(Per.WORKLOAD, 1, 2000, 1, True)], [(3, True)]),  # retry-after is another
+        ([RateLimit(Per.WORKLOAD, 90, 1000, 50, True)], [(3, False)]),
+    ],
+)
+def test_callers_of_a_limit_that_envoy_begins_anew_are_forgotten(after: list[RateLimit], told: list[tuple[int, bool]]) -> None:
+    quotas = alone(RateLimit(Per.WORKLOAD, 100, 1000, 50, True))
+    quotas.heard(used(NAME, "default/flood", 3))
+    quotas.update(scene(80, 8080, *after))
+    assert [(usage.allowed, usage.gone) for usage in quotas.usages()] == told
+    quotas._anew()
+    assert bool(quotas.usages()) == (told == [(3, False)])
+
+
+@pytest.mark.parametrize(
     ("failure", "expected"),
     [(Failure.SHARE, "token_bucket"), (Failure.ALLOW, "ALLOW_ALL"), (Failure.DENY, "DENY_ALL")],
 )

@@ -212,6 +212,20 @@ def test_a_changed_limit_is_told_and_a_removed_one_forgotten() -> None:
     on_bench(work)
 
 
+def test_who_called_under_a_limit_that_was_removed_has_no_part_of_the_next_of_its_name() -> None:
+    async def work(bench: Bench) -> None:
+        await bench.say("node-1", "default/flood", s=0)
+        await bench.say("node-2", "default/modest", s=0)
+        assert bench.rate("flood") == 50
+        limited, bench.model = bench.model, {}
+        await bench.turn()
+        bench.model = limited
+        await bench.say("node-1", "default/flood", s=0)
+        assert bench.rate("flood") == 100
+
+    on_bench(work)
+
+
 def test_noise_changes_no_share() -> None:
     async def work(bench: Bench) -> None:
         await bench.say("node-1", "default/flood", s=0)
