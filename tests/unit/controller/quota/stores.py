@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -21,15 +22,21 @@ class RedisServer:
         self.url = f"unix://:{PASSWORD}@{self._socket}"
 
     def start(self) -> None:
-        """Start it and wait for its socket."""
+        """Start it and wait until it accepts: its socket has a name before it listens."""
         options = {"--port": "0", "--unixsocket": str(self._socket), "--unixsocketperm": "600", "--save": "", "--requirepass": PASSWORD}
         command = ["redis-server", *(word for pair in options.items() for word in pair), "--dir", str(self._directory)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         end = time.monotonic() + 20
-        while not self._socket.exists():
+        while not self._accepts():
             assert time.monotonic() < end
             assert self._process.poll() is None
             time.sleep(0.01)
+
+    def _accepts(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):
+            client.connect(str(self._socket))
+            return True
+        return False
 
     def stop(self) -> None:
         """End it; what it held is lost."""
