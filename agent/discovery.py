@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from agent.compact import Table
 from agent.errors import EnvironmentUnfit, MeshError
 from agent.journal import DROP, PUT, Journal
 from agent.model import Authentication, Delta, Gateway, Node, Policy, Route, Service, Snapshot, Workload, decode
+from agent.patience import Backoff
 from agent.traffic import TrafficPolicy
 from meshapi import discovery_pb2 as pb
 
@@ -261,7 +261,7 @@ class Discovery:
         self._anew.set()
 
     async def _stay_connected(self) -> None:
-        backoff = FIRST_BACKOFF_S
+        backoff = Backoff(FIRST_BACKOFF_S, MAX_BACKOFF_S)
         while True:
             try:
                 self._anew.clear()
@@ -273,12 +273,11 @@ class Discovery:
             else:
                 reason = "the controller ended the stream"
             if self._state.connected:
-                backoff = FIRST_BACKOFF_S
+                backoff.reset()
             if self._state.connected or reason != self._state.last_error:
                 _log.warning("controller not reachable, the last good snapshot stays in force", extra={"error": reason})
             self._state = replace(self._state, connected=False, last_error=reason)
-            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311 - spreads reconnects, hides nothing
-            backoff = min(backoff * 2, MAX_BACKOFF_S)
+            await asyncio.sleep(backoff.pause())
 
     async def _keep_stored(self) -> None:
         """Write what was applied, in a thread, as fast as the disk allows and together what came meanwhile; then put the memory in order."""

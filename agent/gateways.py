@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +18,7 @@ import grpc
 
 from agent import files, netns
 from agent.config import Config
+from agent.patience import Backoff
 from meshapi import gateway_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -86,12 +86,13 @@ class GatewayCertificates:
 
     async def run(self) -> None:
         """Follow the controller while there is a gateway, for ever."""
-        backoff = FIRST_BACKOFF_S
+        backoff = Backoff(FIRST_BACKOFF_S, MAX_BACKOFF_S)
         while True:
             await self._wanted.wait()
             try:
                 await self._follow()
-                backoff, reason = FIRST_BACKOFF_S, "the controller ended the stream"
+                backoff.reset()
+                reason = "the controller ended the stream"
             except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError, OSError) as error:
                 reason = _words(error)
             if not self._wanted.is_set():
@@ -99,8 +100,7 @@ class GatewayCertificates:
             if reason != self._last_error:
                 _log.warning("certificates of gateways stay as they are: the controller cannot be asked", extra={"error": reason})
             self._last_error = reason
-            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))  # noqa: S311 - spreads reconnects, hides nothing
-            backoff = min(backoff * 2, MAX_BACKOFF_S)
+            await asyncio.sleep(backoff.pause())
 
     async def _follow(self) -> None:
         """One connection, until it ends or nothing is wanted any more."""

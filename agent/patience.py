@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+import random
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -25,3 +26,21 @@ async def within(awaitable: Awaitable[_T], seconds: float) -> _T:
         if not task.done():
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+
+class Backoff:
+    """Pauses that double, from `first` seconds to at most `longest`, shortened at random by up to a half so that many do not try again together."""
+
+    def __init__(self, first: float, longest: float, jitter: Callable[[], float] = random.random) -> None:
+        """`jitter`: 0 to 1."""
+        self._first, self._longest, self._jitter = first, longest, jitter
+        self._next = first
+
+    def pause(self) -> float:
+        """The next pause, seconds."""
+        pause, self._next = self._next, min(self._next * 2, self._longest)
+        return pause * (0.5 + self._jitter() / 2)
+
+    def reset(self) -> None:
+        """It worked: the next failure is the first."""
+        self._next = self._first

@@ -15,8 +15,8 @@ import grpc.aio
 
 from agent.config import Config
 from agent.errors import MeshError
-from agent.identity.clock import Backoff, Clock
-from agent.patience import within
+from agent.identity.clock import Clock
+from agent.patience import Backoff, within
 from meshapi import identity_pb2 as pb
 from meshapi import identity_pb2_grpc, limits
 
@@ -75,7 +75,7 @@ class Authority:
     async def run(self) -> None:
         """Connect, follow, reconnect, for ever."""
         await self.ready.wait()
-        backoff = Backoff(FIRST_BACKOFF_S, MAX_BACKOFF_S, self._clock)
+        backoff = Backoff(FIRST_BACKOFF_S, MAX_BACKOFF_S, self._clock.random)
         while True:
             self._again.clear()
             pause, self._lost = 0.0, False

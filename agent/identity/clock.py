@@ -50,20 +50,3 @@ def renewal(not_before: float, not_after: float, clock: Clock, *, fresh: bool) -
     begin = now if fresh and not_before <= now < not_after else not_before
     half = (not_after - begin) * share
     return Due(begin + half, clock.boot() + min(max(begin + half - now, 0.0), half))
-
-
-class Backoff:
-    """Pauses that double, from `first` seconds to at most `longest`, shortened at random by up to a half."""
-
-    def __init__(self, first: float, longest: float, clock: Clock) -> None:
-        self._first, self._longest, self._clock = first, longest, clock
-        self._next = first
-
-    def pause(self) -> float:
-        """The next pause, seconds."""
-        pause, self._next = self._next, min(self._next * 2, self._longest)
-        return pause * (0.5 + self._clock.random() / 2)
-
-    def reset(self) -> None:
-        """It worked: the next failure is the first."""
-        self._next = self._first

@@ -21,11 +21,11 @@ from agent.errors import MeshError
 from agent.identity import certificates, join
 from agent.identity.authority import Authority
 from agent.identity.certificates import Chain
-from agent.identity.clock import Backoff, Clock, Due, renewal
+from agent.identity.clock import Clock, Due, renewal
 from agent.identity.keys import PrivateKey
 from agent.identity.store import Svid, require_memory
 from agent.identity.trust import Trust, decode
-from agent.patience import within
+from agent.patience import Backoff, within
 from meshapi import identity_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Node:
 
     async def run(self) -> None:
         """Join, then renew, for ever."""
-        backoff = Backoff(FIRST_BACKOFF_S, MAX_BACKOFF_S, self._clock)
+        backoff = Backoff(FIRST_BACKOFF_S, MAX_BACKOFF_S, self._clock.random)
         key = PrivateKey.generate()  # the same until it has its certificate: a token that was used up for it serves again for it
         while True:
             renewing = self.chain is not None and not self._authority.denied

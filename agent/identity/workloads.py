@@ -17,10 +17,11 @@ from cryptography import x509
 from agent.errors import MeshError
 from agent.identity import certificates
 from agent.identity.authority import Away
-from agent.identity.clock import Backoff, Clock, Due, renewal
+from agent.identity.clock import Clock, Due, renewal
 from agent.identity.keys import PrivateKey
 from agent.identity.store import Kept, Svid
 from agent.identity.trust import Trust
+from agent.patience import Backoff
 from meshapi import identity_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class Workloads:
         for name, spiffe_id in wanted.items():
             entry = self._entries.get(name)
             if entry is None or entry.spiffe_id != spiffe_id:
-                entry = self._entries[name] = _Entry(spiffe_id, Backoff(FIRST_BACKOFF_S, MAX_BACKOFF_S, self._clock))
+                entry = self._entries[name] = _Entry(spiffe_id, Backoff(FIRST_BACKOFF_S, MAX_BACKOFF_S, self._clock.random))
                 if (stored := self._stored.get(name)) is not None:
                     self._try(name, entry, stored)
         self._stored = {}
@@ -174,7 +175,7 @@ class Workloads:
 
     async def run(self) -> None:
         """Sign what has no certificate, renew what is due, drop what has expired; for ever."""
-        pause = Backoff(FIRST_BACKOFF_S, MAX_PAUSE_S, self._clock)
+        pause = Backoff(FIRST_BACKOFF_S, MAX_PAUSE_S, self._clock.random)
         while True:
             self._news.clear()
             self._expire()

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from agent.patience import within
+from agent.patience import Backoff, within
 
 
 def test_what_comes_in_time_is_returned_and_what_does_not_is_cancelled() -> None:
@@ -46,3 +46,12 @@ def test_who_is_cancelled_ends_also_in_the_moment_in_which_it_has_waited_long_en
         assert task.cancelled()
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("random", [0.0, 1.0])
+def test_pauses_double_up_to_a_limit_and_begin_anew(random: float) -> None:
+    backoff = Backoff(1, 5, lambda: random)
+    whole = 0.5 + random / 2
+    assert [backoff.pause() for _ in range(5)] == [whole * n for n in (1, 2, 4, 5, 5)]
+    backoff.reset()
+    assert backoff.pause() == whole

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.identity.clock import JITTER, Backoff, Clock, renewal
+from agent.identity.clock import JITTER, Clock, renewal
 
 DAY = 86_400.0
 
@@ -37,12 +37,3 @@ def test_renewal_comes_within_half_a_life_whatever_the_wall_clock_says(fresh: bo
     assert 0 <= due.boot - 7 <= (0.5 + JITTER) * life + 1e-3
     assert due.come(clock(-1e9, due.boot))
     assert due.wait_s(clock(0, 0)) >= 0
-
-
-@pytest.mark.parametrize("random", [0.0, 1.0])
-def test_pauses_double_up_to_a_limit_and_begin_anew(random: float) -> None:
-    backoff = Backoff(1, 5, clock(0, 0, random))
-    whole = 0.5 + random / 2
-    assert [backoff.pause() for _ in range(5)] == [whole * n for n in (1, 2, 4, 5, 5)]
-    backoff.reset()
-    assert backoff.pause() == whole
