@@ -4,7 +4,7 @@ PY := .venv/bin/python
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=MESH_REQUIRE_KERNEL,KEEP)
 PROTOS := $(wildcard meshapi/*.proto)
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-unit test-kernel test-kernels check generate lock bench bench-l4 bench-l7 bench-fairness bench-mtls bench-identity bench-agent bench-hooks bench-maps bench-observe bench-scale clean
+.PHONY: help setup setup-dev demo test test-unit test-kernel test-kernels check generate pictures lock bench bench-l4 bench-l7 bench-fairness bench-mtls bench-identity bench-agent bench-hooks bench-maps bench-observe bench-scale clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,10 @@ check: setup-dev ## ruff, strict mypy, import contracts, generated code up to da
 generate: setup-dev ## regenerate meshapi/*_pb2* from the .proto files, and Grafana's dashboards
 	scripts/generate
 	$(PY) -m deploy.grafana.build
+
+pictures: setup-dev ## draw the dashboards from a real run, for docs/dashboards
+	@mkdir -p docs/dashboards
+	$(ROOT) env MESH_PICTURES=docs/dashboards MESH_PICTURES_S=90 $(PY) -m pytest -q tests/kernel/test_mesh_dashboards.py -k drawn
 
 lock: setup-dev ## pin the newest releases that requirements*.in allow
 	for f in requirements requirements-dev; do .venv/bin/uv pip compile --quiet --upgrade --python /usr/bin/python3 --generate-hashes \

@@ -12,6 +12,7 @@ _I = "$__rate_interval"
 _OUT = 'direction="outbound"'
 """Each call is counted where it leaves; where it arrives it may be counted once more."""
 _DENIED = 'verdict="deny"'
+_FLAGGED = 'response_flags!=""'
 _REFUSED = 'response_code=~"401|403"'
 _FAILED = 'response_code=~"5..|0"'
 _NODE = variable("node", "Node", "label_values(mesh_ready, instance)", multi=True)
@@ -213,8 +214,10 @@ def service() -> dashboard.Dashboard:
                     graph(
                         "Why Envoy answered itself",
                         "reqps",
-                        Query(rate("mesh_requests_total", *seen, by="response_flags"), "{{response_flags}}"),
-                        about="Response flags of Envoy; none: the application's own answer, or one of policy.",
+                        Query(
+                            f"{rate('mesh_requests_total', *seen, _FLAGGED, by='response_flags')} or on() vector(0)", "{{response_flags}}"
+                        ),
+                        about="Response flags of Envoy; answers of the application, and of policy, have none.",
                     ),
                     graph(
                         "Bytes",
@@ -233,7 +236,7 @@ def service() -> dashboard.Dashboard:
                         "Retries, timeouts, ejections",
                         "ops",
                         *(
-                            Query(f'sum(rate(mesh_{name}_total{{destination_namespace=~"$namespace"}}[{_I}])) or vector(0)', label)
+                            Query(f'sum(rate(mesh_{name}_total{{destination_namespace=~"$namespace"}}[{_I}])) or on() vector(0)', label)
                             for name, label in (
                                 ("request_retries", "retries"),
                                 ("request_retries_refused", "retries refused"),
@@ -266,7 +269,9 @@ def service() -> dashboard.Dashboard:
                         Query(rate("mesh_tcp_received_bytes_total", *seen), "from the service"),
                     ),
                     graph(
-                        "Failed", "cps", Query(f"{rate('mesh_tcp_connections_failed_total', *seen, by='errno')} or vector(0)", "{{errno}}")
+                        "Failed",
+                        "cps",
+                        Query(f"{rate('mesh_tcp_connections_failed_total', *seen, by='errno')} or on() vector(0)", "{{errno}}"),
                     ),
                 ],
             ),
@@ -298,13 +303,13 @@ def workload() -> dashboard.Dashboard:
                     ),
                     number("Certificate ends in", "s", f"max(mesh_identity_expiry_timestamp_seconds{own}) - time()", steps=DAYS_LEFT),
                     number("Certificate trouble", "short", f"max(mesh_identity_renewal_failing{own})", steps=BAD_IF_ANY),
-                    number("Living connections, out", "short", f"{gauge('mesh_tcp_connections_active', *calls)} or vector(0)"),
-                    number("Living connections, in", "short", f"{gauge('mesh_tcp_connections_active', *inward)} or vector(0)"),
+                    number("Living connections, out", "short", f"{gauge('mesh_tcp_connections_active', *calls)} or on() vector(0)"),
+                    number("Living connections, in", "short", f"{gauge('mesh_tcp_connections_active', *inward)} or on() vector(0)"),
                     number(
                         "Denied",
                         "cps",
-                        f"({rate('mesh_policy_verdicts_total', _DENIED, *calls[:2])} or vector(0))"
-                        f" + ({rate('mesh_policy_verdicts_total', _DENIED, *serves)} or vector(0))",
+                        f"({rate('mesh_policy_verdicts_total', _DENIED, *calls[:2])} or on() vector(0))"
+                        f" + ({rate('mesh_policy_verdicts_total', _DENIED, *serves)} or on() vector(0))",
                         steps=((None, "green"), (0.001, "orange")),
                     ),
                 ],
@@ -316,7 +321,7 @@ def workload() -> dashboard.Dashboard:
                         "Requests by service and code",
                         "reqps",
                         Query(
-                            f"{rate('mesh_requests_total', *calls, by='destination_service,response_code')} or vector(0)",
+                            f"{rate('mesh_requests_total', *calls, by='destination_service,response_code')} or on() vector(0)",
                             "{{destination_service}} {{response_code}}",
                         ),
                     ),
@@ -324,7 +329,7 @@ def workload() -> dashboard.Dashboard:
                         "Duration",
                         "s",
                         Query(
-                            f"{_P99_BY_SERVICE.format(','.join(calls))} or vector(0)",
+                            f"{_P99_BY_SERVICE.format(','.join(calls))} or on() vector(0)",
                             "{{destination_service}} p99",
                         ),
                     ),
@@ -332,7 +337,7 @@ def workload() -> dashboard.Dashboard:
                         "New connections by service",
                         "cps",
                         Query(
-                            f"{rate('mesh_tcp_connections_opened_total', *calls, by='destination_service')} or vector(0)",
+                            f"{rate('mesh_tcp_connections_opened_total', *calls, by='destination_service')} or on() vector(0)",
                             "{{destination_service}}",
                         ),
                     ),
@@ -340,21 +345,21 @@ def workload() -> dashboard.Dashboard:
                         "Failed connections",
                         "cps",
                         Query(
-                            f"{rate('mesh_tcp_connections_failed_total', *calls, by='destination_service,errno')} or vector(0)",
+                            f"{rate('mesh_tcp_connections_failed_total', *calls, by='destination_service,errno')} or on() vector(0)",
                             "{{destination_service}} {{errno}}",
                         ),
                     ),
                     graph(
                         "Bytes",
                         "Bps",
-                        Query(f"{rate('mesh_tcp_sent_bytes_total', *calls)} or vector(0)", "sent"),
-                        Query(f"{rate('mesh_tcp_received_bytes_total', *calls)} or vector(0)", "received"),
+                        Query(f"{rate('mesh_tcp_sent_bytes_total', *calls)} or on() vector(0)", "sent"),
+                        Query(f"{rate('mesh_tcp_received_bytes_total', *calls)} or on() vector(0)", "received"),
                     ),
                     graph(
                         "Names: UDP flows",
                         "cps",
                         Query(
-                            f"{rate('mesh_udp_flows_opened_total', *calls, by='destination_service')} or vector(0)",
+                            f"{rate('mesh_udp_flows_opened_total', *calls, by='destination_service')} or on() vector(0)",
                             "{{destination_service}}",
                         ),
                     ),
@@ -366,27 +371,31 @@ def workload() -> dashboard.Dashboard:
                     graph(
                         "Requests by caller",
                         "reqps",
-                        Query(f"{rate('mesh_requests_total', *serves, _OUT, by='source_workload')} or vector(0)", "{{source_workload}}"),
+                        Query(
+                            f"{rate('mesh_requests_total', *serves, _OUT, by='source_workload')} or on() vector(0)", "{{source_workload}}"
+                        ),
                         about="Counted at the caller's waypoint.",
                     ),
                     graph(
                         "New connections by caller",
                         "cps",
                         Query(
-                            f"{rate('mesh_tcp_connections_opened_total', *inward, by='source_workload')} or vector(0)",
+                            f"{rate('mesh_tcp_connections_opened_total', *inward, by='source_workload')} or on() vector(0)",
                             "{{source_workload}}",
                         ),
                     ),
                     graph(
                         "Bytes",
                         "Bps",
-                        Query(f"{rate('mesh_tcp_sent_bytes_total', *inward)} or vector(0)", "sent"),
-                        Query(f"{rate('mesh_tcp_received_bytes_total', *inward)} or vector(0)", "received"),
+                        Query(f"{rate('mesh_tcp_sent_bytes_total', *inward)} or on() vector(0)", "sent"),
+                        Query(f"{rate('mesh_tcp_received_bytes_total', *inward)} or on() vector(0)", "received"),
                     ),
                     graph(
                         "Verdicts by rule",
                         "cps",
-                        Query(f"{rate('mesh_policy_verdicts_total', *serves, by='verdict,rule')} or vector(0)", "{{verdict}} {{rule}}"),
+                        Query(
+                            f"{rate('mesh_policy_verdicts_total', *serves, by='verdict,rule')} or on() vector(0)", "{{verdict}} {{rule}}"
+                        ),
                     ),
                 ],
             ),
@@ -474,7 +483,7 @@ def agent() -> dashboard.Dashboard:
                         "ops",
                         Query(rate("mesh_controller_discovery_responses_total"), "sent"),
                         Query(rate("mesh_controller_discovery_acks_total"), "taken"),
-                        Query(f"{rate('mesh_controller_discovery_nacks_total')} or vector(0)", "refused"),
+                        Query(f"{rate('mesh_controller_discovery_nacks_total')} or on() vector(0)", "refused"),
                     ),
                     graph("Objects by kind", "short", Query("sum by (kind) (mesh_controller_objects)", "{{kind}}")),
                 ],
@@ -527,7 +536,7 @@ def waypoint() -> dashboard.Dashboard:
                         "Refused by policy",
                         "reqps",
                         Query(
-                            f"{rate('mesh_requests_total', on, _REFUSED, by='instance,response_code')} or vector(0)",
+                            f"{rate('mesh_requests_total', on, _REFUSED, by='instance,response_code')} or on() vector(0)",
                             "{{instance}} {{response_code}}",
                         ),
                     ),
@@ -538,21 +547,22 @@ def waypoint() -> dashboard.Dashboard:
                     graph(
                         "Why Envoy answered itself",
                         "reqps",
-                        Query(rate("mesh_requests_total", on, by="response_flags"), "{{response_flags}}"),
+                        Query(f"{rate('mesh_requests_total', on, _FLAGGED, by='response_flags')} or on() vector(0)", "{{response_flags}}"),
                     ),
                     graph("Rate limited", "reqps", Query(rate("mesh_requests_rate_limited_total", on, by="instance"), by_node)),
                     graph(
                         "Retries by service",
                         "reqps",
                         Query(
-                            f"{rate('mesh_request_retries_total', on, by='destination_service')} or vector(0)", "{{destination_service}}"
+                            f"{rate('mesh_request_retries_total', on, by='destination_service')} or on() vector(0)",
+                            "{{destination_service}}",
                         ),
                     ),
                     graph(
                         "Endpoints taken out",
                         "short",
                         Query(
-                            f"{gauge('mesh_endpoints_ejected', on, by='instance,destination_service')} or vector(0)",
+                            f"{gauge('mesh_endpoints_ejected', on, by='instance,destination_service')} or on() vector(0)",
                             "{{instance}} {{destination_service}}",
                         ),
                     ),
@@ -606,7 +616,7 @@ def identity() -> dashboard.Dashboard:
                     number(
                         "Workloads without one",
                         "short",
-                        f"count(mesh_identity_expiry_timestamp_seconds{{{on}}} == 0) or vector(0)",
+                        f"count(mesh_identity_expiry_timestamp_seconds{{{on}}} == 0) or on() vector(0)",
                         steps=BAD_IF_ANY,
                     ),
                     number("Cannot be renewed", "short", f"sum(mesh_identity_renewal_failing{{{on}}})", steps=BAD_IF_ANY),
@@ -668,11 +678,15 @@ def identity() -> dashboard.Dashboard:
                     number("In trouble", "short", "max(mesh_controller_ca_problem)", steps=BAD_IF_ANY),
                     number("Roots the controller trusts", "short", "max(mesh_controller_trusted_roots)"),
                     number("Revoked and not run out", "short", "max(mesh_controller_revoked_certificates)"),
-                    graph("Issued", "ops", Query(f"{rate('mesh_controller_identities_issued_total', by='kind')} or vector(0)", "{{kind}}")),
+                    graph(
+                        "Issued",
+                        "ops",
+                        Query(f"{rate('mesh_controller_identities_issued_total', by='kind')} or on() vector(0)", "{{kind}}"),
+                    ),
                     graph(
                         "Refused",
                         "ops",
-                        Query(f"{rate('mesh_controller_identities_refused_total', by='reason')} or vector(0)", "{{reason}}"),
+                        Query(f"{rate('mesh_controller_identities_refused_total', by='reason')} or on() vector(0)", "{{reason}}"),
                     ),
                 ],
             ),

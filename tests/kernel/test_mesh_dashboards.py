@@ -1,10 +1,14 @@
-"""Every panel of every dashboard has data: a real Prometheus scrapes the lab's agents and its controller while the shop is used and abused."""
+"""Every panel of every dashboard has data: a real Prometheus scrapes the lab's agents and its controller while the shop is used and abused.
+
+`make pictures` runs this for longer, with MESH_PICTURES naming the folder that the pictures are to go to.
+"""
 
 from __future__ import annotations
 
 import http.client
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -18,16 +22,17 @@ from urllib.parse import urlencode
 
 import pytest
 
+from deploy.grafana import picture
 from lab import mesh, netns, paths
 from lab.lab import Lab
 from lab.topology import CONTROLLER_ADDRESSES
 from tests import monitoring
 from tests.kernel import shop
 
-pytestmark = [pytest.mark.kernel, pytest.mark.timeout(180)]
+TRAFFIC_S = float(os.environ.get("MESH_PICTURES_S", "20"))
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(180 + TRAFFIC_S)]
 
 PORT = 9090
-TRAFFIC_S = 20.0
 VARIABLES = {"__rate_interval": "30s", "namespace": ".+", "node": ".+", "service": "default/cart", "workload": "frontend"}
 PLACE = "node-1"
 
@@ -131,6 +136,22 @@ def test_every_variable_has_values(server: Prometheus) -> None:
         assert values, f"{board}: {name}"
         expected = VARIABLES[name]
         assert expected == ".+" or expected in values
+
+
+@pytest.mark.parametrize("name", monitoring.dashboards())
+def test_each_dashboard_can_be_drawn(server: Prometheus, name: str, tmp_path: Path) -> None:
+    now = time.time()
+
+    def ask(expr: str, instant: bool) -> list[picture.Series]:
+        if instant:
+            found = server.get("query", query=expr)["result"]
+            return [picture.Series(one["metric"], [(now, float(one["value"][1]))]) for one in found]
+        found = server.get("query_range", query=expr, start=str(now - TRAFFIC_S), end=str(now), step="1")["result"]
+        return [picture.Series(one["metric"], [(float(at), float(value)) for at, value in one["values"]]) for one in found]
+
+    file = Path(os.environ.get("MESH_PICTURES", tmp_path)) / f"{name}.png"
+    picture.draw(monitoring.dashboards()[name], ask, file, filled=lambda text: monitoring.filled(text, VARIABLES))
+    assert file.read_bytes().startswith(b"\x89PNG")
 
 
 def test_requests_are_counted_by_workload_route_and_code(server: Prometheus) -> None:
