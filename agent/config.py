@@ -16,6 +16,8 @@ HBONE_PORT = 15008  # pod namespace, wildcard: tunnels from other nodes
 NAMES_PORT = 15053  # pod namespace, loopback: the name server that takes the place of the pod's resolvers; MESH_DNS_PORT in bpf_src
 WIREGUARD_PORT = 51871  # node, UDP: WireGuard between nodes
 METRICS_PORT = 15020  # node: /metrics, /healthz, /readyz
+UNREAD_MARK = 0x6D736872
+"""SO_MARK of the waypoint's sockets that carry what came out of a tunnel, unread, to the application."""
 NAMES_ROOT = Path("/run/meshagent-names")
 WORKLOAD_SOCKET = "workload.sock"
 

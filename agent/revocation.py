@@ -1,7 +1,9 @@
 """Closes living connections that a changed policy or mTLS mode forbids: what the kernel would refuse now must not go on because it began earlier.
 
-Every connection of the enrolled namespaces is decided again as `agent.policy` says, at the caller and at the receiver. Where the request decides
-(WAYPOINT) a connection stays, also one that never went through the waypoint: it is decided by request when it is opened again.
+Every connection of the enrolled namespaces is decided again as `agent.policy` says, at the caller and at the receiver. Where the request decides (WAYPOINT),
+those end that go past whoever reads it: applications that have been connected since before a policy asked for that. They are closed at once.
+A waypoint may have such a connection in a pool that well-behaved callers use. Envoy is told to let go of it (`agent.l7.clusters`), and has LET_GO_S for that:
+the receiver's node closes what is left then, whatever the caller's node does, without asking anybody.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +21,11 @@ from agent.bpf.datapath import DataPath
 from agent.bpf.manifest import Direction, Redirect
 from agent.bpf.manifest import Verdict as Row
 from agent.bpf.sockets import LiveSocket, Sockets
-from agent.config import HBONE_PORT, Config
+from agent.config import HBONE_PORT, UNREAD_MARK, Config
 from agent.enrolment import Enrolled
 from agent.errors import KernelRefused
 from agent.ids import Ids
+from agent.l7 import rbac
 from agent.model import LocalWorkload, Mtls, Snapshot, Workload
 from agent.patience import within
 from agent.policy import Caller, Decision, Verdict, decide, protecting
@@ -32,6 +36,9 @@ SETTLE_S = 3.0
 """How long after the first look a second one follows: a handshake that was under way was decided by the old policy and had no connection yet."""
 PAUSE_S = 0.5
 """Between two looks, however quickly changes follow: a look takes about 10 us a connection."""
+LET_GO_S = 10.0
+"""What a waypoint has to let go of connections in its pools: requests that are under way then fail."""
+_UNREAD = "it needs the requests, and this connection goes past whoever reads them"
 _NAMED = 20
 """Connections that are named in the log; of the others only their number."""
 
@@ -43,23 +50,38 @@ class Forbidden(NamedTuple):
     source: str
     destination: str
     rule: str
+    pooled: bool = False
+    """A waypoint may still send requests over it that are allowed."""
+
+
+class Rules(NamedTuple):
+    """What connections are decided by."""
+
+    snapshot: Snapshot
+    enrolled: Enrolled
+    enforce_inbound: frozenset[str] = frozenset()
+    """Workloads of this node that read the requests of its waypoint, too."""
 
 
 class Judge:
-    """Decides living connections by one snapshot. Pure, but for `who`."""
+    """Decides living connections. Pure, but for `who`."""
 
-    def __init__(self, snapshot: Snapshot, enrolled: Enrolled, config: Config, ids: Ids, who: Callable[[bytes], str]) -> None:
-        """`who` names the workload that the kernel knows at an address; "" for nobody."""
+    def __init__(self, rules: Rules, config: Config, ids: Ids, who: Callable[[bytes], str], waypoint: int = 0) -> None:
+        """`who` names the workload that the kernel knows at an address; "" for nobody. `waypoint` is the inode of Envoy's cgroup."""
+        snapshot, enrolled = rules.snapshot, rules.enrolled
         self._snapshot = snapshot
         self._local = {local.workload.name for local in enrolled.local}
         self._config = config
         self._ids = ids
         self._who = who
+        self._waypoint = waypoint
+        self._enforce_inbound = rules.enforce_inbound
         self._decided: dict[tuple[str, Caller, int], Decision] = {}
 
     def forbidden(self, found: LiveSocket, local: LocalWorkload) -> Forbidden | None:
         """What is wrong with a connection of the workload `local`; None if it may stay."""
         record, (here, there) = found.record, found.ends
+        read = pooled = False
         if record.direction == Direction.INBOUND:
             name = self._ids.name(record.source)
             if here[1] == HBONE_PORT:
@@ -69,6 +91,10 @@ class Judge:
             known = self._snapshot.workloads.get(name or self._remote(there[0]))
             source, destination = name or addresses.text(there[0]), local.workload.name
             caller, port = self._caller(known, there[0]), here[1]
+            pooled = known is not None and known.enrolled
+            read = found.cgroup == self._waypoint or (name in self._local and destination not in self._enforce_inbound)
+        elif record.direction == Direction.FROM_WAYPOINT and found.mark == UNREAD_MARK:
+            return self._unread(found, local.workload, there[1])
         elif record.direction == Direction.FROM_WAYPOINT or record.redirected == Redirect.WAYPOINT or record.verdict == Row.DENY:
             return None  # decided by request; or a kernel thread's, which the caller's end never refuses (bpf_src/mesh_connect.c)
         elif record.redirected == Redirect.TUNNEL:
@@ -81,7 +107,18 @@ class Judge:
         if target is None or source == destination:  # nobody protects it; a pod may reach itself
             return None
         decision = self._decide(target, caller, port)
-        return Forbidden(found, source, destination, decision.rule) if decision.verdict is Verdict.DENY else None
+        rules = {Verdict.DENY: decision.rule, Verdict.WAYPOINT: "" if read else f"{decision.rule}: {_UNREAD}"}
+        rule = rules.get(decision.verdict, "")
+        return Forbidden(found, source, destination, rule, pooled and decision.verdict is Verdict.WAYPOINT) if rule else None
+
+    def _unread(self, found: LiveSocket, workload: Workload, port: int) -> Forbidden | None:
+        """What the waypoint hands on from a tunnel to an application without reading it. Who is at the far end is not known here."""
+        policies = protecting(workload, self._snapshot)
+        ports = rbac.request_ports(policies)
+        if ports is not None and port not in ports:
+            return None
+        rule = ", ".join(policy.name for policy in policies if rbac.needs_request(policy))
+        return Forbidden(found, "a tunnel", workload.name, f"{rule}: {_UNREAD}", pooled=True)
 
     def _remote(self, address: bytes) -> str:
         """Who a caller without a name is, by its address: never a workload of this node, for which its namespace vouches."""
@@ -112,17 +149,28 @@ class Revocation:
         self._addresses = datapath.maps["mesh_address"]
         self._sockets = Sockets(datapath.maps)
         self._wanted = asyncio.Event()
-        self._snapshot: Snapshot | None = None
-        self._enrolled = Enrolled()
+        self._rules: Rules | None = None
+        self._pooled: dict[int, float] = {}
+        """Connections that a waypoint may have in a pool, by the socket's cookie: when they were first found (time.monotonic)."""
+        self._taken = True
+        """Has Envoy taken what the last change that may forbid a connection led to?"""
         self.closed = 0
         """Connections closed since the agent started."""
         self.problem = ""
         """Why connections that are forbidden may go on, for people; "" if they do not."""
 
-    def changed(self, snapshot: Snapshot, enrolled: Enrolled) -> None:
-        """Say what is in force now. Cheap: connections are looked at only if this may forbid one."""
-        before, self._snapshot, self._enrolled = self._snapshot, snapshot, enrolled
-        if not self._config.keep_connections and affects(before, snapshot):
+    def changed(self, rules: Rules) -> None:
+        """Say what is in force in the kernel now. Cheap: connections are looked at only if this may forbid one."""
+        before, self._rules = self._rules, rules
+        known, reading = (before.snapshot, before.enforce_inbound) if before else (None, frozenset[str]())
+        if not self._config.keep_connections and (affects(known, rules.snapshot) or rules.enforce_inbound - reading):
+            self._taken = False
+            self._wanted.set()
+
+    def taken(self) -> None:
+        """Say that Envoy has taken all that it was told: until then it may have made connections that go past what is in force."""
+        if not self._taken:
+            self._taken = True
             self._wanted.set()
 
     async def run(self) -> None:
@@ -131,23 +179,32 @@ class Revocation:
             await self._wanted.wait()
             self._wanted.clear()
             await asyncio.to_thread(self.close_forbidden)
-            await asyncio.sleep(PAUSE_S)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await within(self._wanted.wait(), SETTLE_S)
-                continue
-            await asyncio.to_thread(self.close_forbidden)
+            settled = False
+            while not settled or (self._pooled and not self.problem):
+                await asyncio.sleep(PAUSE_S)
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await within(self._wanted.wait(), SETTLE_S)
+                    break
+                await asyncio.to_thread(self.close_forbidden)
+                settled = True
 
     def close_forbidden(self) -> int:
         """Look at every connection once; returns how many were closed."""
-        snapshot, enrolled = self._snapshot, self._enrolled
-        if snapshot is None:
+        rules = self._rules
+        if rules is None:
             return 0
-        judge = Judge(snapshot, enrolled, self._config, self._ids, self._who)
+        now = time.monotonic()
+        judge = Judge(rules, self._config, self._ids, self._who, _inode(self._config.waypoint_cgroup))
+        pooled: dict[int, float] = {}
         seen: set[frozenset[tuple[bytes, int]]] = set()
         self.problem = ""
-        for local in enrolled.local:
+        for local in rules.enrolled.local:
             try:
                 found = [f for s in self._sockets.dump(Path(local.netns_path)) if (f := judge.forbidden(s, local))]
+                since = {f.socket.cookie: self._pooled.get(f.socket.cookie, now) for f in found if f.pooled}
+                spared = {cookie: first for cookie, first in since.items() if now - first < LET_GO_S}
+                pooled |= spared
+                found = [f for f in found if f.socket.cookie not in spared]
                 for one in self._close(Path(local.netns_path), found):
                     ends = frozenset(one.socket.ends)
                     if ends in seen:  # the other end, which a reset has not reached yet
@@ -162,6 +219,7 @@ class Revocation:
                 self.problem = f"living connections that a policy forbids go on: {error}; restart their pods"
             except OSError as error:  # the namespace is going away, and its connections with it
                 _log.debug("connections of a namespace were not looked at", extra={"workload": local.workload.name, "reason": str(error)})
+        self._pooled = pooled
         if self.problem:
             _log.error(self.problem)
         if len(seen) > _NAMED:
@@ -184,6 +242,13 @@ class Revocation:
     def _who(self, address: bytes) -> str:
         rows = self._addresses.get(address)
         return self._ids.name(self._addresses.layout.value.unpack(rows[0])["id"]) if rows else ""
+
+
+def _inode(path: Path) -> int:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return 0
 
 
 def affects(before: Snapshot | None, after: Snapshot) -> bool:

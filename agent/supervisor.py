@@ -54,7 +54,7 @@ from agent.report import (
     WorkloadStatus,
 )
 from agent.requests import Requests
-from agent.revocation import Revocation
+from agent.revocation import Revocation, Rules
 from agent.sweep import Sweep
 from agent.telemetry import MeshCollector, MetricsServer
 from agent.trace import Pair, Tracer
@@ -73,6 +73,8 @@ DEAD_AFTER_S = 10.0
 STATUS_TIMEOUT_S = 5.0
 RETRY_S = 5.0
 RETIRE_S = 2.0
+READERS_S = 2.0
+"""What nodes have to begin to read requests, before others make their connections to them anew."""
 TUNNEL_ENDS_S = 0.2
 SWEEP_S = 60.0
 
@@ -93,6 +95,7 @@ class Supervisor:
         self._configured = asyncio.Event()
         self._relaxable = asyncio.Event()
         self._releasable = asyncio.Event()
+        self._unsettled = asyncio.Event()
         self._given = False
         """Was Envoy given what WireGuard was last prepared for?"""
         self._enforced_inbound: frozenset[str] = frozenset()
@@ -218,6 +221,7 @@ class Supervisor:
                     "names": self._names.run(),
                     "relax": self._relax(),
                     "release": self._release(),
+                    "settle": self._settle(),
                     "revocation": self._revocation.run(),
                     "sweep": self._sweep_up(),
                     "retire": self._retire(),
@@ -253,7 +257,7 @@ class Supervisor:
         await self._enforce(snapshot, strict)
         self._residents = residents(self._config.node, snapshot, self.snapshot, self._residents)
         self._snapshot = snapshot
-        self._revocation.changed(snapshot, self.enrolled)
+        self._revocation.changed(Rules(snapshot, self.enrolled, needed))
         self._quotas.update(snapshot)
         self._gateways.want(any(gateways.of(one, snapshot) for one in self._residents.values()))
         await self._configure_waypoint()
@@ -331,10 +335,22 @@ class Supervisor:
                 if self._releasable.is_set():
                     continue  # Envoy was given something else meanwhile
                 if taken and self._given:
+                    self._revocation.taken()
                     await self._wireguard.finish()
             if not taken:
                 await asyncio.sleep(RETRY_S)
                 self._releasable.set()
+
+    async def _settle(self) -> None:
+        """Have Envoy let go of connections that nobody reads, when those who should, here and on other nodes, have had time to begin."""
+        while True:
+            await self._unsettled.wait()
+            self._unsettled.clear()
+            shown = self._builder.shown
+            await asyncio.sleep(READERS_S)
+            async with self._enforcing:
+                if shown is not None and await asyncio.to_thread(self._builder.settle, shown):
+                    await self._configure_waypoint()
 
     async def _make_use(self, taken: bool) -> None:
         """Of tunnels that Envoy has, whatever else it has refused; of its authorization if it has `taken` everything."""
@@ -352,6 +368,7 @@ class Supervisor:
         built = await asyncio.to_thread(self._builder.build, snapshot, local, zone, loopback, trust, self._wireguard.direct)
         if built is not self._built:
             self._built = built
+            self._unsettled.set()
             self._serve_to_waypoint(self._tracer.pairs)
 
     def _serve_to_waypoint(self, pairs: frozenset[Pair]) -> None:

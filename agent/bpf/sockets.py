@@ -24,10 +24,11 @@ _SOCK_DIAG_BY_FAMILY, _SOCK_DESTROY = 20, 21  # include/uapi/linux/sock_diag.h
 _SK_DIAG_BPF_STORAGE_REQ_MAP_FD = 1
 _SK_DIAG_BPF_STORAGE_MAP_VALUE = 3
 _INET_DIAG_REQ_SK_BPF_STORAGES = 2  # include/uapi/linux/inet_diag.h
-_INET_DIAG_INFO, _INET_DIAG_SK_BPF_STORAGES = 2, 20
+_INET_DIAG_INFO, _INET_DIAG_MARK, _INET_DIAG_SK_BPF_STORAGES, _INET_DIAG_CGROUP_ID = 2, 15, 20, 21
 
 _REQUEST = struct.Struct("=BBBxI48s")  # struct inet_diag_req_v2: family, protocol, extensions, states, id
 _ATTRIBUTE = struct.Struct("=HH")
+_MARK, _CGROUP = struct.Struct("=I"), struct.Struct("=Q")
 _ENDS = struct.Struct("=BB2x48s")  # of struct inet_diag_msg: family, state, timer, retransmits, id
 _ID = struct.Struct("!HH16s16s")  # of struct inet_diag_sockid: ports, addresses, then interface and cookie
 _COOKIE = struct.Struct("=40xII")
@@ -73,6 +74,10 @@ class LiveSocket(NamedTuple):
     retransmits: int
     rtt_us: int
     record: Record
+    mark: int = 0
+    """SO_MARK."""
+    cgroup: int = 0
+    """Inode of the cgroup in which it was made or, at the receiver, its listener was."""
 
     @property
     def established(self) -> bool:
@@ -133,7 +138,7 @@ class Sockets:
                 yield found
 
     def _parse(self, buffer: memoryview, start: int, end: int) -> LiveSocket | None:
-        info = record = joined = 0
+        info = record = joined = mark = cgroup = 0
         at = start + _MESSAGE
         while at < end:
             length, kind = _ATTRIBUTE.unpack_from(buffer, at)
@@ -142,6 +147,10 @@ class Sockets:
                 info = at + 4
             elif kind == _INET_DIAG_SK_BPF_STORAGES:
                 record, joined = _values(buffer, at + 4, at + length, self._size, self._joined_size)
+            elif kind == _INET_DIAG_MARK:
+                (mark,) = _MARK.unpack_from(buffer, at + 4)
+            elif kind == _INET_DIAG_CGROUP_ID:
+                (cgroup,) = _CGROUP.unpack_from(buffer, at + 4)
             at += (length + 3) & ~3
         if not record or not info:
             return None
@@ -153,7 +162,7 @@ class Sockets:
         if joined and known.accelerated:
             redirected = self._redirected(bytes(self._own(buffer, joined)[0]))
             sent, received = sent + redirected[0], received + redirected[1]
-        return LiveSocket(family, state, ident, max(sent, 0), max(received, 0), retransmits, rtt, known)
+        return LiveSocket(family, state, ident, max(sent, 0), max(received, 0), retransmits, rtt, known, mark, cgroup)
 
     def _redirected(self, own: bytes) -> tuple[int, int]:
         """Bytes sent and received past TCP, which its own counters do not hold; `own` is a struct mesh_pair_key."""

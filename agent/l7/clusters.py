@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from envoy.config.cluster.v3 import circuit_breaker_pb2, cluster_pb2
-from envoy.config.core.v3 import address_pb2, base_pb2, config_source_pb2, extension_pb2
+from envoy.config.core.v3 import address_pb2, base_pb2, config_source_pb2, extension_pb2, socket_option_pb2
 from envoy.config.endpoint.v3 import endpoint_components_pb2, endpoint_pb2
 from envoy.extensions.local_address_selectors.filter_state_override.v3 import config_pb2 as filter_state_override_pb2
 from envoy.extensions.transport_sockets.internal_upstream.v3 import internal_upstream_pb2
@@ -19,6 +19,7 @@ from envoy.extensions.transport_sockets.raw_buffer.v3 import raw_buffer_pb2
 from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2
 from google.protobuf.duration_pb2 import Duration
 
+from agent.config import UNREAD_MARK
 from agent.l7 import fairness, metrics, names
 from agent.l7.resources import packed
 from agent.model import ServicePort
@@ -27,6 +28,7 @@ HTTP2_PROTOCOLS = frozenset({"h2c", "http2", "kubernetes.io/h2c", "grpc"})
 """appProtocol values that mean HTTP/2 without TLS (https://kubernetes.io/docs/concepts/services-networking/service/#application-protocol)."""
 CONNECT_TIMEOUT_S = 2
 MOST_CONNECTIONS = 1 << 30  # all callers of the node share a cluster's count, so one could use it up; what one may hold: agent.l7.fairness
+_SOL_SOCKET, _SO_MARK = 1, 36  # include/uapi/asm-generic/socket.h
 MOST_RETRIES = 1024  # at one time, per cluster; Envoy's default of 3 makes retries fail under load
 
 
@@ -39,6 +41,8 @@ class Target(NamedTuple):
     tunnel: str = ""
     workload: str = ""
     """Whose endpoint it is; for metrics alone."""
+    read: bool = False
+    """Does its own node read requests, whoever else has? One that begins to is another endpoint to Envoy: see `_assignment`."""
 
 
 def ads() -> config_source_pb2.ConfigSource:
@@ -84,7 +88,7 @@ def workload_cluster(name: str, port: int, app_protocol: str, target: Target | N
 
 
 def original_destination_cluster() -> cluster_pb2.Cluster:
-    """Build the one cluster of all inbound listeners: the dialled address, in the protocol that the caller spoke.
+    """Build the one cluster of all listeners that hand on requests they have decided: the dialled address, in the protocol that the caller spoke.
 
     The address comes from filter state (`envoy.network.transport_socket.original_dst_address`): the cluster looks at the connection's own
     local address only if a listener filter restored it, and a steered connection has nothing to restore
@@ -95,6 +99,20 @@ def original_destination_cluster() -> cluster_pb2.Cluster:
     cluster.lb_policy = cluster_pb2.Cluster.CLUSTER_PROVIDED
     cluster.cleanup_interval.CopyFrom(Duration(seconds=60))
     return cluster
+
+
+def unread_cluster() -> cluster_pb2.Cluster:
+    """Build the cluster of what comes out of tunnels unread. Its sockets are marked: they are to end when a policy comes that needs the request."""
+    cluster = original_destination_cluster()
+    cluster.name = names.UNREAD_CLUSTER
+    cluster.upstream_bind_config.socket_options.append(marked(UNREAD_MARK, "unread"))
+    return cluster
+
+
+def marked(mark: int, description: str) -> socket_option_pb2.SocketOption:
+    """Have a cluster's sockets carry a mark from before they are connected."""
+    state = socket_option_pb2.SocketOption.STATE_PREBIND
+    return socket_option_pb2.SocketOption(description=description, level=_SOL_SOCKET, name=_SO_MARK, int_value=mark, state=state)
 
 
 def internal_cluster(name: str, listener: str) -> cluster_pb2.Cluster:
@@ -153,9 +171,17 @@ def base(name: str, app_protocol: str = "", *, options: http_protocol_options_pb
 
 
 def _assignment(name: str, endpoints: Iterable[Target]) -> endpoint_pb2.ClusterLoadAssignment:
-    hosts = [_host(target) for target in endpoints]
-    groups = [endpoint_components_pb2.LocalityLbEndpoints(lb_endpoints=hosts)] if hosts else []
-    return endpoint_pb2.ClusterLoadAssignment(cluster_name=name, endpoints=groups)
+    """Endpoints whose own node reads requests are in a locality of their own, which means nothing but this: an endpoint that changes its locality is removed
+    and added (Envoy's BaseDynamicClusterImpl::updateDynamicHostList), and pools of a removed one take no new requests and end with those that they have. So
+    connections that were made past the receiver's inspection are let go of when it begins, without a failed request.
+    """
+    result = endpoint_pb2.ClusterLoadAssignment(cluster_name=name)
+    groups: dict[bool, endpoint_components_pb2.LocalityLbEndpoints] = {}
+    for target in endpoints:
+        if target.read not in groups:
+            groups[target.read] = result.endpoints.add(locality=base_pb2.Locality(sub_zone=names.READ if target.read else ""))
+        groups[target.read].lb_endpoints.append(_host(target))
+    return result
 
 
 def _host(target: Target) -> endpoint_components_pb2.LbEndpoint:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from envoy.config.cluster.v3 import cluster_pb2
-from envoy.config.core.v3 import base_pb2, socket_option_pb2
+from envoy.config.core.v3 import base_pb2
 from envoy.config.endpoint.v3 import endpoint_components_pb2
 from envoy.config.listener.v3 import listener_components_pb2, listener_pb2
 from envoy.config.route.v3 import route_pb2
@@ -48,7 +48,6 @@ HELLO_S = 10
 """A caller that has not sent its ClientHello by then is closed."""
 SYSTEM_ROOTS = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/ca-bundle.pem", "/etc/ssl/cert.pem")
 """Where Debian, Red Hat, SUSE and Alpine keep whom the system trusts."""
-_SOL_SOCKET, _SO_MARK = 1, 36  # include/uapi/asm-generic/socket.h
 
 
 def system_roots(files: Iterable[str] = SYSTEM_ROOTS) -> str:
@@ -80,11 +79,7 @@ def cluster(service: str, port: ServicePort, external: External, roots: str) -> 
     _choose_type(result, usable)
     result.lb_policy = cluster_pb2.Cluster.LEAST_REQUEST
     result.connect_timeout.CopyFrom(Duration(seconds=CONNECT_TIMEOUT_S))
-    result.upstream_bind_config.socket_options.append(
-        socket_option_pb2.SocketOption(
-            description="outside", level=_SOL_SOCKET, name=_SO_MARK, int_value=MARK, state=socket_option_pb2.SocketOption.STATE_PREBIND
-        )
-    )
+    result.upstream_bind_config.socket_options.append(clusters.marked(MARK, "outside"))
     result.load_assignment.cluster_name = result.name
     if usable:
         hosts = result.load_assignment.endpoints.add().lb_endpoints

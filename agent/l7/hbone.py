@@ -223,7 +223,7 @@ def routes(
         _refuse(own, _connect_match(f":{port}"))
     for port in inside or ():
         own.routes.append(_connect(inner, f":{port}"))
-    own.routes.append(_connect(inner) if inside is None else _connect(names.ORIGINAL_DESTINATION_CLUSTER, authorization=authorization))
+    own.routes.append(_connect(inner) if inside is None else _connect(names.UNREAD_CLUSTER, authorization=authorization))
     other = route_components_pb2.VirtualHost(name="other", domains=["*"])
     for host in (own, other):
         _refuse(host, _connect_match())

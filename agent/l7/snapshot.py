@@ -76,6 +76,28 @@ _FOLLOWED = frozenset({"version", "delta", "nodes", "workloads", "services", "ro
 _COMPARED = tuple(one.name for one in fields(Snapshot) if one.name not in _FOLLOWED)
 
 
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """Whose own node reads requests, whoever else has, by a view."""
+
+    view: View
+    node: str
+    receivers: frozenset[str]
+    """Of this node's workloads."""
+
+    @staticmethod
+    def of(view: View, node: str) -> _Reading:
+        """To a node: the waypoint of another one never takes its word."""
+        return _Reading(view, node, view.left_to_receivers)
+
+    def ports(self, name: str) -> tuple[int, ...] | None:
+        """At which ports of a workload; None: all."""
+        workload = self.view.snapshot.workloads.get(name)
+        if workload is None or (workload.node == self.node and name not in self.receivers):
+            return ()
+        return self.view.request_ports(workload)
+
+
 @dataclass(slots=True)
 class _Dirty:
     """What is to be built anew."""
@@ -115,6 +137,10 @@ class Builder:
         self._claims: dict[str, dict[Owner, str]] = {}
         """RouteConfigurations by destination and by who wants the destination for it."""
         self._claimed: dict[Owner, set[str]] = {}
+        self._settled: _Reading | None = None
+        """By what receivers have read for some time: see `settle`."""
+        self._unsettled: set[str] = set()
+        """Workloads of which it said something else, or nothing, when the last result was built."""
         self._loopback: Loopback | None = None
         self._distrusted = peer_log.Distrusted()
         self._peers: tuple[Snapshot, frozenset[str], Peers] | None = None
@@ -151,6 +177,22 @@ class Builder:
         return self._view.left_to_receivers
 
     @property
+    def shown(self) -> View | None:
+        """What the last result was built from."""
+        return self._shown
+
+    def settle(self, view: View) -> bool:
+        """Say that by now receivers read what `view` has them read; True if another result is due: Envoy is to let go of connections from before.
+
+        Too early, and it makes connections that nobody reads anew, or that nobody accepts yet.
+        """
+        before, self._settled = self._settled, _Reading.of(view, self._node)
+        if before is not None:
+            named = before.view.asking.keys() | view.asking.keys()
+            self._unsettled.update(name for name in named if before.ports(name) != self._settled.ports(name))
+        return bool(self._unsettled)
+
+    @property
     def identities(self) -> frozenset[str]:
         """SPIFFE IDs that the last result has tunnels to."""
         return self._identities
@@ -175,6 +217,8 @@ class Builder:
         if (loopback is None) is not (self._view.accounts is None):
             self._view = View.of(snapshot, tunnels=loopback is not None)
         view = self._view = self._view.after(snapshot)
+        if self._settled is None:
+            self._settled = _Reading.of(view, self._node)
         self._loopback, self._distrusted, self._direct = loopback, distrusted, direct
         limited = frozenset(
             names.service(*key)
@@ -217,6 +261,7 @@ class Builder:
         snapshot = view.snapshot
         callers = self._take_local(local)
         undecided = self._undecided = view.left_to_receivers
+        unsettled, self._unsettled = self._unsettled, set()
         received, self._receiving = self._receiving, frozenset(n for n in self._by_name if n in view.asking or n in undecided)
         if before is None or before.snapshot.traffic is not snapshot.traffic:
             self._policies = {target: policy for policy in snapshot.traffic.values() for target in policy.targets}
@@ -235,6 +280,8 @@ class Builder:
             if protected:
                 dirty.local |= {name for name, one in self._by_name.items() if protected.of(one.workload)}
                 self._verdicts = {key: found for key, found in self._verdicts.items() if protected.policies.isdisjoint(key[0])}
+            dirty.addresses |= unsettled & view.asking.keys()
+            dirty.services |= _backed(unsettled, view)
             self._differing_services(before, view, protected, dirty, callers=callers)
             self._differing_addresses(before, view, protected, dirty, callers=callers)
         self._differing_callers(view, dirty)
@@ -331,6 +378,8 @@ class Builder:
             self._gateways(self._local)
             if self._receiving or self._loopback is not None:
                 self._add(names.CLUSTER, names.ORIGINAL_DESTINATION_CLUSTER, clusters.original_destination_cluster)
+            if self._loopback is not None:
+                self._add(names.CLUSTER, names.UNREAD_CLUSTER, clusters.unread_cluster)
 
     def _tunnels(self) -> None:
         """Clusters for every identity that workloads of other nodes may have, and the way to them for requests."""
@@ -352,7 +401,16 @@ class Builder:
                 tunnel = self._loopback(workload.identity(self._trust_domain))
             elif mode is Mtls.STRICT:
                 return None
-        return clusters.Target(workload.addresses[0], port, workload.weight, tunnel, workload.name)
+        return clusters.Target(workload.addresses[0], port, workload.weight, tunnel, workload.name, self._reads(workload.name, port))
+
+    def _reads(self, workload: str, port: int) -> bool:
+        """Does its own node read what comes to a port of a workload, as far as that is settled? There are no connections from before to who is new."""
+        settled = self._settled
+        if settled is None or workload not in settled.view.snapshot.workloads:
+            self._unsettled.add(workload)
+            settled = _Reading(self._view, self._node, self._undecided)
+        ports = settled.ports(workload)
+        return ports is None or port in ports
 
     def _services(self, keys: Iterable[Key], zone: str) -> None:
         view = self._view
@@ -716,6 +774,12 @@ def _routed_otherwise(before: View, after: View) -> set[Key]:
         if len(one) != len(other) or any(a != b or not _same(some, others) for (a, some), (b, others) in zip(one, other, strict=True)):
             found.add(key)
     return found
+
+
+def _backed(workloads: Iterable[str], view: View) -> set[Key]:
+    """Service ports that need a cluster and have any of these as endpoints."""
+    found = (workload for name in workloads if (workload := view.snapshot.workloads.get(name)))
+    return {key for one in found for backing in one.backing for port in backing.ports if (key := (backing.service, port)) in view.used}
 
 
 def _same(one: tuple[Route, ...], other: tuple[Route, ...]) -> bool:

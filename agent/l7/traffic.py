@@ -61,11 +61,12 @@ def endpoints(name: str, port: int, by_level: Iterable[tuple[tuple[Target, bool]
     """
     result = endpoint_pb2.ClusterLoadAssignment(cluster_name=names.service(name, port))
     for priority, level in enumerate(filter(None, by_level)):
-        part = clusters.service_endpoints(name, port, [target for target, _ in level]).endpoints
+        ordered = sorted(level, key=lambda one: one[0].read)
+        part = clusters.service_endpoints(name, port, [target for target, _ in ordered]).endpoints
         for group in part:
             group.priority = priority
-            for host, (_, asked) in zip(group.lb_endpoints, level, strict=True):
-                host.endpoint.health_check_config.disable_active_health_check = not asked
+        for host, (_, asked) in zip((host for group in part for host in group.lb_endpoints), ordered, strict=True):
+            host.endpoint.health_check_config.disable_active_health_check = not asked
         result.endpoints.extend(part)
     return result
 

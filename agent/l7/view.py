@@ -38,6 +38,8 @@ class _Policies:
         self.by_caller = frozenset(name for name, policy in policies.items() if _asks_who_is_here(policy))
         """Those whose conditions at the caller's side name workloads of the node (`agent.l7.rbac.LocalCallers`)."""
         self._likeness: dict[tuple[tuple[str, ...], int], Authorization] = {}
+        self._ports: dict[tuple[str, ...], tuple[int, ...] | None] = {}
+        """What `ports` says, by policies."""
 
     def after(self, whole: Snapshot) -> tuple[_Policies, Callable[[Workload], bool]]:
         """Those of another snapshot, and whether a workload has one that differs."""
@@ -50,6 +52,14 @@ class _Policies:
     def asks(self, workload: Workload) -> bool:
         """Can a policy of this workload only be decided with the request in hand?"""
         return not self.l7.isdisjoint(workload.policies)
+
+    def ports(self, workload: Workload) -> tuple[int, ...] | None:
+        """Where that is so; None: all of its ports."""
+        if not self.asks(workload):
+            return ()
+        if workload.policies not in self._ports:
+            self._ports[workload.policies] = rbac.request_ports(protecting(workload, self._snapshot))
+        return self._ports[workload.policies]
 
     def undecided(self, endpoints: tuple[Endpoint, ...], changed: bool) -> frozenset[str]:
         """Those that have policies, if not all endpoints are protected alike, or requests arrive changed: see `View.undecided`."""
@@ -205,6 +215,10 @@ class View:
         if set(map(_standing, old)) != set(map(_standing, new)):
             result = replace(result, standings=object())
         return result
+
+    def request_ports(self, workload: Workload) -> tuple[int, ...] | None:
+        """Ports of a workload where a policy can only be decided with the request in hand; None: all."""
+        return self._policies.ports(workload)
 
     def receives(self, workload: str) -> bool:
         """Does a workload have an inbound listener on its node? If it has an L7 policy, or if only the receiver can decide."""

@@ -356,6 +356,10 @@ def test_nothing_that_is_said_between_nodes_can_be_read_on_the_wire(lab: Lab, mo
 def test_with_mtls_disabled_all_works_and_can_be_read_on_the_wire(lab: Lab) -> None:
     with applied(lab, DISABLE):
         assert (encryption(lab, "far"), encryption(lab, "web")) == (PLAIN, PLAIN)
+        # Idle tunnels of before say goodbye, and answer pings until then.
+        shop.takes(
+            lambda: not any(sum(stats(node, r"^cluster\.tunnel/.*\.upstream_cx_active$").values()) for node in ("node-1", "node-2")), 30
+        )
         before = streams_of("node-1")
         with listening(b"swordfish") as wire:
             whispered(lab, "swordfish")

@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from agent import revocation as revocation_module
 from agent import telemetry
 from agent.bpf import acceleration
 from agent.bpf.manifest import WORKLOAD_ACCELERATE, Direction
 from agent.bpf.sockets import LiveSocket, Sockets
-from agent.model import Policy, Snapshot
-from agent.revocation import Revocation
+from agent.model import Action, Operation, Policy, PolicyRule, Snapshot
+from agent.revocation import Revocation, Rules
 from tests.kernel import datanode
 from tests.kernel.datanode import ALLOW_CALLER, FAMILIES, VIP_EMPTY, DataNode, address_of, snapshot, workload
 
@@ -52,6 +53,7 @@ while s.recv(65536):
     pass
 """
 SIZE = 5_000_011
+READS = Policy("default/p", Action.ALLOW, (PolicyRule((), (Operation(methods=("GET",)),)),))
 
 
 def shop(*policies: Policy) -> Snapshot:
@@ -289,14 +291,14 @@ def test_a_new_policy_closes_exactly_the_connections_that_it_forbids(
 ) -> None:
     node.enforce(shop())
     revocation = Revocation(node.config, node.datapath, node.ids)
-    revocation.changed(shop(), node.enrolled)
+    revocation.changed(Rules(shop(), node.enrolled))
     assert revocation.close_forbidden() == 0
     a, b = address_of("server-a", family), address_of("server-b", family)
     with talking(node, ("caller", a), ("other", b), ("other", a), ("stranger", a), ("remote", a), ("server-a", a)) as talkers:
         before = [t.exchange() for t in talkers]
         assert before == ["ok"] * 6
         node.enforce(shop(ALLOW_CALLER))
-        revocation.changed(shop(ALLOW_CALLER), node.enrolled)
+        revocation.changed(Rules(shop(ALLOW_CALLER), node.enrolled))
         assert revocation.close_forbidden() == 3
         assert [t.exchange() for t in talkers] == ["ok", "ok", "ECONNABORTED", "ECONNRESET", "ECONNRESET", "ok"]
         assert revocation.close_forbidden() == 0
@@ -316,7 +318,7 @@ def test_changes_lead_to_a_look_by_themselves_and_with_the_option_to_none(node: 
         async def change(revocation: Revocation = revocation) -> str:
             running = asyncio.create_task(revocation.run())
             node.enforce(shop(ALLOW_CALLER))
-            revocation.changed(shop(ALLOW_CALLER), node.enrolled)
+            revocation.changed(Rules(shop(ALLOW_CALLER), node.enrolled))
             await asyncio.sleep(0.5)
             running.cancel()
             return talker.exchange()
@@ -326,12 +328,43 @@ def test_changes_lead_to_a_look_by_themselves_and_with_the_option_to_none(node: 
             assert asyncio.run(change()) == ("ok" if keep else "ECONNABORTED")
 
 
+def test_what_a_waypoint_may_have_in_a_pool_has_time_to_end(node: DataNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy needs the request: applications end at once, and strangers; the waypoint of another node is given time, and no more."""
+    monkeypatch.setattr(revocation_module, "LET_GO_S", 1.0)
+    monkeypatch.setattr(revocation_module, "SETTLE_S", 0.2)
+    monkeypatch.setattr(revocation_module, "PAUSE_S", 0.1)
+
+    def known(*policies: Policy) -> Snapshot:
+        server = workload("server-a", policies=tuple(p.name for p in policies))
+        return snapshot(workload("caller"), workload("remote"), server, policies=policies)
+
+    node.enforce(known())
+    revocation = Revocation(node.config, node.datapath, node.ids)
+    revocation.changed(Rules(known(), node.enrolled))
+    a = address_of("server-a")
+
+    async def change() -> list[list[str]]:
+        running = asyncio.create_task(revocation.run())
+        node.enforce(known(READS))
+        revocation.changed(Rules(known(READS), node.enrolled))
+        seen = []
+        for pause in (0.5, 1.5):
+            await asyncio.sleep(pause)
+            seen.append([talker.exchange() for talker in talkers])
+        running.cancel()
+        return seen
+
+    with talking(node, ("caller", a), ("stranger", a), ("remote", a)) as talkers:
+        assert [talker.exchange() for talker in talkers] == ["ok"] * 3
+        assert asyncio.run(change()) == [["ECONNABORTED", "ECONNRESET", "ok"], ["EPIPE", "EPIPE", "ECONNRESET"]]
+
+
 def test_a_connection_that_was_closed_by_policy_is_counted_as_reset(node: DataNode) -> None:
     node.enforce(shop())
     resets = node.stats("default/other", "default/server-a", Direction.OUTBOUND)["reset"]
     with talking(node, ("other", address_of("server-a"))):
         node.enforce(shop(ALLOW_CALLER))
         revocation = Revocation(node.config, node.datapath, node.ids)
-        revocation.changed(shop(ALLOW_CALLER), node.enrolled)
+        revocation.changed(Rules(shop(ALLOW_CALLER), node.enrolled))
         assert revocation.close_forbidden() == 1
         assert datanode.until(lambda: node.stats("default/other", "default/server-a", Direction.OUTBOUND)["reset"] == resets + 1)

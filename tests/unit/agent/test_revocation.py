@@ -6,17 +6,18 @@ import socket
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agent import addresses
 from agent.bpf.manifest import Direction, Redirect, Verdict
 from agent.bpf.sockets import LiveSocket, Record
-from agent.config import Config
+from agent.config import UNREAD_MARK, Config
 from agent.enrolment import Enrolled
 from agent.ids import Ids
 from agent.model import Action, Delta, LocalWorkload, Mtls, Operation, Policy, PolicyRule, Snapshot, Source, Workload
-from agent.revocation import Judge, affects
+from agent.revocation import Forbidden, Judge, Rules, affects
 
 POLICY = Policy("d/p", Action.ALLOW, (PolicyRule((Source(service_accounts=("d/friend",)),), (Operation(ports=(80,)),)),))
 L7 = Policy("d/l7", Action.ALLOW, (PolicyRule((), (Operation(methods=("GET",)),)),))
@@ -30,17 +31,28 @@ FRIEND, FOE = workload("friend", "10.0.0.1"), workload("foe", "10.0.0.2")
 SERVER, REQUESTS = workload("server", "10.0.0.3", policies=("d/p",)), workload("requests", "10.0.0.4", policies=("d/l7",))
 FAR, PLAIN = workload("far", "10.0.1.1", node="there"), workload("plain", "10.0.1.2", node="there", enrolled=False)
 ALL = (FRIEND, FOE, SERVER, REQUESTS, FAR, PLAIN)
+APPLICATION, WAYPOINT = 7, 8
+"""Cgroups."""
 SNAPSHOT = Snapshot("1", {w.name: w for w in ALL}, policies={p.name: p for p in (POLICY, L7)})
 
 
 class Node:
-    def __init__(self, tmp_path: Path, local: tuple[Workload, ...] = (FRIEND, FOE, SERVER, REQUESTS)) -> None:
+    def __init__(
+        self, tmp_path: Path, local: tuple[Workload, ...] = (FRIEND, FOE, SERVER, REQUESTS), *, reading: frozenset[str] = frozenset()
+    ) -> None:
         self.ids = Ids(tmp_path / "ids")
         self.known = {addresses.packed(a): w.name for w in ALL for a in w.addresses}
         enrolled = Enrolled(tuple(LocalWorkload(w, i, "") for i, w in enumerate(local)))
-        self.judge = Judge(SNAPSHOT, enrolled, Config("here", "unix:x"), self.ids, lambda raw: self.known.get(raw, ""))
+        self.judge = Judge(
+            Rules(SNAPSHOT, enrolled, reading), Config("here", "unix:x"), self.ids, lambda raw: self.known.get(raw, ""), WAYPOINT
+        )
 
-    def rule(
+    def rule(self, at: Workload, remote: str, port: int = 80, **more: Any) -> str:
+        """The rule that forbids a connection of `at`, or ""; `port` is the server's."""
+        found = self.forbidden(at, remote, port, **more)
+        return found.rule if found else ""
+
+    def forbidden(
         self,
         at: Workload,
         remote: str,
@@ -52,18 +64,21 @@ class Node:
         target: str = "",
         origdst_port: int = 0,
         verdict: int = 0,
-    ) -> str:
-        """The rule that forbids a connection of `at`, or ""; `port` is the server's."""
+        mark: int = 0,
+        cgroup: int = APPLICATION,
+    ) -> Forbidden | None:
+        """What is wrong with it."""
         number = self.ids.number("workload", source) if source else 0
         of = self.ids.number("workload", target) if target else 0
         record = Record(1, 1, number, of, 0, 0, port, origdst_port, direction, verdict, redirected, 6, 0)
         ports = (port, 50000) if direction == Direction.INBOUND else (50000, port)
         ident = struct.pack("!HH", *ports) + socket.inet_aton(at.addresses[0]).ljust(16, b"\0") + socket.inet_aton(remote).ljust(16, b"\0")
-        found = self.judge.forbidden(LiveSocket(socket.AF_INET, 1, ident.ljust(48, b"\0"), 0, 0, 0, 0, record), LocalWorkload(at, 1, ""))
-        return found.rule if found else ""
+        live = LiveSocket(socket.AF_INET, 1, ident.ljust(48, b"\0"), 0, 0, 0, 0, record, mark, cgroup)
+        return self.judge.forbidden(live, LocalWorkload(at, 1, ""))
 
 
 NO = "d/p: no rule matches"
+ASKS = "d/l7[0]: it needs the requests, and this connection goes past whoever reads them"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +89,7 @@ NO = "d/p: no rule matches"
         pytest.param(FOE, "10.0.0.3", 80, NO, id="denied"),
         pytest.param(FOE, "10.0.0.1", 80, "", id="unprotected"),
         pytest.param(FOE, "192.0.2.1", 80, "", id="outside"),
-        pytest.param(FOE, "10.0.0.4", 80, "", id="the-request-decides"),
+        pytest.param(FOE, "10.0.0.4", 80, ASKS, id="the-request-decides"),
         pytest.param(SERVER, "10.0.0.3", 80, "", id="itself"),
     ],
 )
@@ -113,6 +128,49 @@ def test_what_goes_through_a_tunnel_is_decided_by_its_endpoint(tmp_path: Path) -
     node = Node(tmp_path)
     for caller, port, rule in ((FOE, 80, NO), (FRIEND, 80, ""), (FRIEND, 81, NO)):
         assert node.rule(caller, "127.0.1.0", 15002, redirected=Redirect.TUNNEL, target=SERVER.name, origdst_port=port) == rule
+
+
+def test_a_connection_that_goes_past_whoever_reads_requests_is_closed_at_once_at_the_callers_end(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    straight = node.forbidden(FOE, REQUESTS.addresses[0])
+    tunnelled = node.forbidden(FOE, "127.0.1.0", 15002, redirected=Redirect.TUNNEL, target=REQUESTS.name, origdst_port=80)
+    for found in (straight, tunnelled):
+        assert found is not None
+        assert (found.rule, found.destination, found.pooled) == (ASKS, REQUESTS.name, False)
+    assert node.rule(FOE, REQUESTS.addresses[0], redirected=Redirect.WAYPOINT) == ""
+    assert node.rule(FOE, REQUESTS.addresses[0], direction=Direction.FROM_WAYPOINT) == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "remote", "reading", "pooled"),
+    [
+        pytest.param("d/foe", "10.0.0.2", False, None, id="this-nodes-waypoint-has-read-it"),
+        pytest.param("d/foe", "10.0.0.2", True, True, id="this-nodes-waypoint-leaves-it-to-the-receiver"),
+        pytest.param("d/far", "10.0.1.1", False, True, id="another-nodes-waypoint-is-not-trusted"),
+        pytest.param("d/plain", "10.0.1.2", False, False, id="not-enrolled"),
+        pytest.param("", "192.0.2.1", False, False, id="stranger"),
+    ],
+)
+def test_the_receiver_closes_what_it_does_not_read_and_gives_waypoints_time(
+    tmp_path: Path, source: str, remote: str, *, reading: bool, pooled: bool | None
+) -> None:
+    node = Node(tmp_path, reading=frozenset({REQUESTS.name}) if reading else frozenset())
+    found = node.forbidden(REQUESTS, remote, source=source, direction=Direction.INBOUND)
+    assert (found.pooled if found else None) is pooled
+    assert node.rule(REQUESTS, remote, source=source, direction=Direction.INBOUND, cgroup=WAYPOINT) == "", (
+        "steered: Envoy has it and reads it"
+    )
+
+
+def test_what_comes_out_of_a_tunnel_unread_gets_time_and_is_closed_where_a_policy_needs_the_request(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    found = node.forbidden(REQUESTS, "10.0.0.4", direction=Direction.FROM_WAYPOINT, mark=UNREAD_MARK)
+    assert found is not None
+    assert found.pooled
+    assert found.rule.startswith("d/l7: ")
+    assert node.rule(REQUESTS, "10.0.0.4", direction=Direction.FROM_WAYPOINT) == "", "the waypoint has read it"
+    assert node.rule(SERVER, "10.0.0.3", direction=Direction.FROM_WAYPOINT, mark=UNREAD_MARK) == "", "no policy needs the request"
+    assert node.rule(FOE, "10.0.0.3", mark=UNREAD_MARK) == NO, "an application's own mark excuses nothing"
 
 
 def after(delta: Delta | None, *changed: Workload, policies: tuple[Policy, ...] = (POLICY, L7)) -> Snapshot:

@@ -222,6 +222,16 @@ def zone_of(snapshot: Snapshot) -> str:
     return node_zone(snapshot.workloads.values(), NODE)
 
 
+def settled(builder: Builder, *inputs: Any, **more: Any) -> Resources:
+    """What is built in the end, when receivers have had time to begin to read."""
+    built = builder.build(*inputs, **more)
+    assert builder.shown is not None
+    if builder.settle(builder.shown):
+        built = builder.build(*inputs, **more)
+    assert not builder.settle(builder.shown)
+    return built
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_differences_lead_where_everything_leads(data: st.DataObject) -> None:
@@ -249,7 +259,7 @@ def test_differences_lead_where_everything_leads(data: st.DataObject) -> None:
         tunnels = data.draw(st.sampled_from((loopback, loopback, None)))
         direct = data.draw(st.sampled_from((NO_DIRECT, NO_DIRECT, Direct(frozenset({"node-2"})))))
         full = Builder(NODE, harness.TRUST_DOMAIN).build(snapshot, local, zone_of(snapshot), tunnels, direct=direct)
-        built = builder.build(snapshot, local, zone_of(snapshot), tunnels, direct=direct)
+        built = settled(builder, snapshot, local, zone_of(snapshot), tunnels, direct=direct)
         assert built == full
         assert shown == was, "who still reads an earlier result sees what it was"
         shown, was = built, {kind: dict(found) for kind, found in built.items()}
@@ -306,6 +316,52 @@ class _Steady:
         return self.change(replace(self.snapshot.workloads[name], ready=False))
 
 
+def read(resources: Resources, service: str) -> dict[str, bool]:
+    """By address of the endpoints of a service: are they those of a receiver that reads?"""
+    groups = harness.decoded(resources, names.ENDPOINTS, names.service(service, 80)).endpoints
+    return {host.endpoint.address.socket_address.address: bool(group.locality.sub_zone) for group in groups for host in group.lb_endpoints}
+
+
+def test_an_endpoint_whose_node_begins_to_read_is_another_one_only_when_it_has_had_time() -> None:
+    """Of another node: at once, whichever policy needs the request. Of this one: where its waypoint leaves the decision to it."""
+    steady = _Steady()
+    first = steady.build()
+    assert read(first, "default/a") == {"10.0.1.0": True, "10.0.1.1": True}
+    assert read(first, "default/b") == {"10.0.2.0": False, "10.0.2.1": False}
+    protected = replace(steady.snapshot.workloads["default/b0"], policies=(L7.name,))
+    second = steady.change(protected)
+    assert second[names.ENDPOINTS] is first[names.ENDPOINTS]
+    assert steady.builder.shown is not None
+    assert steady.builder.settle(steady.builder.shown)
+    assert read(steady.build(), "default/b") == {"10.0.2.0": True, "10.0.2.1": False}
+    here = [replace(steady.snapshot.workloads[f"default/b{i}"], policies=(L7.name,), node=NODE) for i in range(2)]
+    steady.change(here[0])
+    assert read(settled(steady.builder, steady.snapshot, enrolled(steady.snapshot, ""), ""), "default/b")["10.0.2.0"], "b1 is not protected"
+    steady.change(here[1])
+    assert not any(read(settled(steady.builder, steady.snapshot, enrolled(steady.snapshot, ""), ""), "default/b").values()), "alike"
+
+
+def test_a_new_endpoint_is_from_the_beginning_what_it_is_later() -> None:
+    steady = _Steady()
+    steady.build()
+    found = steady.change(replace(steady.snapshot.workloads["default/a0"], name="default/a9", addresses=("10.0.1.9",)))
+    assert read(found, "default/a")["10.0.1.9"]
+    assert settled(steady.builder, steady.snapshot, enrolled(steady.snapshot, ""), "") is found
+
+
+def test_who_reads_is_settled_as_it_was_when_the_time_began() -> None:
+    """Changes that come meanwhile have their own."""
+    steady = _Steady()
+    steady.build()
+    protected = [replace(steady.snapshot.workloads[f"default/b{i}"], policies=(L7.name,)) for i in range(2)]
+    steady.change(protected[0])
+    shown = steady.builder.shown
+    assert shown is not None
+    steady.change(protected[1])
+    assert steady.builder.settle(shown)
+    assert read(steady.build(), "default/b") == {"10.0.2.0": True, "10.0.2.1": False}
+
+
 def test_an_endpoint_of_an_l4_service_changes_nothing() -> None:
     steady = _Steady()
     before = steady.build()
@@ -358,7 +414,7 @@ def test_the_way_to_a_workloads_own_address_follows_its_mode_and_its_identity(di
     after = changed(before, "3", {"workloads": {asking.name: replace(asking, **difference)}})
     local = enrolled(before, "")
     full = Builder(NODE, harness.TRUST_DOMAIN).build(after, local, "", loopback)
-    assert builder.build(after, local, "", loopback) == full
+    assert settled(builder, after, local, "", loopback) == full
 
 
 def test_who_has_which_address_is_asked_again_only_if_it_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,7 +564,7 @@ def test_a_difference_reaches_whatever_depends_on_it(before: dict[str, Any], dif
     steady.snapshot = changed(steady.snapshot, "1+", known)
     was = steady.build()
     steady.snapshot = changed(steady.snapshot, "2", {kind: {entity.name: entity} for kind, entity in difference.items()})
-    now = steady.build()
+    now = settled(steady.builder, steady.snapshot, enrolled(steady.snapshot, ""), zone_of(steady.snapshot))
     full = build(steady.snapshot, enrolled(steady.snapshot, ""), trust_domain=harness.TRUST_DOMAIN)
     assert all(now[kind] == full[kind] for kind in now)
     assert now != was

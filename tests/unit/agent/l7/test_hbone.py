@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import ipaddress
 import os
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from envoy.extensions.filters.network.set_filter_state.v3 import set_filter_state_pb2
 
-from agent.config import HBONE_PORT
+from agent.config import HBONE_PORT, UNREAD_MARK
 from agent.l7 import hbone, names, secrets
 from agent.l7.clusters import socket_address
 from agent.l7.peer_log import Distrusted
@@ -127,6 +128,18 @@ def between(directory: Path, work: Callable[[int], list[Answer]], *policies: Pol
 
 def policy(action: Action, source: Source, *operations: Operation) -> Policy:
     return Policy("default/rule", action, (PolicyRule((source,), operations),))
+
+
+def test_what_goes_on_unread_has_sockets_that_can_be_told_from_others() -> None:
+    """Where no policy of a workload needs the request; where one does, another cluster is used for what was read."""
+    for operation, unread in ((Operation(ports=(80,)), True), (Operation(methods=("GET",)), False)):
+        found = resources(scene(80, 80, policy(Action.ALLOW, Source(), operation)), "node-2")
+        [own, _] = harness.decoded(found, names.ROUTES, "hbone/default/far").virtual_hosts
+        used = {route.route.cluster for route in own.routes if route.HasField("route")}
+        assert (names.UNREAD_CLUSTER in used) is unread
+    [option] = harness.decoded(found, names.CLUSTER, names.UNREAD_CLUSTER).upstream_bind_config.socket_options
+    assert (option.level, option.name, option.int_value) == (socket.SOL_SOCKET, socket.SO_MARK, UNREAD_MARK)
+    assert not harness.decoded(found, names.CLUSTER, names.ORIGINAL_DESTINATION_CLUSTER).upstream_bind_config.socket_options
 
 
 def test_a_request_reaches_a_workload_of_another_node_through_a_tunnel(tmp_path: Path) -> None:

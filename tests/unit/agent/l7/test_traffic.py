@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from agent.l7 import names, traffic
+from agent.l7.clusters import Target
 from agent.l7.resources import Resources
 from agent.l7.snapshot import Builder, build
 from agent.model import Action, Backend, Policy, PolicyRule, Retry, Snapshot, Source
@@ -146,6 +147,18 @@ def test_endpoints_are_ordered_by_what_is_preferred(prefer: str, expected: list[
 def test_a_traffic_distribution_is_priorities_only_where_health_is_known() -> None:
     assert priorities(shop(policy(limits=Limits(1)), distribution="PreferSameNode")) == [["10.0.1.0"]]
     assert priorities(shop(policy(outliers=OUTLIERS), distribution="PreferSameNode")) == [["10.0.1.0"], ["10.0.1.1"], ["10.0.1.2"]]
+
+
+def test_who_is_asked_stays_with_its_endpoint_where_some_nodes_read_requests() -> None:
+    level = tuple((Target(f"10.0.0.{i}", 80, read=i % 2 == 0), i > 1) for i in range(4))
+    groups = traffic.endpoints("default/web", 80, [level]).endpoints
+    assert [(group.locality.sub_zone, len(group.lb_endpoints)) for group in groups] == [("", 2), (names.READ, 2)]
+    asked = {
+        host.endpoint.address.socket_address.address: not host.endpoint.health_check_config.disable_active_health_check
+        for group in groups
+        for host in group.lb_endpoints
+    }
+    assert asked == {"10.0.0.0": False, "10.0.0.1": False, "10.0.0.2": True, "10.0.0.3": True}
 
 
 def test_endpoints_are_asked_from_the_namespace_of_a_caller_that_policy_lets_in() -> None:
