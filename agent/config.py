@@ -106,6 +106,8 @@ class Config:
     xds_socket: Path = field(init=False)
     envoy_admin_socket: Path = field(init=False)
     netns_dir: Path = field(init=False)
+    log_dir: Path = field(init=False)
+    """0700: lines about requests, which Envoy writes, and about connections."""
     identity_dir: Path = field(init=False)
     """0700: the node's certificate and key, those of workloads, and the inner end of the workload socket."""
     names_dir: Path = field(init=False)
@@ -130,6 +132,7 @@ class Config:
             ("identity_dir", "identity"),
         ):
             object.__setattr__(self, name, self.run_dir / leaf)
+        object.__setattr__(self, "log_dir", self.state_dir / "logs")
         object.__setattr__(self, "waypoint_cgroup", self.cgroup / "meshagent-waypoint")
         if self.workload_socket == Path():
             object.__setattr__(self, "workload_socket", self.run_dir.with_name(f"{self.run_dir.name}-workload") / WORKLOAD_SOCKET)

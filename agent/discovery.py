@@ -23,6 +23,7 @@ from agent.compact import Table
 from agent.errors import EnvironmentUnfit, MeshError
 from agent.journal import DROP, PUT, Journal
 from agent.model import Authentication, Delta, Gateway, Node, Policy, Route, Service, Snapshot, Workload, decode
+from agent.observability import Telemetry
 from agent.patience import Backoff
 from agent.traffic import TrafficPolicy
 from meshapi import discovery_pb2 as pb
@@ -62,6 +63,7 @@ _KINDS: Final = {
     "authentication": Authentication,
     "node": Node,
     "gateway": Gateway,
+    "telemetry": Telemetry,
 }
 
 
@@ -123,6 +125,7 @@ class _Changes:
                 names["authentication"],
                 names["node"],
                 names["gateway"],
+                names["telemetry"],
             )
         snapshot = Snapshot(
             version=version,
@@ -135,6 +138,7 @@ class _Changes:
             authentications=tables["authentication"],
             nodes=tables["node"],
             gateways=tables["gateway"],
+            telemetry=tables["telemetry"],
         )
         return _Model(snapshot, tables, versions)
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from agent import traffic
+from agent import observability, traffic
 from agent.compact import Labels, Shared
 from agent.external import External
+from agent.observability import Telemetry
 from agent.routing import Cors, Mirror, Redirect, Rewrite, Session
 from agent.traffic import TrafficPolicy
 from meshapi import discovery_pb2 as pb
@@ -445,6 +446,7 @@ class Delta:
     authentications: frozenset[str] = frozenset()
     nodes: frozenset[str] = frozenset()
     gateways: frozenset[str] = frozenset()
+    telemetry: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -463,6 +465,7 @@ class Snapshot:
     nodes: Mapping[str, Node] = field(default_factory=lambda: MappingProxyType({}))
     """By the node's name; empty unless the mesh encrypts with WireGuard."""
     gateways: Mapping[str, Gateway] = field(default_factory=lambda: MappingProxyType({}))
+    telemetry: Mapping[str, Telemetry] = field(default_factory=lambda: MappingProxyType({}))
 
     def since(self, before: Snapshot) -> Delta | None:
         """What differs from `before`; None: not known, compare."""
@@ -493,7 +496,7 @@ class LocalWorkload:
     netns_path: str
 
 
-Entity = Workload | Service | Route | Policy | TrafficPolicy | Authentication | Node | Gateway
+Entity = Workload | Service | Route | Policy | TrafficPolicy | Authentication | Node | Gateway | Telemetry
 
 
 def decode(entity: bytes, node: str | None = None) -> Entity:
@@ -786,4 +789,5 @@ _DECODERS: Mapping[str, Callable[[Any], Entity]] = {
     "authentication": _authentication,
     "node": _node,
     "gateway": _gateway,
+    "telemetry": observability.decode,
 }

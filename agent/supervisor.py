@@ -21,10 +21,11 @@ from agent.api import Api
 from agent.balancing import node_zone
 from agent.bpf.acceleration import failing
 from agent.bpf.datapath import DataPath
-from agent.bpf.events import Events
+from agent.bpf.events import Event, Events
 from agent.bpf.manifest import HOOKED
 from agent.bpf.sockets import Sockets
 from agent.config import Config
+from agent.connection_log import ConnectionLog
 from agent.discovery import Discovery
 from agent.distrust import Distrust, Waypoint
 from agent.enrolment import Enrolled, Enrolment
@@ -32,12 +33,14 @@ from agent.errors import EnvironmentUnfit, KernelRefused, MeshError
 from agent.gateways import GatewayCertificates
 from agent.identity.part import identities
 from agent.ids import Ids
-from agent.l7 import audit, envoy, externals, gateways, names, secrets
+from agent.l7 import audit, envoy, externals, gateways, names, request_log, secrets
 from agent.l7.resources import Resource, Resources
 from agent.l7.snapshot import Builder, tracing
 from agent.l7.xds import XdsServer
+from agent.logfiles import LogFile, keep_bounded
 from agent.model import Direct, Snapshot, Workload
 from agent.names.service import Names
+from agent.observability import Observability
 from agent.patience import within
 from agent.quota import Quotas
 from agent.relay import Relay
@@ -89,8 +92,13 @@ class Supervisor:
         self._residents: Mapping[str, Workload] = {}
         """The workloads of this node, enrolled or not."""
         self._enrolled = Enrolled()
-        self._builder = Builder(config.node, config.trust_domain)
+        self._request_log = LogFile(config.log_dir / "requests.log")
+        self._builder = Builder(config.node, config.trust_domain, str(self._request_log.path))
+        self._connection_log = ConnectionLog(LogFile(config.log_dir / "connections.log"), self._logs_connections)
         self._built: Resources = {}
+        self._observability = Observability({})
+        self._told: Mapping[str, int] = {}
+        """Runtime keys of the log of requests."""
         self._enforcing = asyncio.Lock()
         self._configured = asyncio.Event()
         self._relaxable = asyncio.Event()
@@ -119,6 +127,7 @@ class Supervisor:
         envoy.find(config.envoy)
         for directory in (config.run_dir, config.state_dir, config.netns_dir):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._request_log.prepare()  # Envoy refuses listeners whose log it cannot open
         held = lock.acquire(config.run_dir / "agent.lock")
         try:
             await self._start()
@@ -180,6 +189,7 @@ class Supervisor:
             enrolled=lambda: self._enrolled,
             rows=lambda: {name: mirror.count for name, mirror in self._enrolment.tables.mirrors.items()},
             closed_by_policy=lambda: self._revocation.closed,
+            unlogged=lambda: self._connection_log.dropped,
             audited=lambda: audit.counts(config.envoy_admin_socket) if audit.wanted(self.snapshot) else {},
             requests=Requests(config.envoy_admin_socket, lambda: self.snapshot.services).text,
         )
@@ -206,7 +216,7 @@ class Supervisor:
         self._held_back = False
 
     async def _serve(self) -> None:
-        events = Events(self.datapath.maps["mesh_events"], self.ids, self._tracer.on_event, expected=probe.NAME)
+        events = Events(self.datapath.maps["mesh_events"], self.ids, self._on_event, expected=probe.NAME)
         api = Api(self._config, self, self._relay)
         self._metrics.start()
         try:
@@ -235,6 +245,8 @@ class Supervisor:
                     "wireguard": self._wireguard.run(),
                     "quotas": self._quotas.run(),
                     "gateways": self._gateways.run(),
+                    "connection-log": self._connection_log.run(),
+                    "request-log": keep_bounded(self._request_log, lambda: envoy.reopen_logs(self._config.envoy_admin_socket)),
                 }
             )
         finally:
@@ -257,6 +269,7 @@ class Supervisor:
         await self._enforce(snapshot, strict)
         self._residents = residents(self._config.node, snapshot, self.snapshot, self._residents)
         self._snapshot = snapshot
+        self._observability = Observability(snapshot.telemetry)
         self._revocation.changed(Rules(snapshot, self.enrolled, needed))
         self._quotas.update(snapshot)
         self._gateways.want(any(gateways.of(one, snapshot) for one in self._residents.values()))
@@ -366,13 +379,15 @@ class Supervisor:
         loopback = self._tunnels.address if self._secured else None
         snapshot, local, trust = self.snapshot, self.enrolled.local, self._distrust.distrusted
         built = await asyncio.to_thread(self._builder.build, snapshot, local, zone, loopback, trust, self._wireguard.direct)
-        if built is not self._built:
-            self._built = built
+        told = request_log.runtime(snapshot, local)
+        if built is not self._built or told != self._told:
+            self._built, self._told = built, told
             self._unsettled.set()
             self._serve_to_waypoint(self._tracer.pairs)
 
     def _serve_to_waypoint(self, pairs: frozenset[Pair]) -> None:
-        self._xds.set({**self._built, **tracing(frozenset(pair.source for pair in pairs), peers=self._asks_for_peers)})
+        traced = frozenset(pair.source for pair in pairs)
+        self._xds.set({**self._built, **tracing(traced, peers=self._asks_for_peers, logs=self._told)})
 
     def _ask_for_peers(self, asked: bool) -> None:
         self._asks_for_peers = asked
@@ -542,6 +557,14 @@ class Supervisor:
             table.put(key, table.layout.value.pack(**{"": 1}))
         self.datapath.configure(waypoint_cgroup_id=self._config.waypoint_cgroup.stat().st_ino, tracing=len(wanted))
         table.prune(wanted)
+
+    def _on_event(self, event: Event) -> None:
+        self._tracer.on_event(event)
+        self._connection_log.on_event(event)
+
+    def _logs_connections(self, workload: str) -> bool:
+        """Are this workload's connections logged? Not those of the live probe, nor of who is not known."""
+        return bool(workload) and workload != probe.NAME and self._observability.logs_connections(workload.partition("/")[0])
 
     def _status_from_thread(self) -> Status:
         """The state of the node, asked on the event loop, where it belongs."""

@@ -170,7 +170,7 @@ def _connections(tcp: Mapping[str, Flow]) -> Iterator[str]:
 class MeshCollector(Collector):
     """The mesh's own metrics. Those of connections, which are many, are in `flows`, those of requests (`agent.requests`) in `requests`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  one for each part that is asked
         self,
         datapath: DataPath,
         ids: Ids,
@@ -181,6 +181,7 @@ class MeshCollector(Collector):
         closed_by_policy: Callable[[], int] = int,
         audited: Callable[[], Mapping[tuple[str, str], int]] = dict,
         requests: Callable[[], Iterator[str]] = lambda: iter(()),
+        unlogged: Callable[[], int] = int,
     ) -> None:
         """All of these are called from the scrape's thread. `rows` are the numbers of rows that the agent keeps in maps: those need not be counted."""
         self._datapath = datapath
@@ -188,6 +189,7 @@ class MeshCollector(Collector):
         self._rows = rows
         self._closed_by_policy = closed_by_policy
         self._audited = audited
+        self._unlogged = unlogged
         self._fill: dict[str, int] = {}
         self._filled_at = 0.0
         self.flows = FlowMetrics(datapath, ids, enrolled)
@@ -226,6 +228,11 @@ class MeshCollector(Collector):
             "mesh_connections_closed_by_policy",
             "Living connections that were closed because a changed policy forbids them.",
             self._closed_by_policy(),
+        )
+        yield CounterMetricFamily(
+            "mesh_connection_log_dropped",
+            "Connections without a line in the connection log: more came than could be written. See also mesh_datapath_events, event_unlogged.",
+            self._unlogged(),
         )
         counters = CounterMetricFamily(
             "mesh_datapath_events", "Rare events in the kernel programs; any but event_* needs a look.", labels=("event",)

@@ -100,6 +100,8 @@ class Watch:
     def _outbound(self, event: Event) -> None:
         steps = self._open.get(event.socket_cookie)
         if steps is None:
+            if event.kind is EventKind.CLOSED:
+                return  # from before this trace: its end is reported for a log
             steps = []
             _remember(self._open, event.socket_cookie, steps)
         steps.append(event)

@@ -110,6 +110,7 @@ _OWN = (
     "identity",
     "snapshot.*",
     "wireguard",
+    "logs",
 )
 
 

@@ -198,6 +198,7 @@ static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_a
 	sock->dialled = *destination;
 	sock->dialled_port = *port;
 	sock->direction = MESH_OUTBOUND;
+	sock->logged = self.flags & MESH_WORKLOAD_LOGGED && !waypoint ? 1 : 0;
 
 	if (waypoint) {
 		sock->direction = MESH_FROM_WAYPOINT; /* already decided: by the waypoint's RBAC here, by mesh_sk_lookup there */

@@ -423,11 +423,10 @@ static __always_inline void mesh_event_send(struct mesh_event *event)
 	mesh_events.ringbuf_submit(event, 0);
 }
 
-/* True while this CPU may still report a denial in this second. Traced pairs are always reported. */
-static __always_inline bool mesh_may_report(void)
+/* True while this CPU has used less than `most` of a budget in this second; otherwise that is counted. */
+static __always_inline bool mesh_within_budget(u32 slot, u64 most, u32 counter)
 {
-	u32 zero = 0;
-	struct mesh_budget *budget = mesh_budget.lookup(&zero);
+	struct mesh_budget *budget = mesh_budget.lookup(&slot);
 	u64 now = bpf_ktime_get_ns();
 
 	if (!budget)
@@ -436,12 +435,24 @@ static __always_inline bool mesh_may_report(void)
 		budget->window_ns = now;
 		budget->used = 0;
 	}
-	if (budget->used >= MESH_DENIALS_PER_SECOND) {
-		mesh_count(MESH_COUNT_EVENT_SUPPRESSED);
+	if (budget->used >= most) {
+		mesh_count(counter);
 		return false;
 	}
 	budget->used += 1;
 	return true;
+}
+
+/* May a denial be reported? Traced pairs are always reported. */
+static __always_inline bool mesh_may_report(void)
+{
+	return mesh_within_budget(MESH_BUDGET_DENIALS, MESH_DENIALS_PER_SECOND, MESH_COUNT_EVENT_SUPPRESSED);
+}
+
+/* Does somebody want to know that this connection has ended? */
+static __always_inline bool mesh_end_wanted(const struct mesh_sock *sock)
+{
+	return sock->traced || (sock->logged && mesh_within_budget(MESH_BUDGET_LOGGED, MESH_LOGGED_PER_SECOND, MESH_COUNT_EVENT_UNLOGGED));
 }
 
 /* Does somebody trace this pair? */

@@ -48,7 +48,7 @@ MESH_MAP("sk_storage", int, struct mesh_origdst, mesh_accepted, 0, BPF_F_NO_PREA
 MESH_MAP("percpu_hash", struct mesh_stats_key, struct mesh_stats, mesh_stats, 16384, BPF_F_NO_PREALLOC);
 MESH_MAP("percpu_hash", struct mesh_verdict_key, u64, mesh_verdicts, 16384, BPF_F_NO_PREALLOC);
 MESH_MAP("percpu_array", u32, u64, mesh_counter, MESH_COUNT_MAX, 0);
-MESH_MAP("percpu_array", u32, struct mesh_budget, mesh_budget, 1, 0);
+MESH_MAP("percpu_array", u32, struct mesh_budget, mesh_budget, MESH_BUDGETS, 0);
 MESH_MAP("array", u32, struct mesh_stats, mesh_blank, 1, 0); /* never written: all zero */
 
 /* The waypoint's listening sockets for what comes in: mesh_sk_lookup hands connections to them. */

@@ -192,6 +192,7 @@ static __always_inline void mesh_on_accepted(struct bpf_sock_ops *ctx)
 	sock->dialled_port = ends.local_port;
 	sock->direction = MESH_INBOUND;
 	sock->protocol = IPPROTO_TCP;
+	sock->logged = self.flags & MESH_WORKLOAD_LOGGED ? 1 : 0;
 	mesh_flow_key_of(&ends, false, &flow_key);
 	flow = mesh_flow.lookup(&flow_key);
 	if (flow) {
@@ -271,7 +272,7 @@ static __always_inline void mesh_on_close(struct bpf_sock_ops *ctx)
 			mesh_add(stats->rtt_bucket[mesh_bucket(rtt_ns) & (MESH_BUCKETS - 1)], 1);
 		}
 	}
-	if (sock->traced)
+	if (mesh_end_wanted(sock))
 		mesh_report_socket(ctx, sock, MESH_EVENT_CLOSED, reason, old, redirected);
 	mesh_forget(ctx, sock);
 	mesh_load_end(sock);

@@ -77,7 +77,8 @@ enum mesh_counter {
 	MESH_COUNT_LOAD_FAILED = 9,       /* mesh_load full: the endpoint is chosen as if it were idle */
 	MESH_COUNT_KERNEL_SOCKET = 10,    /* a kernel thread's connection inside an enrolled namespace, left alone */
 	MESH_COUNT_FAIL_OPEN = 11,        /* a connection that went past an absent waypoint: MESH_SERVICE_FAIL_OPEN */
-	MESH_COUNT_MAX = 12,
+	MESH_COUNT_EVENT_UNLOGGED = 12,   /* more ends of logged connections than MESH_LOGGED_PER_SECOND on one CPU */
+	MESH_COUNT_MAX = 13,
 };
 
 #define MESH_WORKLOAD_ENFORCE_INBOUND 1u /* L7 policy is enforced at the receiver even for connections from a local waypoint */
@@ -86,6 +87,7 @@ enum mesh_counter {
 #define MESH_WORKLOAD_STRICT 8u      /* what comes from outside this node in plaintext is refused */
 #define MESH_WORKLOAD_MTLS_PORTS 16u /* some of its ports have a row in mesh_mtls, which says both of the above in place of its own flags */
 #define MESH_WORKLOAD_EGRESS_DENY 32u /* it may go to services and workloads, and nowhere else */
+#define MESH_WORKLOAD_LOGGED 64u     /* the ends of its connections are reported */
 #define MESH_WORKLOAD_MTLS (MESH_WORKLOAD_TUNNEL | MESH_WORKLOAD_STRICT)
 
 #define MESH_SERVICE_WAYPOINT 1u /* L7 */
@@ -314,7 +316,7 @@ struct mesh_sock {
 	__u8 protocol;
 	__u8 loaded; /* 1: counted in mesh_load */
 	__u8 accelerated; /* 1: both ends want it, this end is asked; what became of it is in mesh_joined */
-	__u8 pad;
+	__u8 logged; /* 1: its end is reported */
 	__u64 spare[4]; /* socket storage cannot move to a map of another layout: room for what comes */
 };
 
@@ -389,8 +391,12 @@ struct mesh_event {
 	char comm[16];
 };
 
-/* Per-CPU budget for denial events, so that a flood of denied connections costs no user-space time. */
+/* Per-CPU budgets for events that nobody traces, so that a flood of connections costs no user-space time. */
 #define MESH_DENIALS_PER_SECOND 50
+#define MESH_LOGGED_PER_SECOND 500
+#define MESH_BUDGET_DENIALS 0
+#define MESH_BUDGET_LOGGED 1
+#define MESH_BUDGETS 2
 struct mesh_budget {
 	__u64 window_ns;
 	__u64 used;

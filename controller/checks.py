@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from controller import authentication, conditions, externals, gatewaychecks, regexes, routechecks, traffic
+from controller import authentication, conditions, externals, gatewaychecks, regexes, routechecks, telemetry, traffic
 from controller.documents import Path
 from controller.durations import milliseconds
 from controller.objects import (
@@ -64,6 +64,8 @@ def _elsewhere(kind: str, spec: Mapping[str, Any]) -> Iterator[Found]:
         yield from externals.check(spec, _address)
     elif kind == "Gateway":
         yield from gatewaychecks.gateway(spec)
+    elif kind == telemetry.KIND:
+        yield from telemetry.check(spec)
 
 
 def _labels(kind: str, metadata: Mapping[str, Any]) -> Iterator[Found]:

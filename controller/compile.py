@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from controller import authentication, conditions, externals, protocols, routes, traffic
+from controller import authentication, conditions, externals, protocols, routes, telemetry, traffic
 from controller.conflicts import virtual_addresses, workload_addresses
 from controller.durations import milliseconds
 from controller.gateways import CONTROLLER, Ingress
@@ -132,6 +132,7 @@ def compile_model(
     _index_routes(world, out)
     _gateways(world, out)
     _index_traffic(world, out)
+    _telemetry(world, out)
     for name, service in world.services.items():
         message = _service(world, name, service)
         out.entities[f"service/{name}"] = pb.Entity(service=message)
@@ -322,6 +323,28 @@ def _index_traffic(world: _World, out: Compiled) -> None:
         if attached.missing:
             beaten = not attached.ports and not attached.lost
             conditions.append(Condition("Accepted" if beaten else "ResolvedRefs", False, "TargetNotFound", "; ".join(attached.missing)))
+
+
+def _telemetry(world: _World, out: Compiled) -> None:
+    """Find the Telemetry of each Service, namespace and, as that of ROOT_NAMESPACE, the mesh, and say what became of the others."""
+    items = sorted(world.of(telemetry.KIND), key=_created)
+    attached = telemetry.attach(items, world.services)
+    for item in items:
+        name, found = item.key.qualified, attached[item.key.qualified]
+        conditions = out.conditions[item.key]
+        if found.scopes:
+            entity, wrong = telemetry.message(item, found.scopes, world.objects, world.ingress.grants)
+            out.entities[f"telemetry/{name}"] = pb.Entity(telemetry=entity)
+            conditions.append(_accepted())
+            if wrong:
+                conditions.append(Condition("ResolvedRefs", False, *wrong))
+        if found.lost:
+            words = "; ".join(f"Telemetry {holder} decides for {_names(held)}" for holder, held in found.lost.items())
+            message = f"{words}: the oldest counts, by creationTimestamp (without one it is the oldest), then by name"
+            conditions.append(Condition("Uncontested" if found.scopes else "Accepted", False, "Conflicted", message))
+        if found.missing:
+            beaten = not found.scopes and not found.lost
+            conditions.append(Condition("Accepted" if beaten else "TargetsResolved", False, "TargetNotFound", "; ".join(found.missing)))
 
 
 _NO_AUTHORITY: Final = Condition(

@@ -27,6 +27,8 @@ MESH_PORTS: Final = frozenset({15001, 15002, 15003, 15006, 15008, 15053})
 MOST_RULES: Final = 10_000
 """Matches of all routes of one listener together."""
 _KINDS: Final = ("HTTPRoute", "GRPCRoute")
+_OWN_KINDS: Final = {"Telemetry": "meshagent.io", "ExternalService": "meshagent.io"}
+"""The groups of kinds that ReferenceGrants may name and that are not Gateway API's, or as targets core's."""
 _PROTOCOLS: Final = ("HTTP", "HTTPS")
 _NAMES_SHOWN: Final = 10
 
@@ -96,7 +98,8 @@ class Grants:
         for grant in grants:
             for source in grant.spec["from"]:
                 for target in grant.spec["to"]:
-                    if source["group"] == GROUP and target["group"] in {"", "core"}:
+                    own = _OWN_KINDS.get(target["kind"])
+                    if source["group"] == _OWN_KINDS.get(source["kind"], GROUP) and target["group"] in ({own} if own else {"", "core"}):
                         name = target.get("name", "*")
                         self._allowed.add((source["kind"], source["namespace"], target["kind"], grant.key.namespace, name))
 

@@ -172,7 +172,7 @@ class Resource(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     ENTITY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"workload/NAMESPACE/NAME", "service/...", "route/...", "policy/...", "traffic/..." """
+    """"workload/NAMESPACE/NAME", "service/...", "route/...", "policy/...", "traffic/...", "telemetry/..." """
     version: _builtins.str
     """hash of `entity`"""
     entity: _builtins.bytes
@@ -204,6 +204,7 @@ class Entity(_message.Message):
     AUTHENTICATION_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
     GATEWAY_FIELD_NUMBER: _builtins.int
+    TELEMETRY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def workload(self) -> Global___Workload: ...
     @_builtins.property
@@ -220,6 +221,8 @@ class Entity(_message.Message):
     def node(self) -> Global___Node: ...
     @_builtins.property
     def gateway(self) -> Global___Gateway: ...
+    @_builtins.property
+    def telemetry(self) -> Global___Telemetry: ...
     def __init__(
         self,
         *,
@@ -231,12 +234,13 @@ class Entity(_message.Message):
         authentication: Global___Authentication | None = ...,
         node: Global___Node | None = ...,
         gateway: Global___Gateway | None = ...,
+        telemetry: Global___Telemetry | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["authentication", b"authentication", "gateway", b"gateway", "kind", b"kind", "node", b"node", "policy", b"policy", "route", b"route", "service", b"service", "traffic", b"traffic", "workload", b"workload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["authentication", b"authentication", "gateway", b"gateway", "kind", b"kind", "node", b"node", "policy", b"policy", "route", b"route", "service", b"service", "telemetry", b"telemetry", "traffic", b"traffic", "workload", b"workload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authentication", b"authentication", "gateway", b"gateway", "kind", b"kind", "node", b"node", "policy", b"policy", "route", b"route", "service", b"service", "traffic", b"traffic", "workload", b"workload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authentication", b"authentication", "gateway", b"gateway", "kind", b"kind", "node", b"node", "policy", b"policy", "route", b"route", "service", b"service", "telemetry", b"telemetry", "traffic", b"traffic", "workload", b"workload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["workload", "service", "route", "policy", "traffic", "authentication", "node", "gateway"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["workload", "service", "route", "policy", "traffic", "authentication", "node", "gateway", "telemetry"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -2413,3 +2417,114 @@ class Bandwidth(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Bandwidth: _TypeAlias = Bandwidth  # noqa: Y015
+
+@_typing.final
+class Telemetry(_message.Message):
+    """What is told about traffic, and where. Of each part the most specific Telemetry that says it counts: that of the Service called, of its namespace, of
+    the mesh. A part that is unset says nothing.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    SCOPES_FIELD_NUMBER: _builtins.int
+    TRACING_FIELD_NUMBER: _builtins.int
+    ACCESS_LOGS_FIELD_NUMBER: _builtins.int
+    CONNECTION_LOGS_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    name: _builtins.str
+    connection_logs: _builtins.bool
+    @_builtins.property
+    def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """what it decides for, sorted: "mesh", "namespace/NAMESPACE", "service/NAMESPACE/NAME" """
+
+    @_builtins.property
+    def tracing(self) -> Global___Tracing: ...
+    @_builtins.property
+    def access_logs(self) -> Global___AccessLogs: ...
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        name: _builtins.str = ...,
+        scopes: _abc.Iterable[_builtins.str] | None = ...,
+        tracing: Global___Tracing | None = ...,
+        access_logs: Global___AccessLogs | None = ...,
+        connection_logs: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_connection_logs", b"_connection_logs", "access_logs", b"access_logs", "connection_logs", b"connection_logs", "tracing", b"tracing"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_connection_logs", b"_connection_logs", "access_logs", b"access_logs", "connection_logs", b"connection_logs", "name", b"name", "namespace", b"namespace", "scopes", b"scopes", "tracing", b"tracing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__connection_logs: _TypeAlias = _typing.Literal["connection_logs"]  # noqa: Y015
+    _WhichOneofArgType__connection_logs: _TypeAlias = _typing.Literal["_connection_logs", b"_connection_logs"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__connection_logs) -> _WhichOneofReturnType__connection_logs | None: ...
+
+Global___Telemetry: _TypeAlias = Telemetry  # noqa: Y015
+
+@_typing.final
+class Tracing(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTOR_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    ACCEPT_FROM_OUTSIDE_FIELD_NUMBER: _builtins.int
+    collector: _builtins.str
+    """"NAMESPACE/NAME" of a Service that speaks OTLP over gRPC; empty = as less specific ones say"""
+    port: _builtins.int
+    """of it"""
+    sampling: _builtins.int
+    """traces begun, in millionths of requests; unset = as less specific ones say"""
+    accept_from_outside: _builtins.bool
+    """gateways believe trace context of strangers; unset = as less specific ones say"""
+    def __init__(
+        self,
+        *,
+        collector: _builtins.str = ...,
+        port: _builtins.int = ...,
+        sampling: _builtins.int | None = ...,
+        accept_from_outside: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_accept_from_outside", b"_accept_from_outside", "_sampling", b"_sampling", "accept_from_outside", b"accept_from_outside", "sampling", b"sampling"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_accept_from_outside", b"_accept_from_outside", "_sampling", b"_sampling", "accept_from_outside", b"accept_from_outside", "collector", b"collector", "port", b"port", "sampling", b"sampling"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__accept_from_outside: _TypeAlias = _typing.Literal["accept_from_outside"]  # noqa: Y015
+    _WhichOneofArgType__accept_from_outside: _TypeAlias = _typing.Literal["_accept_from_outside", b"_accept_from_outside"]  # noqa: Y015
+    _WhichOneofReturnType__sampling: _TypeAlias = _typing.Literal["sampling"]  # noqa: Y015
+    _WhichOneofArgType__sampling: _TypeAlias = _typing.Literal["_sampling", b"_sampling"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__accept_from_outside) -> _WhichOneofReturnType__accept_from_outside | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sampling) -> _WhichOneofReturnType__sampling | None: ...
+
+Global___Tracing: _TypeAlias = Tracing  # noqa: Y015
+
+@_typing.final
+class AccessLogs(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENABLED_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    ERRORS_ALWAYS_FIELD_NUMBER: _builtins.int
+    enabled: _builtins.bool
+    sampling: _builtins.int
+    """millionths of requests"""
+    errors_always: _builtins.bool
+    """failed requests whatever `sampling` says"""
+    def __init__(
+        self,
+        *,
+        enabled: _builtins.bool = ...,
+        sampling: _builtins.int = ...,
+        errors_always: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["enabled", b"enabled", "errors_always", b"errors_always", "sampling", b"sampling"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AccessLogs: _TypeAlias = AccessLogs  # noqa: Y015

@@ -26,6 +26,7 @@ from agent.bpf.maps import Map, Mirror
 from agent.bpf.rows import Known, Layouts, Rows
 from agent.ids import Ids
 from agent.model import NO_DIRECT, Delta, Direct, LocalWorkload, Mtls, Service, Snapshot, Workload, port_name
+from agent.observability import Observability
 from agent.policy import TCP, UDP, Caller, Classes, Verdict, block, compile_rows, protecting
 
 _PROTOCOLS = {TCP: 6, UDP: 17}  # IPPROTO_TCP, IPPROTO_UDP
@@ -115,6 +116,10 @@ class Tables:
         flags = dict.fromkeys(enforce_inbound, m.WORKLOAD_ENFORCE_INBOUND)
         for name in accelerated:
             flags[name] = flags.get(name, 0) | m.WORKLOAD_ACCELERATE
+        observability = Observability(snapshot.telemetry)
+        for name, namespace in here.items():
+            if observability.logs_connections(namespace.local.workload.namespace):
+                flags[name] = flags.get(name, 0) | m.WORKLOAD_LOGGED
         renumbered = frozenset(identity for identity, _ in self._tunnels.items() ^ tunnels.items())
         self._tunnels = dict(tunnels)
         turned, self._direct = direct != self._direct, direct

@@ -74,14 +74,14 @@ def service_endpoints(name: str, port: int, endpoints: Iterable[Target]) -> endp
     LEAST_REQUEST takes two at random if all weights are the same, and otherwise goes round by weight, less for those that are busy
     (https://www.envoyproxy.io/docs/envoy/v1.37.0/intro/arch_overview/upstream/load_balancing/load_balancers#weighted-least-request).
     """
-    return _assignment(names.service(name, port), endpoints)
+    return assignment(names.service(name, port), endpoints)
 
 
 def workload_cluster(name: str, port: int, app_protocol: str, target: Target | None) -> cluster_pb2.Cluster:
     """Build the cluster of one workload alone, for callers who dial its address instead of a service; no target: it cannot be reached."""
     cluster = base(names.workload(name, port), app_protocol)
     cluster.type = cluster_pb2.Cluster.STATIC
-    cluster.load_assignment.CopyFrom(_assignment(cluster.name, [target] if target else []))
+    cluster.load_assignment.CopyFrom(assignment(cluster.name, [target] if target else []))
     if target and target.tunnel:
         _match_tunnels(cluster)
     return cluster
@@ -170,7 +170,7 @@ def base(name: str, app_protocol: str = "", *, options: http_protocol_options_pb
     return cluster
 
 
-def _assignment(name: str, endpoints: Iterable[Target]) -> endpoint_pb2.ClusterLoadAssignment:
+def assignment(name: str, endpoints: Iterable[Target]) -> endpoint_pb2.ClusterLoadAssignment:
     """Endpoints whose own node reads requests are in a locality of their own, which means nothing but this: an endpoint that changes its locality is removed
     and added (Envoy's BaseDynamicClusterImpl::updateDynamicHostList), and pools of a removed one take no new requests and end with those that they have. So
     connections that were made past the receiver's inspection are let go of when it begins, without a failed request.
@@ -194,7 +194,9 @@ def _host(target: Target) -> endpoint_components_pb2.LbEndpoint:
     through = names.destination(target.address, target.port)
     internal = host.endpoint.address.envoy_internal_address
     internal.server_listener_name, internal.endpoint_id = names.TUNNEL, through
-    host.metadata.filter_metadata[names.TUNNEL_METADATA].update({"target": through, "cluster": names.tunnel(target.tunnel)})
+    host.metadata.filter_metadata[names.TUNNEL_METADATA].update(
+        {"target": through, "cluster": names.tunnel(target.tunnel), "workload": target.workload}
+    )
     host.metadata.filter_metadata[_SOCKET_MATCH].update(_TUNNELLED)
     return host
 

@@ -200,6 +200,7 @@ class Envoy:
             "--log-level": "warning",
             "--drain-time-s": str(DRAIN_S),
             "--drain-strategy": "immediate",
+            "--file-flush-interval-msec": "1000",
         }
         # Several nodes of a lab share one kernel; hot restart would make them one Envoy (its shared memory is named by base id).
         return [str(binary), "--disable-hot-restart", *(part for option in options.items() for part in option)]
@@ -275,11 +276,16 @@ def stream_admin(admin: Path, path: str, silence: float, whole: float) -> Iterat
         connection.close()
 
 
-def _get(admin: Path, path: str) -> bytes:
+def reopen_logs(admin: Path) -> None:
+    """Have a running Envoy open its log files anew, after they were moved away. Raises OSError or HTTPException."""
+    _get(admin, "/reopen_logs", method="POST")
+
+
+def _get(admin: Path, path: str, method: str = "GET") -> bytes:
     """GET from the admin socket; raises OSError or HTTPException."""
     connection = _UnixConnection(admin)
     try:
-        connection.request("GET", path)
+        connection.request(method, path)
         response = connection.getresponse()
         body = response.read()
         if response.status != 200:

@@ -22,11 +22,12 @@ from envoy.extensions.http.early_header_mutation.header_mutation.v3 import heade
 from envoy.extensions.transport_sockets.tls.v3 import common_pb2, secret_pb2, tls_pb2
 from google.protobuf.duration_pb2 import Duration
 
-from agent.l7 import listeners, names, routes
+from agent.l7 import listeners, names, routes, spans
 from agent.l7.clusters import ads
 from agent.l7.precedence import covers
 from agent.l7.resources import Resource, pack, packed
 from agent.l7.secrets import reference
+from agent.l7.telling import NOTHING, Telling
 from agent.model import Gateway, GatewayListener, LocalWorkload, Route, RouteRule, Snapshot, Workload
 
 LABEL = "gateway.networking.k8s.io/gateway-name"
@@ -106,7 +107,9 @@ def configurations(name: str, group: Sequence[GatewayListener]) -> list[tuple[st
     return [(name, tuple(group))]
 
 
-def listener(local: LocalWorkload, trust_domain: str, secured: bool, group: Sequence[GatewayListener]) -> listener_pb2.Listener:
+def listener(
+    local: LocalWorkload, trust_domain: str, secured: bool, group: Sequence[GatewayListener], told: Telling = NOTHING
+) -> listener_pb2.Listener:
     """Build Envoy's listener for one port of a gateway; `secured` if the workload has a certificate for other nodes.
 
     Its filter chains do not depend on routes, and those of one hostname not on other hostnames: a change drains the connections of nobody else.
@@ -120,7 +123,7 @@ def listener(local: LocalWorkload, trust_domain: str, secured: bool, group: Sequ
         result.listener_filters.add(name="envoy.filters.listener.tls_inspector", typed_config=inspector)
     state = listeners.set_state(*listeners.caller(local, trust_domain, secured))
     for config, some in configurations(name, group):
-        chain = result.filter_chains.add(name=config, filters=[state, _limit(), listeners.http(_manager(local, config))])
+        chain = result.filter_chains.add(name=config, filters=[state, _limit(), listeners.http(_manager(local, config, told))])
         if some[0].certificates:
             if some[0].hostname:
                 chain.filter_chain_match.server_names.append(some[0].hostname)
@@ -129,13 +132,15 @@ def listener(local: LocalWorkload, trust_domain: str, secured: bool, group: Sequ
     return result
 
 
-def _manager(local: LocalWorkload, config: str) -> hcm_pb2.HttpConnectionManager:
-    result = listeners.manager(local.workload.name, names.listener(names.GATEWAY, local.workload.name), names.GATEWAY)
+def _manager(local: LocalWorkload, config: str, told: Telling) -> hcm_pb2.HttpConnectionManager:
+    result = listeners.manager(local.workload.name, names.listener(names.GATEWAY, local.workload.name), names.GATEWAY, told)
     result.rds.route_config_name = config
     result.rds.config_source.CopyFrom(ads())
     result.use_remote_address.value = True
     result.skip_xff_append = False
     result.early_header_mutation_extensions.append(_unforwarded())
+    if not told.accept_from_outside:
+        result.early_header_mutation_extensions.append(spans.strip())
     result.request_headers_timeout.CopyFrom(Duration(seconds=HEADERS_S))
     result.stream_idle_timeout.CopyFrom(Duration(seconds=STREAM_IDLE_S))
     result.max_request_headers_kb.value = HEADERS_KIB

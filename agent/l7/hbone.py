@@ -34,6 +34,7 @@ from agent.l7 import clusters, fairness, listeners, names, peer_log, tls
 from agent.l7.clusters import ads
 from agent.l7.rbac import Authorization
 from agent.l7.resources import packed
+from agent.l7.telling import NOTHING, Telling
 from agent.model import LocalWorkload
 
 HANDSHAKE_S = 10
@@ -192,12 +193,12 @@ def _who() -> hcm_pb2.HttpFilter:
     return hcm_pb2.HttpFilter(name="envoy.filters.http.set_filter_state", typed_config=packed(config))
 
 
-def inner(local: LocalWorkload) -> listener_pb2.Listener:
+def inner(local: LocalWorkload, told: Telling = NOTHING) -> listener_pb2.Listener:
     """Build the internal listener for what came out of a workload's tunnels, if its policies need the request. Its routes have its name."""
     name = names.listener(names.INNER, local.workload.name)
     listener = listener_pb2.Listener(name=name, stat_prefix=names.INNER, traffic_direction=base_pb2.INBOUND)
     listener.internal_listener.SetInParent()
-    manager = listeners.manager(local.workload.name, name, names.INBOUND)
+    manager = listeners.manager(local.workload.name, name, names.INBOUND, told)
     manager.rds.route_config_name = name
     manager.rds.config_source.CopyFrom(ads())
     manager.early_header_mutation_extensions.append(listeners.destination_header(f"%FILTER_STATE({names.ORIGINAL_DESTINATION_KEY}:PLAIN)%"))

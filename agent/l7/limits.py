@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from cel.expr import syntax_pb2
 from envoy.config.core.v3 import base_pb2, extension_pb2
 from envoy.config.route.v3 import route_pb2
 from envoy.extensions.common.matching.v3 import extension_matcher_pb2
@@ -34,10 +33,9 @@ from xds.core.v3 import extension_pb2 as xds_extension_pb2
 from xds.type.matcher.v3 import cel_pb2, matcher_pb2, regex_pb2
 from xds.type.matcher.v3 import http_inputs_pb2 as cel_inputs_pb2
 from xds.type.matcher.v3 import string_pb2 as xds_string_pb2
-from xds.type.v3 import cel_pb2 as cel_type_pb2
 from xds.type.v3 import typed_struct_pb2
 
-from agent.l7 import names, quota
+from agent.l7 import cel, names, quota
 from agent.l7.resources import packed
 from agent.traffic import Fault, Per, RateLimit, TrafficPolicy
 
@@ -160,46 +158,15 @@ def _caller(fault: Fault) -> matcher_pb2.Matcher.MatcherList.Predicate:
     any_of = []
     for caller in fault.callers:
         both = [
-            _join("_||_", [_is(key, value) for value in values])
+            cel.join("_||_", [cel.equals(cel.entry(cel.attribute("filter_state"), key), value.encode()) for value in values])
             for key, values in ((names.NAMESPACE_KEY, caller.namespaces), (names.SERVICE_ACCOUNT_KEY, caller.service_accounts))
             if values
         ]
-        any_of.append(_join("_&&_", both))
-    parsed = syntax_pb2.ParsedExpr(expr=_numbered(_join("_||_", any_of)), source_info=syntax_pb2.SourceInfo())
+        any_of.append(cel.join("_&&_", both))
     result = Predicate()
     result.single_predicate.input.CopyFrom(_extension("cel", cel_inputs_pb2.HttpAttributesCelMatchInput()))
-    result.single_predicate.custom_match.CopyFrom(
-        _extension("cel", cel_pb2.CelMatcher(expr_match=cel_type_pb2.CelExpression(cel_expr_parsed=parsed)))
-    )
+    result.single_predicate.custom_match.CopyFrom(_extension("cel", cel_pb2.CelMatcher(expr_match=cel.parsed(cel.join("_||_", any_of)))))
     return result
-
-
-def _is(key: str, value: str) -> syntax_pb2.Expr:
-    state = _call("_[_]", syntax_pb2.Expr(ident_expr={"name": "filter_state"}), syntax_pb2.Expr(const_expr={"string_value": key}))
-    return _call("_==_", state, syntax_pb2.Expr(const_expr={"bytes_value": value.encode()}))
-
-
-def _join(function: str, parts: Sequence[syntax_pb2.Expr]) -> syntax_pb2.Expr:
-    """Balanced: 1,024 callers are ten levels deep and not a thousand."""
-    if len(parts) == 1:
-        return parts[0]
-    middle = len(parts) // 2
-    return _call(function, _join(function, parts[:middle]), _join(function, parts[middle:]))
-
-
-def _call(function: str, *arguments: syntax_pb2.Expr) -> syntax_pb2.Expr:
-    return syntax_pb2.Expr(call_expr=syntax_pb2.Expr.Call(function=function, args=arguments))
-
-
-def _numbered(expression: syntax_pb2.Expr) -> syntax_pb2.Expr:
-    """Give every part the number of its own that CEL asks for."""
-    waiting, number = [expression], 0
-    while waiting:
-        number += 1
-        part = waiting.pop()
-        part.id = number
-        waiting.extend(part.call_expr.args)
-    return expression
 
 
 def _rate_limits(limits: Sequence[RateLimit]) -> local_rate_limit_pb2.LocalRateLimit:

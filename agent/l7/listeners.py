@@ -28,9 +28,10 @@ from envoy.extensions.http.early_header_mutation.header_mutation.v3 import heade
 from google.protobuf.duration_pb2 import Duration
 
 from agent.config import INBOUND_PORT, OUTBOUND_PORT
-from agent.l7 import claims, fairness, filters, hygiene, jwt, limits, metrics, names
+from agent.l7 import claims, fairness, filters, hygiene, jwt, limits, metrics, names, request_log, spans
 from agent.l7.clusters import ads, socket_address
 from agent.l7.resources import packed
+from agent.l7.telling import NOTHING, Telling
 from agent.model import LocalWorkload
 
 _REASONS = (  # local replies by response flag or code (https://www.envoyproxy.io/docs/envoy/v1.37.0/configuration/observability/access_log)
@@ -48,7 +49,7 @@ _REASONS = (  # local replies by response flag or code (https://www.envoyproxy.i
 )
 
 
-def outbound(local: LocalWorkload, trust_domain: str, secured: bool = False) -> listener_pb2.Listener:
+def outbound(local: LocalWorkload, trust_domain: str, secured: bool = False, told: Telling = NOTHING) -> listener_pb2.Listener:
     """Build the listener that the connect hook redirects this workload's L7 connections to; `secured` if it has a certificate for other nodes.
 
     [::1] is added only for a workload that has an IPv6 address: in a namespace with IPv6 switched off it could not be bound, and
@@ -56,7 +57,7 @@ def outbound(local: LocalWorkload, trust_domain: str, secured: bool = False) -> 
     """
     workload = local.workload
     name = names.listener(names.OUTBOUND, workload.name)
-    connections = manager(workload.name, name, names.OUTBOUND)
+    connections = manager(workload.name, name, names.OUTBOUND, told)
     connections.scoped_routes.name = "destinations"
     connections.scoped_routes.rds_config_source.CopyFrom(ads())
     connections.scoped_routes.scoped_rds.scoped_rds_config_source.CopyFrom(ads())
@@ -87,14 +88,14 @@ def caller(local: LocalWorkload, trust_domain: str, secured: bool) -> list[Filte
     return state
 
 
-def inbound(local: LocalWorkload) -> listener_pb2.Listener:
+def inbound(local: LocalWorkload, told: Telling = NOTHING) -> listener_pb2.Listener:
     """Build the listener that plain connections to this workload are steered to when its policies need the request.
 
     It is bound to the wildcard: an accepted socket then has the address that the caller dialled, which filter state hands to the
     original-destination cluster. Authorization is in its RouteConfiguration of the same name.
     """
     name = names.listener(names.INBOUND, local.workload.name)
-    connections = manager(local.workload.name, name, names.INBOUND)
+    connections = manager(local.workload.name, name, names.INBOUND, told)
     connections.rds.route_config_name = name
     connections.rds.config_source.CopyFrom(ads())
     listener = bound(name, local, ("0.0.0.0", "::"), INBOUND_PORT)
@@ -174,7 +175,7 @@ def destination_header(text: str) -> extension_pb2.TypedExtensionConfig:
     return extension_pb2.TypedExtensionConfig(name="envoy.http.early_header_mutation.header_mutation", typed_config=packed(mutation))
 
 
-def manager(workload: str, log_name: str, side: str) -> hcm_pb2.HttpConnectionManager:
+def manager(workload: str, log_name: str, side: str, told: Telling = NOTHING) -> hcm_pb2.HttpConnectionManager:
     """Build the HTTP connection manager: transparent to the application, strict where a path could mean two things.
 
     Paths are normalized, repeated slashes merged and escaped slashes answered by a redirect to the plain path, so that what
@@ -201,6 +202,10 @@ def manager(workload: str, log_name: str, side: str) -> hcm_pb2.HttpConnectionMa
         early_header_mutation_extensions=[hygiene.clean()],
         request_headers_timeout=Duration(seconds=hygiene.HEADERS_S),
     )
+    if told.log:
+        result.access_log.append(request_log.access_log(workload, log_name, told.log))
+    if told.collector:
+        spans.trace(result, workload, log_name, told)
     fairness.turn_taking(result)
     result.http2_protocol_options.allow_connect = True  # WebSocket over HTTP/2 (RFC 8441)
     result.http_protocol_options.enable_trailers = True

@@ -37,7 +37,7 @@ MOST_HISTOGRAMS = 2000
 IDLE_S = 3600
 """Envoy looks so often; what did not change between two looks is removed."""
 _SCOPE_FIELD = 6  # Config.stats_scope; xds-protos 1.85 does not know it
-_TARGET, _NAME = "mesh.target", "name"
+TARGET, NAME = "mesh.target", "name"
 """Metadata of an endpoint: which workload it is."""
 
 
@@ -60,11 +60,11 @@ class Key(NamedTuple):
 def endpoint(metadata: base_pb2.Metadata, workload: str, *, tunnelled: bool) -> None:
     """Note on an endpoint which workload it is, and whether requests get there through a tunnel.
 
-    filter_metadata[_TARGET].fields[_NAME].string_value, encoded by hand: there can be 100,000 endpoints, and messages within maps take 20 us each to make.
+    filter_metadata[TARGET].fields[NAME].string_value, encoded by hand: there can be 100,000 endpoints, and messages within maps take 20 us each to make.
     """
     text = (f"{workload} mutual_tls" if tunnelled else workload).encode()
-    value = _entry(_NAME, _length_delimited(3, text))
-    metadata.MergeFromString(_entry(_TARGET, value))
+    value = _entry(NAME, _length_delimited(3, text))
+    metadata.MergeFromString(_entry(TARGET, value))
 
 
 def bootstrap() -> dict[str, Any]:
@@ -103,7 +103,7 @@ def _key(workload: str, side: str) -> str:
             workload.replace("%", "%%"),
             f"%FILTER_STATE({names.PEER_KEY}:PLAIN)%" if side == names.INNER else "",
             address,
-            f"%UPSTREAM_METADATA({_TARGET}:{_NAME})%" if outbound else "",
+            f"%UPSTREAM_METADATA({TARGET}:{NAME})%" if outbound else "",
             "%ROUTE_NAME%",
         )
     )

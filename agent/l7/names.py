@@ -142,6 +142,11 @@ def tunnel(loopback: str) -> str:
     return f"{TUNNEL}/{loopback}"
 
 
+def collector(service: str, port: int) -> str:
+    """Name of the cluster of a collector of spans."""
+    return f"collector/{service}/{port}"
+
+
 def trace_key(workload: str) -> str:
     """Runtime key (percent) that the access log filters of a workload's listeners read."""
     return "meshagent.trace." + workload.replace("/", ".", 1)

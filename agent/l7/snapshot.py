@@ -8,9 +8,10 @@ a node without enrolled workloads has none at all.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 from envoy.service.runtime.v3 import rtds_pb2
@@ -35,14 +36,18 @@ from agent.l7 import (
     rbac,
     routes,
     shares,
+    spans,
+    telling,
     traffic,
 )
 from agent.l7.kept import Kept
 from agent.l7.peers import Peers
 from agent.l7.rbac import Authorization
 from agent.l7.resources import Resource, Resources, pack
+from agent.l7.telling import Telling
 from agent.l7.view import Key, View, targets
 from agent.model import NO_DIRECT, Authentication, Direct, LocalWorkload, Mtls, Policy, Route, Service, ServicePort, Snapshot, Workload
+from agent.observability import Marks, Observability
 from agent.policy import Caller, Verdict, decide, named, protecting
 from agent.traffic import TrafficPolicy
 
@@ -57,10 +62,14 @@ def build(snapshot: Snapshot, local: Sequence[LocalWorkload], *, trust_domain: s
     return {**Builder(node, trust_domain).build(snapshot, local, zone), **tracing(traced)}
 
 
-def tracing(traced: frozenset[str], *, peers: bool = False) -> Resources:
-    """The runtime layer. `traced` names local workloads whose requests are streamed to the agent; `peers`: so is what the far ends of tunnels have shown."""
+def tracing(traced: frozenset[str], *, peers: bool = False, logs: Mapping[str, int] = MappingProxyType({})) -> Resources:
+    """The runtime layer. `traced` names local workloads whose requests are streamed to the agent; `peers`: so is what the far ends of tunnels have shown.
+
+    `logs` are keys of `agent.l7.request_log`.
+    """
     runtime = rtds_pb2.Runtime(name=names.RUNTIME_LAYER)
-    runtime.layer.update({names.trace_key(workload): 100 for workload in sorted(traced)} | ({names.PEERS_KEY: 100} if peers else {}))
+    keys = {names.trace_key(workload): 100 for workload in sorted(traced)} | ({names.PEERS_KEY: 100} if peers else {})
+    runtime.layer.update(keys | dict(logs))
     return {names.RUNTIME: {names.RUNTIME_LAYER: pack(runtime)}}
 
 
@@ -116,9 +125,11 @@ class Builder:
     that is not traced (`_COMPARED`, another zone, certificates for the first time, ...) has everything built anew.
     """
 
-    def __init__(self, node: str, trust_domain: str) -> None:
-        """For the agent of `node`."""
+    def __init__(self, node: str, trust_domain: str, request_log: str = "") -> None:
+        """For the agent of `node`; `request_log` is the file of `agent.l7.request_log`, "" = there is none."""
         self._node = node
+        self._log = request_log
+        self._observability = Observability({})
         self._trust_domain = trust_domain
         self._view = View.of(Snapshot())
         self._kept = Kept()
@@ -220,6 +231,7 @@ class Builder:
         if self._settled is None:
             self._settled = _Reading.of(view, self._node)
         self._loopback, self._distrusted, self._direct = loopback, distrusted, direct
+        self._observability = Observability(snapshot.telemetry)
         limited = frozenset(
             names.service(*key)
             for policy in snapshot.traffic.values()
@@ -375,6 +387,7 @@ class Builder:
                     self._listeners([self._by_name[name]])
         if self._local:
             self._mirrors()
+            self._collectors()
             self._gateways(self._local)
             if self._receiving or self._loopback is not None:
                 self._add(names.CLUSTER, names.ORIGINAL_DESTINATION_CLUSTER, clusters.original_destination_cluster)
@@ -438,7 +451,8 @@ class Builder:
                 inputs: tuple[Any, ...] = (policy, routes.service, cluster, attached, around)
             else:
                 inputs = (policy, routes.direct, cluster, cluster, f"{name} default", self._authorization(name, port))
-            self._add(names.ROUTES, cluster, shares.routes, *self._shared, limits.guarded, *inputs)
+            marks = self._observability.marks(name, port)
+            self._add(names.ROUTES, cluster, telling.routes, marks, shares.routes, *self._shared, limits.guarded, *inputs)
             for address in service.addresses:
                 self._scope(address, port, cluster)
 
@@ -450,7 +464,9 @@ class Builder:
         found = egress.policies(service, self._view.snapshot)
         if not External.is_stream(port):
             authorization = self._kept((rbac.at_caller, cluster), rbac.at_caller, found, port.port, self._callers)
-            self._add(names.ROUTES, cluster, externals.requests, name, port.port, external, service.addresses, authorization)
+            marks = self._observability.marks(name, port.port)
+            inputs = (name, port.port, external, service.addresses, authorization)
+            self._add(names.ROUTES, cluster, telling.routes, marks, externals.requests, *inputs)
             for address in service.addresses:
                 self._scope(address, port.port, cluster)
             return
@@ -559,14 +575,16 @@ class Builder:
             for target, app_protocol in _targets(self._view, workload) if workload.addresses else ():
                 cluster = names.workload(name, target)
                 self._add(names.CLUSTER, cluster, clusters.workload_cluster, name, target, app_protocol, self._target(workload, target))
-                self._add(names.ROUTES, cluster, routes.direct, cluster, cluster, f"{name} address", self._at_caller(workload, target))
+                inputs = (cluster, cluster, f"{name} address", self._at_caller(workload, target))
+                self._add(names.ROUTES, cluster, telling.routes, self._received_by(workload), routes.direct, *inputs)
                 for address in workload.addresses:
                     self._scope(address, target, cluster)
 
     def _listeners(self, local: Sequence[LocalWorkload]) -> None:
         for one in local:
             name = names.listener(names.OUTBOUND, one.workload.name)
-            self._add(names.LISTENER, name, listeners.outbound, one, self._trust_domain, self._loopback is not None)
+            secured, told = self._loopback is not None, self._telling(one.workload)
+            self._add(names.LISTENER, name, listeners.outbound, one, self._trust_domain, secured, told)
             if self._view.streams:
                 self._add(names.LISTENER, names.listener(names.EGRESS, one.workload.name), externals.listener, one, self._trust_domain)
         if self._loopback is not None:
@@ -575,7 +593,7 @@ class Builder:
             name = names.listener(names.INBOUND, one.workload.name)
             authorization = Authorization()
             if one.workload.name in self._receiving:
-                self._add(names.LISTENER, name, listeners.inbound, one)
+                self._add(names.LISTENER, name, listeners.inbound, one, self._telling(one.workload))
                 policies = protecting(one.workload, self._view.snapshot)
                 authorization = self._kept((rbac.at_receiver, name), self._at_receiver, policies, self._stamps[one.workload.name])
                 authorization = self._authenticated(one.workload, authorization)
@@ -586,7 +604,31 @@ class Builder:
 
         They are there without the listener, too: one that is removed serves the connections that it has until it is drained, by the last routes it was told.
         """
-        self._add(names.ROUTES, name, routes.direct, name, names.ORIGINAL_DESTINATION_CLUSTER, f"{workload.name} inbound", authorization)
+        inputs = (name, names.ORIGINAL_DESTINATION_CLUSTER, f"{workload.name} inbound", authorization)
+        self._add(names.ROUTES, name, telling.routes, self._received_by(workload), routes.direct, *inputs)
+
+    def _received_by(self, workload: Workload) -> Marks:
+        return self._observability.received(workload.namespace, (backing.service for backing in workload.backing))
+
+    def _telling(self, workload: Workload) -> Telling:
+        """What the listeners of a workload can tell; spans only where there is a collector to tell."""
+        accept = self._observability.accepts_from_outside(workload.namespace)
+        collector = self._observability.collector(workload.namespace)
+        if collector is None or collector not in self._view.used:
+            return Telling(self._log, accept_from_outside=accept)
+        external = self._view.snapshot.services[collector[0]].external is not None
+        cluster = names.service(*collector) if external else names.collector(*collector)
+        return Telling(self._log, cluster, f"{workload.namespace}/{workload.service_account}", accept)
+
+    def _collectors(self) -> None:
+        """The way to collectors in the mesh; those outside are reached as by anybody."""
+        for key in sorted(self._observability.collectors() & self._view.used):
+            if self._view.snapshot.services[key[0]].external is None:
+                name = names.collector(*key)
+                found = self._view.endpoints.get(key, ())
+                targets = tuple(clusters.Target(one.addresses[0], port, one.weight) for one, port in found)
+                self._add(names.CLUSTER, name, spans.cluster, *key)
+                self._add(names.ENDPOINTS, name, spans.endpoints, *key, targets)
 
     def _gateways(self, local: Iterable[LocalWorkload]) -> None:
         """The listeners of gateways that run in the place of workloads of this node, and their routes, which are those of any caller."""
@@ -599,10 +641,13 @@ class Builder:
             backends = {backend: self._authorization(*backend) for backend in sorted(wanted) if backend in self._view.used}
             for port, group in gateways.ports(gateway).items():
                 name = names.gateway(one.workload.name, port)
-                self._add(names.LISTENER, name, gateways.listener, one, self._trust_domain, self._loopback is not None, group)
+                secured, told = self._loopback is not None, self._telling(one.workload)
+                self._add(names.LISTENER, name, gateways.listener, one, self._trust_domain, secured, group, told)
+                marks = self._observability.of_namespace(one.workload.namespace)
                 for config, some in gateways.configurations(name, group):
                     routed = tuple((listener, attached[listener.name]) for listener in some)
-                    self._add(names.ROUTES, config, shares.routes, *self._shared, gateways.configuration, config, group, routed, backends)
+                    inputs = (config, group, routed, backends)
+                    self._add(names.ROUTES, config, telling.routes, marks, shares.routes, *self._shared, gateways.configuration, *inputs)
 
     def _tunnel_ends(self, local: Iterable[LocalWorkload]) -> None:
         """Both ends of tunnels in the namespaces of this node's workloads."""
@@ -620,7 +665,7 @@ class Builder:
             within = Authorization()
             if inside is None or inside:
                 self._add(names.CLUSTER, inner, clusters.internal_cluster, inner, inner)
-                self._add(names.LISTENER, inner, hbone.inner, one)
+                self._add(names.LISTENER, inner, hbone.inner, one, self._telling(workload))
                 within = self._kept((rbac.at_tunnel, inner), rbac.at_tunnel, policies, peers.principal, names.DESTINATION_HEADER)
                 within = self._authenticated(workload, within)
             self._received(inner, workload, within)

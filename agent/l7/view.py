@@ -15,6 +15,7 @@ from agent.compact import differing
 from agent.l7 import gateways, jwt, rbac
 from agent.l7.rbac import Authorization
 from agent.model import Delta, HeaderEdit, Policy, Route, RouteRule, Service, ServicePort, Snapshot, Workload
+from agent.observability import Observability
 from agent.policy import UDP, protecting
 
 Key = tuple[str, int]
@@ -95,7 +96,7 @@ class View:
     consumers: Mapping[Key, tuple[tuple[str, tuple[Route, ...]], ...]]
     """Consumer routes of each service port with a waypoint that has any, by the namespace of the callers that they are for."""
     used: frozenset[Key]
-    """Service ports that need a cluster: those with a waypoint and every backend, or mirror, of a route attached to one."""
+    """Service ports that need a cluster: those with a waypoint, every backend, or mirror, of a route attached to one, and collectors of spans."""
     changed: frozenset[Key]
     """Service ports that get requests with another path or other headers than the caller sent, or copies of requests: what the caller's side decides with the
     original in hand does not hold for them."""
@@ -149,7 +150,7 @@ class View:
         view = self
         if snapshot.policies is not before.policies or snapshot.authentications is not before.authentications:
             view = view.protected_as(snapshot)
-        if snapshot.services is not before.services or snapshot.routes is not before.routes:
+        if any(getattr(snapshot, name) is not getattr(before, name) for name in ("services", "routes", "telemetry")):
             view = view.routed_as(self._index.attachments(snapshot))
         return replace(view.moved_as(delta, snapshot), snapshot=snapshot)
 
@@ -313,7 +314,8 @@ class _Index:
         self._facts = facts
         of_gateways = gateways.rules(snapshot)
         behind_gateways, changed_there = targets(of_gateways)
-        backends = frozenset(behind_gateways).union(*(one.backends for one in facts.values()))
+        collectors = Observability(snapshot.telemetry).collectors()
+        backends = collectors.union(behind_gateways, *(one.backends for one in facts.values()))
         changed = frozenset(changed_there).union(*(one.changed for one in facts.values()))
         existing = {(name, port) for name, port in backends if name in ports and port in ports[name][1]}
         senders: dict[Key, set[Key]] = {}

@@ -130,12 +130,14 @@ def test_what_a_stranger_says_of_itself_is_not_believed(edge: Lab) -> None:
         "X-Envoy-Original-Path": "/x",
         "X-Meshagent-Destination": "10.96.0.20:6379",
         "X-Real-Ip": "10.77.1.10",
+        "Traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        "Tracestate": "vendor=1",
     }
     for where in ("/", "/two"):
         options = [part for name, value in forged.items() for part in ("-H", f"{name}: {value}")]
         seen = shop.get(edge, "client", f"{OPEN}{where}", *options)["request"]
         assert (seen["x-forwarded-for"], seen["x-forwarded-proto"]) == ("10.77.255.200", "http")
-        assert {name for name in seen if name.startswith("x-")} == {"x-forwarded-for", "x-forwarded-proto"}
+        assert {name for name in seen if name.startswith(("x-", "trace"))} == {"x-forwarded-for", "x-forwarded-proto"}
 
 
 def test_https_shows_the_certificate_of_the_name_and_a_new_one_at_once(edge: Lab) -> None:

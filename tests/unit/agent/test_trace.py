@@ -325,3 +325,9 @@ def test_a_call_that_was_not_let_out_is_in_every_trace_of_its_source_with_the_ne
     (connection,) = found(watch)
     assert (connection.destination, connection.outcome, connection.hops[0].detail["reason"]) == ("203.0.113.7:443", "denied", "egress")
     assert "ExternalService" in (connection.next_step or "")
+
+
+def test_a_connection_from_before_the_trace_that_ends_for_a_log_is_no_connection_of_it() -> None:
+    watch = Watch(L4, "node-1")
+    watch.on_event(event(EventKind.CLOSED, reason=Close.NORMAL))
+    assert found(watch) == []

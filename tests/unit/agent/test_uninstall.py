@@ -41,6 +41,9 @@ def config(tmp_path: Path) -> Config:
     made.workload_socket.touch()
     for name in ("snapshot.pb", ".snapshot.pb.x1y2"):
         (made.state_dir / name).touch()
+    made.log_dir.mkdir()
+    for name in ("requests.log", "requests.log.1", "connections.log"):
+        (made.log_dir / name).touch()
     for name in ("mesh_connect4", "netns-7"):
         (made.pin_dir / "links" / name).touch()
     return made

@@ -43,6 +43,7 @@ def test_every_kind_of_the_issue_is_known() -> None:
         "RequestAuthentication",
         "Secret",
         "Service",
+        "Telemetry",
         "TrafficPolicy",
         "Workload",
     ]
