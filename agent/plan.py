@@ -14,6 +14,7 @@ from agent.model import NO_DIRECT, Action, Direct, Mtls, RouteRule, Service, Ser
 from agent.policy import PROTOCOLS, TCP, Caller, Decision, Verdict, decide, protecting, source_matches
 from agent.report import BackendPlan, Plan
 
+_MOST_CANDIDATES = 7
 NO_ROUTE = "{} is L7 and its routes have no usable backend: see 'meshagent get httproute -o json' (or grpcroute) for the reason"
 
 
@@ -54,13 +55,13 @@ class Destination:
 
 
 def find_destination(snapshot: Snapshot, name: str) -> Destination:
-    """`SERVICE` or `WORKLOAD`, then perhaps `:PORT`, and behind it perhaps `/tcp` or `/udp`.
+    """`SERVICE`, as a resource or by its DNS name, or `WORKLOAD`, then perhaps `:PORT`, and behind it perhaps `/tcp` or `/udp`.
 
     Without a protocol TCP is tried before UDP. Without a port it is the first one of TCP, or else of UDP; 0 for a workload that backs no service.
     """
     stem, _, port = name.partition(":")
     number, protocols = _port(name, port) if port else (0, PROTOCOLS)
-    full = qualified(stem)
+    full = _by_dns_name(snapshot, stem) or qualified(stem)
     if full in snapshot.services:
         service = snapshot.services[full]
         for protocol in protocols:
@@ -79,6 +80,20 @@ def find_destination(snapshot: Snapshot, name: str) -> Destination:
     raise NotFound(_unknown("service or workload", full, {**snapshot.workloads, **snapshot.services}))
 
 
+def _by_dns_name(snapshot: Snapshot, name: str) -> str:
+    """The service that pods know by this name with a namespace in it; "" if it is no such name."""
+    if "." not in name or "/" in name or qualified(name) in snapshot.services:
+        return ""
+    service, namespace, *rest = name.removesuffix(".").split(".")
+    full = f"{namespace}/{service}"
+    if full in snapshot.services and (not rest or rest[0] == "svc"):
+        return full
+    hint = _hint(full, snapshot.services)
+    raise NotFound(
+        f"no service has the DNS name {name}: pods that look it up get what the resolver outside of the mesh says, mostly NXDOMAIN; {hint}"
+    )
+
+
 def _port(name: str, text: str) -> tuple[int, tuple[str, ...]]:
     """The number and the protocols to try. NotFound if it is neither a port nor a port with its protocol."""
     port, _, protocol = text.partition("/")
@@ -92,11 +107,18 @@ def _port(name: str, text: str) -> tuple[int, tuple[str, ...]]:
 
 
 def _unknown(what: str, name: str, known: Mapping[str, object]) -> str:
+    return f"no {what} is called {name}: {_hint(name, known)}"
+
+
+def _hint(name: str, known: Mapping[str, object]) -> str:
+    """What may have been meant: the same name in another namespace, or names that are nearly so."""
+    same = [full for full in sorted(known) if _leaf(full) == _leaf(name)]
+    if len(same) > 1:
+        return f"the name is ambiguous, say which: {', '.join(same[:_MOST_CANDIDATES])}{', ...' if len(same) > _MOST_CANDIDATES else ''}"
     # Without the namespace, which would make all names alike.
     close = difflib.get_close_matches(_leaf(name), {_leaf(full) for full in known}, n=3)
     found = [full for leaf in close for full in sorted(known) if _leaf(full) == leaf]
-    hint = f"did you mean {' or '.join(found[:3])}?" if found else "'meshagent get all' lists what exists"
-    return f"no {what} is called {name}: {hint}"
+    return f"did you mean {' or '.join(found[:3])}?" if found else "'meshagent get all' lists what exists"
 
 
 def _leaf(name: str) -> str:
@@ -188,6 +210,16 @@ def allowing(snapshot: Snapshot, workloads: Iterable[str]) -> str:
     """The ALLOW policies that protect any of the workloads, for people."""
     found = {p.name for name in workloads for p in protecting(snapshot.workloads[name], snapshot) if p.action is Action.ALLOW}
     return ", ".join(sorted(found))
+
+
+def demands_tokens(snapshot: Snapshot, workloads: Iterable[str]) -> bool:
+    """Does a policy that protects any of the workloads ask for a token?"""
+    rules = (rule for name in workloads for p in protecting(snapshot.workloads[name], snapshot) for rule in p.rules)
+    return any(
+        any(source.l7 for source in (*rule.sources, *rule.also_sources))
+        or any(one.claims for one in (*rule.operations, *rule.also_operations))
+        for rule in rules
+    )
 
 
 def _shares(snapshot: Snapshot, found: Destination, source: Workload, caller: Caller) -> list[tuple[Workload, int, float]]:

@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 
 from agent.errors import NotFound
+from agent.observation import clean
 from meshapi import agent_pb2, agent_pb2_grpc, relay_pb2_grpc
 from meshapi import relay_pb2 as pb
 
@@ -27,6 +28,8 @@ _log = logging.getLogger(__name__)
 RETRY_S: Final = 5.0
 AT_ONCE: Final = 64
 """Questions; a controller that asks more is told so."""
+_LONGEST_ERROR: Final = 500
+"""Characters of what another machine says went wrong."""
 _LOST = (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError)
 
 
@@ -60,10 +63,12 @@ class Relay:
         try:
             async for told in ask:
                 if told.error:
-                    raise NotFound(told.error)
+                    raise NotFound(clean(told.error, _LONGEST_ERROR))
                 yield agent_pb2.Json(document=told.document)
         except grpc.aio.AioRpcError as error:
-            raise NotFound(f"it runs on node {node}, and the controller did not ask there: {error.details()}") from error
+            raise NotFound(
+                f"it runs on node {node}, and the controller did not ask there: {clean(error.details() or '', _LONGEST_ERROR)}"
+            ) from error
         finally:
             ask.cancel()
 

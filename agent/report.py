@@ -215,7 +215,11 @@ class Hop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
-    """One connection or request that was seen. `outcome`: an HTTP status, or "closed", "reset", "failed", "denied", "refused"."""
+    """One connection or request that was seen. `outcome`: an HTTP status, or "closed", "reset", "failed", "denied", "refused", "sent" (UDP).
+
+    `began_ns`: Unix time, by the clock of the caller's node. Hops of another node say in `afterNs` when they began; `clock_error_ns` is by how much that may
+    be wrong, None if all hops are of one node.
+    """
 
     kind: str = "connection"
     source: str
@@ -224,6 +228,17 @@ class Connection:
     outcome: str
     rule: str | None = None
     next_step: str | None = None
+    began_ns: int = 0
+    clock_error_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """What else a trace has to say: `text` for people; `missed` events and connections so far that it could not show."""
+
+    kind: str = "notice"
+    text: str
+    missed: int = 0
 
 
 def _camel(name: str) -> str:

@@ -173,6 +173,7 @@ class Supervisor:
             lambda: [one.netns_path for one in self.enrolled.local],
         )
         self._xds.on_shown = self._distrust.shown
+        self._xds.on_tunnel = self._tracer.on_tunnel
         self._gateways.load()
         self._identity.subscribe(self._secrets_changed)
         self._identity.load()
@@ -386,8 +387,9 @@ class Supervisor:
             self._serve_to_waypoint(self._tracer.pairs)
 
     def _serve_to_waypoint(self, pairs: frozenset[Pair]) -> None:
-        traced = frozenset(pair.source for pair in pairs)
-        self._xds.set({**self._built, **tracing(traced, peers=self._asks_for_peers, logs=self._told)})
+        traced = frozenset(pair.source for pair in pairs if not pair.receiving)
+        received = frozenset(target for pair in pairs if pair.receiving for target in pair.targets)
+        self._xds.set({**self._built, **tracing(traced, received=received, peers=self._asks_for_peers, logs=self._told)})
 
     def _ask_for_peers(self, asked: bool) -> None:
         self._asks_for_peers = asked
@@ -538,6 +540,10 @@ class Supervisor:
     async def tracing_armed(self) -> bool:
         """Wait until Envoy reports what the tracer asked for; False if it does not within two seconds."""
         return await self._xds.wait_acked(2.0)
+
+    def lost_events(self) -> int:
+        """How many kernel events found no room since the programs were loaded."""
+        return self.datapath.counters()["event_dropped"]
 
     def _trace_changed(self, pairs: frozenset[Pair]) -> None:
         self._set_tracing(pairs)

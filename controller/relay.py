@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from typing import Any, Final, NamedTuple
 
 import grpc
@@ -57,11 +57,12 @@ class Relay(relay_pb2_grpc.RelayServicer):
             while (question := await line.questions.get()) is not None:
                 yield question
         finally:
-            listening.cancel()
-            await asyncio.gather(listening, return_exceptions=True)
+            # First what must not be left out: whoever is cancelled here, because the connection broke meanwhile, comes no further than the next await.
             line.close()
             if self._lines.get(node) is line:
                 del self._lines[node]
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
 
     async def Ask(self, request: pb.AskRequest, context: Context) -> AsyncIterator[pb.Told]:  # noqa: N802
         """Ask one node or all of them."""
@@ -96,10 +97,15 @@ class Relay(relay_pb2_grpc.RelayServicer):
             return ""
         if not any(uri.startswith(self._nodes) for uri in found):
             return f"the client certificate must name {self._admin}; it names {', '.join(found) or 'no URI'}"
+        return self._objection_to_node(request, found)
+
+    def _objection_to_node(self, request: pb.AskRequest, found: Collection[str]) -> str:
         if not request.HasField("trace"):
             return "a node may ask for traces only: use an administrator's certificate, or the controller's socket"
         if request.trace.probe:
             return "a node may not probe for another: ask on the source's node, or the controller (--controller)"
+        if request.trace.receiving and self._nodes + self._node_of(request.trace.source) not in found:
+            return f"a node may ask what receivers see of its own workloads only, and {request.trace.source} is none of them"
         return ""
 
     def _asked(self, request: pb.AskRequest) -> Iterable[str]:

@@ -247,7 +247,7 @@ def _perform(lab: Lab, console: Console) -> int:
         table.add_row("[green]ok[/]" if seen.ok else "[bold red]NO[/]", escape(expectation.text), escape(seen.text))
     console.print(table)
     console.rule("meshagent trace frontend cart --probe")
-    trace = lab.ask("node-1", "trace", "frontend", "cart", "--probe", "--count", "1", "--duration", "5")
+    trace = lab.ask("node-1", "trace", "frontend", "cart", "--probe", "--count", "1", "--duration", "5", "-o", "text")
     console.print((trace.stdout + trace.stderr).strip(), markup=False, highlight=False)
     console.rule("L4 metrics of node-1, from the kernel: what /metrics says")
     for metrics_table in tables(lab.metrics("node-1")):

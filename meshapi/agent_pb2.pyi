@@ -3,8 +3,10 @@
 isort:skip_file
 What the command line asks of an agent, over its unix socket."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -41,6 +43,12 @@ class TraceRequest(_message.Message):
     COUNT_FIELD_NUMBER: _builtins.int
     PROBE_FIELD_NUMBER: _builtins.int
     RELAYED_FIELD_NUMBER: _builtins.int
+    RECEIVING_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    ERRORS_ONLY_FIELD_NUMBER: _builtins.int
+    SLOW_MS_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """"NAMESPACE/NAME" of a workload"""
     destination: _builtins.str
@@ -53,6 +61,20 @@ class TraceRequest(_message.Message):
     """open one connection from the source's network namespace"""
     relayed: _builtins.bool
     """asked through the controller: not to be passed on again"""
+    receiving: _builtins.bool
+    """asked by the source's node: only what the receivers on this node see of the pair (agent/observation.py)"""
+    method: _builtins.str
+    """requests only with this method; empty = all"""
+    path: _builtins.str
+    """requests only with this path, or, if it ends in *, one that begins so; empty = all"""
+    errors_only: _builtins.bool
+    """what failed"""
+    slow_ms: _builtins.float
+    """what took at least so many milliseconds"""
+    @_builtins.property
+    def status(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """requests only with these codes ("503", "5xx"); none = all"""
+
     def __init__(
         self,
         *,
@@ -62,10 +84,16 @@ class TraceRequest(_message.Message):
         count: _builtins.int = ...,
         probe: _builtins.bool = ...,
         relayed: _builtins.bool = ...,
+        receiving: _builtins.bool = ...,
+        method: _builtins.str = ...,
+        path: _builtins.str = ...,
+        status: _abc.Iterable[_builtins.str] | None = ...,
+        errors_only: _builtins.bool = ...,
+        slow_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "destination", b"destination", "duration_s", b"duration_s", "probe", b"probe", "relayed", b"relayed", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "destination", b"destination", "duration_s", b"duration_s", "errors_only", b"errors_only", "method", b"method", "path", b"path", "probe", b"probe", "receiving", b"receiving", "relayed", b"relayed", "slow_ms", b"slow_ms", "source", b"source", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import click
 import grpc
 
-from agent.cli import connection
+from agent.cli import connection, live
 from agent.errors import NotFound
 from agent.plan import qualified
 from meshapi import agent_pb2 as pb
@@ -185,6 +186,13 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
+def _codes(_context: click.Context, _option: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
+    for code in given:
+        if not re.fullmatch(r"[1-5]([0-9][0-9]|xx)", code):
+            raise click.BadParameter(f"{code!r} is no status: write 503, or 5xx for all that begin so")
+    return given
+
+
 @click.command()
 @click.argument("source")
 @click.argument("destination")
@@ -193,20 +201,37 @@ def _yes(value: bool) -> str:
     "--duration", type=click.FloatRange(0), default=10.0, show_default=True, metavar="S", help="Watch for S seconds; 0 shows only the plan."
 )
 @click.option("--count", type=click.IntRange(0), default=0, help="Stop after N connections or requests.", metavar="N")
+@click.option("--method", default="", help="Requests with this method only.")
+@click.option("--path", default="", help="Requests with this path only, without the query; PATH* is the beginning of one.")
+@click.option(
+    "--status", "statuses", multiple=True, callback=_codes, metavar="CODE", help="Requests with this code only: 503, 5xx. Repeatable."
+)
+@click.option("--errors-only", is_flag=True, help="What failed only: connections that did, codes of 400 and more.")
+@click.option("--slow", type=click.FloatRange(0), default=0.0, metavar="MS", help="What took at least MS milliseconds only.")
 @RUN_DIR
 @THROUGH
 @connection.with_tls
-@OUTPUT
-def trace(
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["table", "text", "json"]),
+    help="table: the newest, live; text: every hop on a line; json: one object a line.  [default: table on a terminal, or else json]",
+)
+def trace(  # noqa: PLR0913  each is an option
     source: str,
     destination: str,
     *,
     probe: bool,
     duration: float,
     count: int,
+    method: str,
+    path: str,
+    statuses: tuple[str, ...],
+    errors_only: bool,
+    slow: float,
     run_dir: Path,
     controller: str,
-    output: str,
+    output: str | None,
     **tls: Path | None,
 ) -> None:
     """Explain what happens to calls from SOURCE to DESTINATION, then watch them.
@@ -214,18 +239,34 @@ def trace(
     SOURCE is a workload, DESTINATION a service or a workload, each NAMESPACE/NAME, or NAME in the namespace default; DESTINATION may end in :PORT.
     Exit code 1 if the call is denied.
     """
-    request = pb.TraceRequest(source=source, destination=destination, duration_s=duration, count=count, probe=probe)
+    request = pb.TraceRequest(
+        source=source,
+        destination=destination,
+        duration_s=duration,
+        count=count,
+        probe=probe,
+        method=method,
+        path=path,
+        status=statuses,
+        errors_only=errors_only,
+        slow_ms=slow,
+    )
     negative = False
     found = _told(controller, tls, relay_pb2.AskRequest(trace=request)) if controller else _traced(agent_of(source, run_dir), request)
-    for document in found:
-        negative |= document.get("verdict") == "DENY" or document.get("outcome") in NEGATIVE
-        if output == "json":
-            click.echo(json.dumps(document))
-        elif document["kind"] == "plan":
-            _show_plan(document)
-        else:
-            _show_connection(document)
+    with _shown_as(output or ("table" if live.is_terminal() else "json")) as show:
+        for document in found:
+            negative |= document.get("verdict") == "DENY" or document.get("outcome") in NEGATIVE
+            show(document)
     sys.exit(1 if negative else 0)
+
+
+@contextlib.contextmanager
+def _shown_as(output: str) -> Iterator[live.Show]:
+    if output == "table":
+        with live.table() as show:
+            yield show
+    else:
+        yield live.as_text if output == "text" else lambda document: click.echo(json.dumps(document))
 
 
 def _traced(socket: Path, request: pb.TraceRequest) -> Iterator[dict[str, Any]]:
@@ -250,38 +291,3 @@ def agent_of(workload: str, run_dir: Path) -> Path:
         if any(f"{w['namespace']}/{w['name']}" == name for w in document["workloads"]):
             return path
     return found[0]
-
-
-def _show_plan(p: dict[str, Any]) -> None:
-    rule = f"  rule {p['rule']}" if p["rule"] else ""
-    click.echo(f"{p['source']}  ->  {p['destination']}")
-    click.echo(f"  verdict     {p['verdict']}{rule}")
-    if p.get("audit"):
-        click.echo(f"  audit       enforcing {p['audit']} would deny")
-    click.echo(f"  level       {p['level']}: {p['reason']}")
-    for n, b in enumerate(p["backends"]):
-        click.echo(f"  {'backends' if not n else '':11} {b['share']:7.1%}  {b['workload']}  {b['address']}  on {b['node']}")
-    click.echo(f"  encryption  {p['encryption']}")
-    click.echo(f"  fail mode   {p['failMode']}")
-    for problem in p["problems"]:
-        click.echo(f"  problem     {problem}")
-
-
-def _show_connection(c: dict[str, Any]) -> None:
-    click.echo(f"\n{c['source']}  ->  {c['destination']}   {c['outcome']}")
-    for hop in c["hops"]:
-        facts = "  ".join(f"{k} {_fact(v)}" for k, v in hop.items() if k not in {"at", "node", "durationNs"})
-        click.echo(f"  {hop['at']:10} {hop['node']:8} {_duration(hop['durationNs']):>9}  {facts}")
-    if c["nextStep"]:
-        click.echo(f"  next step   {c['nextStep']}")
-
-
-def _fact(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _duration(ns: int) -> str:
-    for limit, unit, scale in ((1_000, "ns", 1), (1_000_000, "µs", 1_000), (1_000_000_000, "ms", 1_000_000)):
-        if ns < limit:
-            return f"{ns / scale:.4g} {unit}"
-    return f"{ns / 1_000_000_000:.4g} s"

@@ -16,6 +16,8 @@ from google.protobuf.duration_pb2 import Duration
 
 from agent.l7 import names
 
+TAGS = {"peer": f"%FILTER_STATE({names.PEER_KEY}:PLAIN)%", "peer-address": f"%FILTER_STATE({names.PEER_ADDRESS_KEY}.pool:PLAIN)%"}
+"""What such a log is to tell of each request besides: format strings of Envoy's (`agent.l7.listeners`)."""
 _PROTOCOLS = {1: "HTTP/1.0", 2: "HTTP/1.1", 3: "HTTP/2", 4: "HTTP/3"}
 
 
@@ -60,6 +62,14 @@ class RequestRecord:
     """Of the request: headers and body."""
     bytes_sent: int
     """Of the response: headers and body."""
+    request_id: str = ""
+    """X-Request-Id, if the application sent one."""
+    failure: str = ""
+    """Why no connection upstream came about, in Envoy's words."""
+    peer: str = ""
+    """SPIFFE ID that the caller has proved; of what came out of a tunnel only."""
+    peer_address: str = ""
+    """Where that tunnel came from, without a port."""
 
 
 def records(message: als_pb2.StreamAccessLogsMessage, log_name: str) -> Iterator[RequestRecord]:
@@ -71,9 +81,6 @@ def records(message: als_pb2.StreamAccessLogsMessage, log_name: str) -> Iterator
 
 def _record(entry: accesslog_pb2.HTTPAccessLogEntry, side: str, workload: str) -> RequestRecord:
     common, request, response = entry.common_properties, entry.request, entry.response
-    flags = [field.name.replace("_", " ") for field, value in common.response_flags.ListFields() if value is True]
-    if common.response_flags.HasField("unauthorized_details"):
-        flags.append("unauthorized")
     return RequestRecord(
         side=side,
         workload=workload,
@@ -82,24 +89,40 @@ def _record(entry: accesslog_pb2.HTTPAccessLogEntry, side: str, workload: str) -
         authority=request.authority,
         protocol=_PROTOCOLS.get(entry.protocol_version, ""),
         response_code=response.response_code.value,
-        response_flags=tuple(flags),
+        response_flags=flags(common),
         response_code_details=response.response_code_details,
         audited=_audited(common),
         route_name=common.route_name,
         upstream_cluster=common.upstream_cluster,
-        upstream_address=_address(common.upstream_remote_address),
+        upstream_address=endpoint(common.upstream_remote_address),
         tunnelled=common.upstream_remote_address.HasField("envoy_internal_address"),
-        upstream_local_address=_address(common.upstream_local_address),
-        downstream_remote_address=_address(common.downstream_direct_remote_address),
-        original_destination=_address(common.downstream_local_address),
+        upstream_local_address=endpoint(common.upstream_local_address),
+        downstream_remote_address=endpoint(common.downstream_direct_remote_address),
+        original_destination=endpoint(common.downstream_local_address),
         attempts=common.upstream_request_attempt_count,
         start_ns=common.start_time.ToNanoseconds(),
-        duration_ns=_nanoseconds(common.duration) or _nanoseconds(common.time_to_last_downstream_tx_byte),
-        upstream_connected_ns=_nanoseconds(common.time_to_first_upstream_tx_byte),
-        first_upstream_byte_ns=_nanoseconds(common.time_to_first_upstream_rx_byte),
+        duration_ns=nanoseconds(common.duration) or nanoseconds(common.time_to_last_downstream_tx_byte),
+        upstream_connected_ns=nanoseconds(common.time_to_first_upstream_tx_byte),
+        first_upstream_byte_ns=nanoseconds(common.time_to_first_upstream_rx_byte),
         bytes_received=request.request_headers_bytes + request.request_body_bytes,
         bytes_sent=response.response_headers_bytes + response.response_body_bytes,
+        request_id=request.request_id,
+        failure=common.upstream_transport_failure_reason,
+        peer=tag(common, "peer"),
+        peer_address=tag(common, "peer-address"),
     )
+
+
+def flags(common: accesslog_pb2.AccessLogCommon) -> tuple[str, ...]:
+    """What Envoy noticed, in words."""
+    found = [field.name.replace("_", " ") for field, value in common.response_flags.ListFields() if value is True]
+    return (*found, "unauthorized") if common.response_flags.HasField("unauthorized_details") else tuple(found)
+
+
+def tag(common: accesslog_pb2.AccessLogCommon, name: str) -> str:
+    """One of the values that a log's configuration asks for besides the protocol's own; "" where Envoy has none, which it writes as -."""
+    value: str = common.custom_tags.get(name, "")
+    return "" if value == "-" else value
 
 
 def _audited(common: accesslog_pb2.AccessLogCommon) -> str:
@@ -110,7 +133,7 @@ def _audited(common: accesslog_pb2.AccessLogCommon) -> str:
     return ""
 
 
-def _address(address: address_pb2.Address) -> str:
+def endpoint(address: address_pb2.Address) -> str:
     """Of an internal listener it is what the listener connects to (`agent.l7.clusters`)."""
     if address.HasField("envoy_internal_address"):
         return str(address.envoy_internal_address.endpoint_id)
@@ -118,5 +141,6 @@ def _address(address: address_pb2.Address) -> str:
     return names.destination(socket.address, socket.port_value) if socket.address else ""
 
 
-def _nanoseconds(duration: Duration) -> int:
+def nanoseconds(duration: Duration) -> int:
+    """A protobuf duration as a number."""
     return duration.seconds * 1_000_000_000 + duration.nanos

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from envoy.config.accesslog.v3 import accesslog_pb2
 from envoy.config.cluster.v3 import cluster_pb2
 from envoy.config.core.v3 import base_pb2, protocol_pb2
 from envoy.config.listener.v3 import listener_components_pb2, listener_pb2
@@ -30,7 +31,7 @@ from envoy.type.matcher.v3 import regex_pb2, string_pb2
 from google.protobuf.duration_pb2 import Duration
 
 from agent.config import EGRESS_PORT, HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, TUNNEL_PORT
-from agent.l7 import clusters, fairness, listeners, names, peer_log, tls
+from agent.l7 import clusters, fairness, listeners, names, peer_log, tls, tunnel_log
 from agent.l7.clusters import ads
 from agent.l7.rbac import Authorization
 from agent.l7.resources import packed
@@ -95,7 +96,9 @@ def caller(local: LocalWorkload, trust_domain: str) -> listener_pb2.Listener:
         listeners.certificate(local, trust_domain),
         _cluster_by(names.tunnel("%DOWNSTREAM_DIRECT_LOCAL_ADDRESS_WITHOUT_PORT%")),
     )
-    listener.filter_chains.add(name="tunnel", filters=[state, _connect_to("%DOWNSTREAM_LOCAL_ADDRESS%")])
+    proxy = _connect_to("%DOWNSTREAM_LOCAL_ADDRESS%", tunnel_log.of_caller(local.workload.name))
+    proxy.tunneling_config.headers_to_add.append(tunnel_log.forwarded())
+    listener.filter_chains.add(name="tunnel", filters=[state, _tcp_proxy(proxy)])
     fairness.guard(listener, names.TUNNEL, fairness.MOST_TUNNELLED)
     listener.listener_filters.append(listeners.original_destination())
     listener.traffic_direction = base_pb2.OUTBOUND
@@ -111,7 +114,7 @@ def relay() -> listener_pb2.Listener:
         _cluster_by(f"%DYNAMIC_METADATA({names.TUNNEL_METADATA}:cluster)%"),
         listeners.value(names.ORIGINAL_DESTINATION_KEY, target, factory=names.ORIGINAL_DESTINATION_KEY),
     )
-    listener.filter_chains.add(name="tunnel", filters=[state, _connect_to(target)])
+    listener.filter_chains.add(name="tunnel", filters=[state, _tcp_proxy(_connect_to(target, tunnel_log.of_relay(target)))])
     return listener
 
 
@@ -119,7 +122,7 @@ def _cluster_by(text: str) -> FilterStateValue:
     return listeners.value(names.TCP_CLUSTER_KEY, text, factory=names.TCP_CLUSTER_KEY)
 
 
-def _connect_to(target: str) -> listener_components_pb2.Filter:
+def _connect_to(target: str, traced: accesslog_pb2.AccessLog) -> tcp_proxy_pb2.TcpProxy:
     proxy = tcp_proxy_pb2.TcpProxy(
         stat_prefix=names.TUNNEL,
         cluster=names.INVALID_CLUSTER,  # filter state names the one that is used
@@ -127,8 +130,12 @@ def _connect_to(target: str) -> listener_components_pb2.Filter:
         idle_timeout=Duration(),  # Envoy's hour would cut quiet connections that work without a mesh
     )
     proxy.tunneling_config.hostname = target
-    proxy.access_log.append(peer_log.of_caller())
+    proxy.access_log.extend((peer_log.of_caller(), traced))
     proxy.access_log_options.access_log_flush_interval.seconds = peer_log.EVERY_S
+    return proxy
+
+
+def _tcp_proxy(proxy: tcp_proxy_pb2.TcpProxy) -> listener_components_pb2.Filter:
     return listener_components_pb2.Filter(name="envoy.filters.network.tcp_proxy", typed_config=packed(proxy))
 
 
@@ -140,7 +147,7 @@ def receiver(local: LocalWorkload, trust_domain: str) -> listener_pb2.Listener:
         stat_prefix=names.HBONE,
         codec_type=hcm_pb2.HttpConnectionManager.HTTP2,
         http_filters=[_who(), listeners.disabled_rbac(names.PEER_FILTER), *listeners.http_filters()],
-        access_log=[peer_log.of_receiver()],
+        access_log=[peer_log.of_receiver(), tunnel_log.of_receiver(local.workload.name)],
         upgrade_configs=[hcm_pb2.HttpConnectionManager.UpgradeConfig(upgrade_type=_CONNECT)],
         stream_idle_timeout=Duration(),
         request_headers_timeout=Duration(seconds=HANDSHAKE_S),
@@ -149,6 +156,7 @@ def receiver(local: LocalWorkload, trust_domain: str) -> listener_pb2.Listener:
         local_reply_config=listeners.local_replies(),
     )
     manager.access_log_options.access_log_flush_interval.seconds = peer_log.EVERY_S
+    manager.access_log_options.flush_access_log_on_new_request = True  # tunnels of requests live long: a trace shows them when they begin
     manager.common_http_protocol_options.max_connection_duration.seconds = TUNNEL_LIFE_S
     _share(manager.http2_protocol_options, RECEIVER_WINDOW)
     manager.http2_protocol_options.allow_connect = True
@@ -161,6 +169,7 @@ def receiver(local: LocalWorkload, trust_domain: str) -> listener_pb2.Listener:
     )
     chain.transport_socket.CopyFrom(tls.downstream(local.workload.identity(trust_domain), trust_domain))
     chain.transport_socket_connect_timeout.CopyFrom(Duration(seconds=HANDSHAKE_S))
+    listener.access_log.append(tunnel_log.of_handshakes(local.workload.name))
     listener.max_connections_to_accept_per_socket_event.value = 1  # a flood of handshakes takes turns with other workloads
     listener.traffic_direction = base_pb2.INBOUND
     return listener

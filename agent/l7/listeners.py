@@ -28,7 +28,7 @@ from envoy.extensions.http.early_header_mutation.header_mutation.v3 import heade
 from google.protobuf.duration_pb2 import Duration
 
 from agent.config import INBOUND_PORT, OUTBOUND_PORT
-from agent.l7 import claims, fairness, filters, hygiene, jwt, limits, metrics, names, request_log, spans
+from agent.l7 import access_log, claims, fairness, filters, hygiene, jwt, limits, metrics, names, request_log, spans
 from agent.l7.clusters import ads, socket_address
 from agent.l7.resources import packed
 from agent.l7.telling import NOTHING, Telling
@@ -258,7 +258,8 @@ def _reason(flag: str, code: int, reason: str) -> hcm_pb2.ResponseMapper:
 def _access_log(workload: str, log_name: str) -> accesslog_pb2.AccessLog:
     """Build the record stream to the agent, off (0 %) until the runtime layer says otherwise for this workload."""
     config = _to_agent(log_name)
-    runtime = accesslog_pb2.RuntimeFilter(runtime_key=names.trace_key(workload), use_independent_randomness=True)
+    key = names.received_key if log_name.startswith(names.RECEIVING) else names.trace_key
+    runtime = accesslog_pb2.RuntimeFilter(runtime_key=key(workload), use_independent_randomness=True)
     return accesslog_pb2.AccessLog(
         name="envoy.access_loggers.http_grpc",
         filter=accesslog_pb2.AccessLogFilter(runtime_filter=runtime),
@@ -292,4 +293,6 @@ def _to_agent(log_name: str) -> als_pb2.HttpGrpcAccessLogConfig:
             filter_state_objects_to_log=[names.WORKLOAD_KEY],
         )
     )
+    for tag, text in access_log.TAGS.items():
+        config.common_config.custom_tags.add(tag=tag, value=text)
     return config

@@ -147,6 +147,15 @@ def collector(service: str, port: int) -> str:
     return f"collector/{service}/{port}"
 
 
+TRACE_TUNNELS_KEY = "meshagent.trace-tunnels"
+"""Runtime key (percent) of the log of the node's internal listener for requests to other nodes."""
+
+
 def trace_key(workload: str) -> str:
-    """Runtime key (percent) that the access log filters of a workload's listeners read."""
+    """Runtime key (percent) that the access log filters of a workload's listeners read: of what it calls."""
     return "meshagent.trace." + workload.replace("/", ".", 1)
+
+
+def received_key(workload: str) -> str:
+    """The same of what is accepted for it."""
+    return "meshagent.trace-received." + workload.replace("/", ".", 1)

@@ -62,14 +62,20 @@ def build(snapshot: Snapshot, local: Sequence[LocalWorkload], *, trust_domain: s
     return {**Builder(node, trust_domain).build(snapshot, local, zone), **tracing(traced)}
 
 
-def tracing(traced: frozenset[str], *, peers: bool = False, logs: Mapping[str, int] = MappingProxyType({})) -> Resources:
-    """The runtime layer. `traced` names local workloads whose requests are streamed to the agent; `peers`: so is what the far ends of tunnels have shown.
-
-    `logs` are keys of `agent.l7.request_log`.
+def tracing(
+    traced: frozenset[str],
+    *,
+    received: frozenset[str] = frozenset(),
+    peers: bool = False,
+    logs: Mapping[str, int] = MappingProxyType({}),
+) -> Resources:
+    """The runtime layer. `traced` names local workloads whose requests and tunnels are streamed to the agent, `received` those of which it is what others ask
+    of them; `peers`: so is what the far ends of tunnels have shown. `logs` are keys of `agent.l7.request_log`.
     """
     runtime = rtds_pb2.Runtime(name=names.RUNTIME_LAYER)
-    keys = {names.trace_key(workload): 100 for workload in sorted(traced)} | ({names.PEERS_KEY: 100} if peers else {})
-    runtime.layer.update(keys | dict(logs))
+    keys = {names.trace_key(workload) for workload in traced} | {names.received_key(workload) for workload in received}
+    keys |= ({names.TRACE_TUNNELS_KEY} if traced else set()) | ({names.PEERS_KEY} if peers else set())
+    runtime.layer.update(dict.fromkeys(sorted(keys), 100) | dict(logs))
     return {names.RUNTIME: {names.RUNTIME_LAYER: pack(runtime)}}
 
 

@@ -36,7 +36,7 @@ from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from agent.errors import EnvironmentUnfit
-from agent.l7 import names, peer_log
+from agent.l7 import names, peer_log, tunnel_log
 from agent.l7.access_log import RequestRecord, records
 from agent.l7.resources import Resource, Resources
 
@@ -114,6 +114,7 @@ class XdsServer:
         self._socket = socket
         self._on_record = on_record
         self.on_shown: Callable[[peer_log.Shown], None] | None = None
+        self.on_tunnel: Callable[[tunnel_log.TunnelRecord], None] | None = None
         """Called with what the far end of an open tunnel has shown, while somebody asks (`names.PEERS_KEY`)."""
         self._on_audited = on_audited
         self.services: list[Callable[[grpc.aio.Server], None]] = []
@@ -267,6 +268,11 @@ class XdsServer:
             if self.on_shown is not None:
                 for shown in peer_log.shown(message):
                     self.on_shown(shown)
+            return
+        if tunnel_log.is_one(log_name):
+            if self.on_tunnel is not None:
+                for tunnel in tunnel_log.records(message, log_name):
+                    self.on_tunnel(tunnel)
             return
         audit = f"{names.AUDIT}/"
         receive = self._on_audited if log_name.startswith(audit) else self._on_record

@@ -7,6 +7,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,11 @@ import pytest
 from agent.api import Api
 from agent.config import Config
 from agent.model import LocalWorkload, Snapshot
+from agent.observation import Observation
+from agent.receiving import Reception
 from agent.relay import Relay
+from agent.report import Hop
+from agent.trace import Seen, Watch
 from controller import relay as relaying
 from controller.server import Controller, ServerTls
 from meshapi import agent_pb2, agent_pb2_grpc, relay_pb2_grpc
@@ -266,6 +271,9 @@ def test_nodes_ask_for_traces_only_and_never_in_anothers_name(tmp_path: Path) ->
         assert await ask("admin", status) == "status"
         assert "a node may not probe for another" in await ask("node-1", probed)
         assert "a node may ask for traces only" in await ask("node-1", status)
+        own, others = (pb.AskRequest(node="node-2", trace=trace(source, receiving=True)) for source in ("frontend", "elsewhere"))
+        assert await ask("node-1", own) == await ask("admin", others) == "clock"
+        assert "of its own workloads only, and elsewhere is none of them" in await ask("node-1", others)
         for request in (watched, probed, status):
             assert (await ask("workload", request)).startswith("PERMISSION_DENIED: the client certificate must name")
         async with asking(controller, credentials("node-1")) as relay:
@@ -310,11 +318,109 @@ def test_whoever_goes_away_in_the_middle_of_an_answer_takes_no_other_question_al
                 call.cancel()  # its agent writes on
                 await asyncio.sleep(0.05)
                 assert controller.relay._lines["node-2"] is line
-            while not far.node.tracer._watches[0].found.empty():
+            first = far.node.tracer._watches[0]
+            assert isinstance(first, Watch)
+            while not first.found.empty():
                 await watching.read()
             far.node.find(SEEN)
             assert json.loads((await watching.read()).document)["outcome"] == "closed"
             assert controller.relay._lines["node-2"] is line
             watching.cancel()
+
+    run(tmp_path, scenario)
+
+
+def apart(near: Place, far: Place) -> None:
+    """Put the destination on the other node."""
+    redis = workload("redis", "node-2", near.node.snapshot.workloads["default/redis"].backing)
+    for place in (near, far):
+        place.node.snapshot = Snapshot("2", {**place.node.snapshot.workloads, redis.name: redis}, place.node.snapshot.services)
+    far.node.enrolled = type(far.node.enrolled)((LocalWorkload(redis, 7, "/proc/self/ns/net"),))
+
+
+def seen_by_receiver(node: str = "node-1") -> Observation:
+    """What the receiver denied; of a connection from CALLER. Nobody speaks for another node than his own."""
+    hops = (Hop("inbound", node, 5, {"workload": "default/redis"}),)
+    return Observation(
+        of="denied", node=node, workload="default/redis", caller="10.0.0.1:40001", target="10.0.0.1:6379", began_ns=time.time_ns(),
+        outcome="denied", rule="default/p[0]", hops=hops,
+    )  # fmt: skip
+
+
+def test_what_the_receivers_node_saw_is_joined_and_its_filter_ends_with_the_question(tmp_path: Path) -> None:
+    async def scenario(_: Controller, near: Place, far: Place) -> None:
+        apart(near, far)
+        async with asking(near) as agent:
+            call = agent.Trace(trace("frontend", duration_s=20))
+            assert json.loads((await call.read()).document)["problems"] == []
+            (pair,) = far.node.tracer.pairs
+            assert (pair.source, pair.targets, pair.receiving) == ("default/frontend", frozenset({"default/redis"}), True)
+            (reception,) = far.node.tracer._watches
+            (watch,) = near.node.tracer._watches
+            assert isinstance(reception, Reception)
+            assert isinstance(watch, Watch)
+            watch._put(Seen(SEEN, time.time_ns(), time.time_ns(), "default/redis", "10.0.0.1:40001", "10.0.0.1:6379"))
+            reception._put(seen_by_receiver())
+            found = json.loads((await call.read()).document)
+            assert (found["outcome"], found["rule"], [hop["node"] for hop in found["hops"]]) == ("denied", "default/p[0]", ["node-2"])
+            assert 0 < found["clockErrorNs"] < 1_000_000_000
+            far.node.lost = 23
+            notice = json.loads((await call.read()).document)
+            assert (notice["kind"], notice["missed"]) == ("notice", 23)
+            call.cancel()
+            await until(lambda: not near.node.tracer.pairs and not far.node.tracer.pairs)
+
+    run(tmp_path, scenario)
+
+
+def test_a_node_that_goes_away_during_a_trace_is_named_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    async def scenario(controller: Controller, near: Place, far: Place) -> None:
+        apart(near, far)
+        async with asking(near) as agent:
+            call = agent.Trace(trace("frontend", duration_s=20))
+            assert (await call.read()).document
+            controller.relay._lines["node-2"].close()
+            notice = json.loads((await call.read()).document)
+            assert notice["kind"] == "notice"
+            assert notice["text"].startswith("node node-2 does not tell what it sees, its hops are missing: the agent's connection")
+            (watch,) = near.node.tracer._watches
+            assert isinstance(watch, Watch)
+            watch._put(Seen(SEEN, workload="default/redis", caller="10.0.0.1:40001"))
+            assert json.loads((await asyncio.wait_for(call.read(), 0.4)).document)["outcome"] == "closed"
+            call.cancel()
+
+    run(tmp_path, scenario)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        pytest.param([b"not json"], "is not understood", id="nonsense"),
+        pytest.param([b'{"kind": "clock", "unixNs": "\\u001b[2J"}'], "is not understood", id="a clock that is none"),
+        pytest.param([], "is not understood", id="nothing"),
+    ],
+)
+def test_an_answer_that_nobody_understands_costs_hops_and_nothing_else(tmp_path: Path, said: list[bytes], why: str) -> None:
+    async def scenario(controller: Controller, near: Place, far: Place) -> None:
+        apart(near, far)
+        async with asking(controller) as relay:
+            before = controller.relay._lines["node-2"]
+            offer = relay.Offer()
+            await offer.write(pb.Reply(node="node-2"))
+
+            async def lie() -> None:
+                while isinstance(question := await offer.read(), pb.Question):
+                    for document in said:
+                        await offer.write(pb.Reply(number=question.number, document=document))
+                    await offer.write(pb.Reply(number=question.number, end=True))
+
+            await until(lambda: controller.relay._lines["node-2"] is not before)
+            lying = asyncio.create_task(lie())
+            async with asking(near) as agent:
+                (plan,) = [json.loads(one.document) async for one in agent.Trace(trace("frontend", duration_s=0.1))]
+            (problem,) = plan["problems"]
+            assert why in problem
+            offer.cancel()
+            await asyncio.gather(lying, return_exceptions=True)
 
     run(tmp_path, scenario)

@@ -20,7 +20,7 @@ from agent.enrolment import Enrolled
 from agent.model import NO_DIRECT, Backing, LocalWorkload, Service, ServicePort, Snapshot, Workload
 from agent.relay import Relay
 from agent.report import Connection, ControllerStatus, Status, WaypointStatus
-from agent.trace import Pair, Tracer
+from agent.trace import Pair, Seen, Tracer, Watch
 from meshapi import agent_pb2 as pb
 from meshapi import agent_pb2_grpc
 from tests.tasks import beside, until
@@ -45,6 +45,7 @@ class Node:
         self.asked: list[frozenset[Pair]] = []
         self.tracer = Tracer("node-1", self.asked.append)
         self.direct = NO_DIRECT
+        self.lost = 0
 
     def status(self) -> Status:
         return STATUS
@@ -52,10 +53,14 @@ class Node:
     async def tracing_armed(self) -> bool:
         return True
 
+    def lost_events(self) -> int:
+        return self.lost
+
     def find(self, connection: Connection) -> None:
         """Let every running trace see a connection."""
         for watch in self.tracer._watches:
-            watch._report(connection)
+            if isinstance(watch, Watch):
+                watch._put(Seen(connection))
 
 
 @contextlib.asynccontextmanager
@@ -125,7 +130,7 @@ def test_a_trace_ends_after_its_count_and_takes_its_filter_away(tmp_path: Path) 
 
 
 def test_a_probe_over_udp_is_one_datagram_to_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.api.netns.run_in", lambda _, work: work())  # entering a namespace needs root
+    monkeypatch.setattr("agent.tracing.netns.run_in", lambda _, work: work())  # entering a namespace needs root
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
         receiver.bind(("127.0.0.1", 0))
         receiver.settimeout(5)

@@ -222,6 +222,28 @@ def test_an_unknown_name_says_what_exists(name: str, message: str) -> None:
         find_destination(MODEL, name)
 
 
+@pytest.mark.parametrize(
+    "name", ["redis.default", "redis.default.svc", "redis.default.svc.cluster.local", "redis.default.svc.cluster.local."]
+)
+def test_a_service_is_found_by_the_names_that_pods_use(name: str) -> None:
+    assert str(find_destination(MODEL, f"{name}:6379")) == "default/redis:6379"
+
+
+@pytest.mark.parametrize("name", ["rediss.default.svc.cluster.local", "redis.defaults", "redis.default.pod.cluster.local"])
+def test_a_dns_name_that_nobody_has_is_said_to_be_none(name: str) -> None:
+    with pytest.raises(NotFound, match=f"no service has the DNS name {name}: .*NXDOMAIN; did you mean default/redis"):
+        find_destination(MODEL, name)
+
+
+def test_a_name_that_several_namespaces_have_lists_the_candidates() -> None:
+    several = {f"{n}/web": dataclasses.replace(service("web", 80), name=f"{n}/web") for n in ("shop", "bank", *(f"n{i}" for i in range(9)))}
+    model = dataclasses.replace(MODEL, services={**MODEL.services, **several})
+    with pytest.raises(
+        NotFound, match=r"the name is ambiguous, say which: bank/web, n0/web, n1/web, n2/web, n3/web, n4/web, n5/web, \.\.\."
+    ):
+        find_destination(model, "web")
+
+
 def test_a_service_name_stands_for_a_workload_behind_it() -> None:
     model = snapshot(workload("redis-0", backing=(Backing("default/redis", {6379: 6379}),)), services=(service("redis", 6379),))
     assert find_workload(model, "redis").name == "default/redis-0"

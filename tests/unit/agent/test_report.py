@@ -166,6 +166,8 @@ def test_a_hops_detail_stands_beside_its_own_names() -> None:
         "outcome": "closed",
         "rule": None,
         "nextStep": None,
+        "beganNs": 0,
+        "clockErrorNs": None,
     }
 
 

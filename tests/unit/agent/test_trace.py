@@ -12,7 +12,7 @@ from agent.bpf.events import Event
 from agent.bpf.manifest import Close, Direction, EventKind, Reason, Verdict
 from agent.l7.access_log import RequestRecord
 from agent.report import Connection, as_json
-from agent.trace import Pair, Tracer, Watch
+from agent.trace import Pair, Seen, Tracer, Watch
 
 L4 = Pair("default/frontend", "default/redis:6379", frozenset({"default/redis"}))
 L7 = Pair("default/frontend", "default/cart:80", frozenset({"default/cart-1", "default/cart-2"}), allowing="default/cart-l7")
@@ -47,7 +47,9 @@ def l7(kind: EventKind, cookie: int = 1, port: int = 40_001, **changes: Any) -> 
 def found(watch: Watch) -> list[Connection]:
     connections = []
     while not watch.found.empty():
-        connections.append(watch.found.get_nowait())
+        one = watch.found.get_nowait()
+        assert isinstance(one, Seen)
+        connections.append(one.connection)
     return connections
 
 

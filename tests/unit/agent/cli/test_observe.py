@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections.abc import Iterator
 from concurrent import futures
@@ -12,7 +13,9 @@ from typing import Any
 import grpc
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
+from agent.cli.live import Shown
 from agent.cli.main import main
 from meshapi import agent_pb2 as pb
 from meshapi import agent_pb2_grpc
@@ -131,21 +134,21 @@ def test_the_outcome_of_a_connection_decides_the_exit_code(tmp_path: Path, outco
 
 def test_a_plan_that_denies_decides_the_exit_code(tmp_path: Path) -> None:
     with serving(tmp_path, Agent("node-1", answers=({**PLAN, "verdict": "DENY", "rule": "default/p[0]"},))):
-        result = run("trace", tmp_path, "a", "b")
+        result = run("trace", tmp_path, "a", "b", "-o", "text")
     assert result.exit_code == 1
     assert "verdict     DENY  rule default/p[0]" in result.stdout
 
 
 def test_what_an_audited_rule_would_deny_is_said_and_decides_no_exit_code(tmp_path: Path) -> None:
     with serving(tmp_path, Agent("node-1", answers=({**PLAN, "audit": "default/dry-run[0]"},))):
-        result = run("trace", tmp_path, "a", "b")
+        result = run("trace", tmp_path, "a", "b", "-o", "text")
     assert result.exit_code == 0
     assert "  audit       enforcing default/dry-run[0] would deny" in result.stdout.splitlines()
 
 
 def test_the_text_has_every_fact_with_readable_durations(tmp_path: Path) -> None:
     with serving(tmp_path, Agent("node-1", answers=(PLAN, connection("denied")))):
-        lines = run("trace", tmp_path, "a", "b").stdout.splitlines()
+        lines = run("trace", tmp_path, "a", "b", "-o", "text").stdout.splitlines()
     assert lines == [
         "default/a  ->  default/b:80",
         "  verdict     ALLOW",
@@ -169,9 +172,29 @@ def test_the_options_reach_the_agent(tmp_path: Path) -> None:
     with serving(tmp_path, agent):
         run("trace", tmp_path, "a", "b:80", "--probe", "--duration", "1.5", "--count", "7")
         run("trace", tmp_path, "a", "b")
+        run(
+            "trace",
+            tmp_path,
+            "a",
+            "b",
+            "--method",
+            "GET",
+            "--path",
+            "/x*",
+            "--status",
+            "5xx",
+            "--status",
+            "404",
+            "--errors-only",
+            "--slow",
+            "7",
+        )
     assert agent.asked == [
         pb.TraceRequest(source="a", destination="b:80", duration_s=1.5, count=7, probe=True),
         pb.TraceRequest(source="a", destination="b", duration_s=10, count=0, probe=False),
+        pb.TraceRequest(
+            source="a", destination="b", duration_s=10, method="GET", path="/x*", status=["5xx", "404"], errors_only=True, slow_ms=7
+        ),
     ]
 
 
@@ -191,7 +214,56 @@ def test_a_trace_asks_the_agent_of_the_sources_node(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("a",), ("a", "b", "--count", "-1"), ("a", "b", "--duration", "-1"), ("a", "b", "--duration", "soon"), ("a", "b", "-o", "yaml")],
+    [
+        (),
+        ("a",),
+        ("a", "b", "--count", "-1"),
+        ("a", "b", "--duration", "-1"),
+        ("a", "b", "--duration", "soon"),
+        ("a", "b", "-o", "yaml"),
+        ("a", "b", "--status", "6xx"),
+        ("a", "b", "--slow", "-1"),
+    ],
 )
 def test_misuse_is_exit_code_2(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     assert run("trace", tmp_path, *arguments).exit_code == 2
+
+
+NOTICE = {"kind": "notice", "text": "23 events were missed", "missed": 23}
+
+
+def test_what_is_no_terminal_gets_one_object_a_line(tmp_path: Path) -> None:
+    with serving(tmp_path, Agent("node-1", answers=(PLAN, connection("200"), NOTICE))):
+        result = run("trace", tmp_path, "a", "b")
+    assert [json.loads(line)["kind"] for line in result.stdout.splitlines()] == ["plan", "connection", "notice"]
+
+
+@pytest.mark.parametrize("output", ["text", "table"])
+def test_what_others_said_is_text_and_no_command_to_the_terminal_or_to_rich(tmp_path: Path, output: str) -> None:
+    evil = "/\x1b[2J\x07[red]x[/]\u202e"
+    hops = [{"at": "waypoint", "node": evil, "durationNs": 1, "method": "GET", "path": evil}]
+    seen = {**connection("200"), "hops": hops, "nextStep": evil, "clockErrorNs": 2_000_000}
+    with serving(tmp_path, Agent("node-1", answers=({**PLAN, "problems": [evil]}, seen, {"kind": "notice", "text": evil}))):
+        result = run("trace", tmp_path, "a", "b", "-o", output)
+    assert result.exit_code == 0
+    assert not {"\x07", "\u202e"} & set(result.stdout)
+    assert "[2J" in result.stdout
+    assert "\x1b[2J" not in result.stdout
+    assert "[red]" in result.stdout
+
+
+def test_the_table_keeps_the_newest_that_fit_and_counts_all() -> None:
+    shown = Shown(Console(width=120, height=23))
+    for n in range(101):
+        shown.take({**connection("200"), "destination": f"number-{n}"})
+    shown.take({**connection("denied"), "destination": "the-last"})
+    shown.take(NOTICE)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(shown.table())
+    text = console.export_text()
+    assert "102 shown, 23 events missed" in text
+    assert "the-last" in text
+    assert "do something" in text
+    assert "number-100 " in text
+    assert "number-50 " not in text
+    assert len(text.splitlines()) <= 23

@@ -1,0 +1,54 @@
+"""Every way for a request to fail has its next step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from agent import causes
+from tests.unit.agent.test_trace import RECORD
+
+
+@pytest.mark.parametrize(
+    ("code", "details", "said"),
+    [
+        (429, "local_rate_limited", "rateLimits"),
+        (429, "rate_limit_quota", "global rate limit"),
+        (401, "jwt_authn_access_denied{Jwt_is_missing}", "has no token"),
+        (401, "jwt_authn_access_denied{Jwt_is_expired}", "token was not accepted"),
+        (404, "route_not_found", "no route"),
+        (503, "upstream_reset_before_response_started{connection_timeout}", "in time"),
+        (
+            503,
+            "upstream_reset_before_response_started{remote_connection_failure|delayed_connect_error:_Connection_refused}",
+            "is it listening",
+        ),
+        (503, "upstream_reset_before_response_started{overflow}", "limits"),
+        (504, "upstream_response_timeout", "timeouts of the route"),
+        (418, "fault_filter_abort", "a fault"),
+        (403, "rbac_access_denied_matched_policy[none]", causes.REQUEST),
+    ],
+)
+def test_an_answer_of_the_waypoint_has_a_next_step(code: int, details: str, said: str) -> None:
+    record = dataclasses.replace(RECORD, response_code=code, response_code_details=details)
+    assert said in str(causes.of_response(record, None))
+
+
+def test_an_answer_of_the_application_has_none() -> None:
+    assert causes.of_response(dataclasses.replace(RECORD, response_code=503), 1) is None
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "said"), [(0, "no endpoint is ready"), (None, "no endpoint is ready"), (3, "all of the 3 ready endpoints are ejected")]
+)
+def test_endpoints_that_are_ejected_are_told_from_none(endpoints: int | None, said: str) -> None:
+    record = dataclasses.replace(
+        RECORD, response_code=503, response_code_details="no_healthy_upstream", response_flags=("no healthy upstream",)
+    )
+    assert said in str(causes.of_response(record, endpoints))
+
+
+def test_a_policy_that_demands_a_token_is_said_to() -> None:
+    record = dataclasses.replace(RECORD, response_code=403, response_code_details="rbac_access_denied_matched_policy[none]")
+    assert "token" in str(causes.of_response(record, 1, tokens=True))
