@@ -44,7 +44,8 @@ generate: setup-dev ## regenerate meshapi/*_pb2* from the .proto files, and Graf
 	scripts/generate
 	$(PY) -m deploy.grafana.build
 
-pictures: setup-dev ## draw the dashboards from a real run, for docs/dashboards
+pictures: setup-dev ## pictures of the docs, from real runs of the lab
+	$(ROOT) $(PY) -m tests.pictures
 	@mkdir -p docs/dashboards
 	$(ROOT) env MESH_PICTURES=docs/dashboards MESH_PICTURES_S=90 $(PY) -m pytest -q tests/kernel/test_mesh_dashboards.py -k drawn
 

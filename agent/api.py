@@ -1,4 +1,4 @@
-"""The agent's socket for the command line: status and traces, as JSON documents (agent.report)."""
+"""The agent's socket for the command line: status, graph and traces, as JSON documents (agent.report, meshapi.graph.answer)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from agent.report import CertificateStatus, IdentityStatus, Status, encode
 from agent.tracing import NotWatched, Tracing
 from meshapi import agent_pb2 as pb
 from meshapi import agent_pb2_grpc
+from meshapi.graph.answer import Answer
 
 
 class Node(tracing.Node, Protocol):
@@ -25,6 +26,9 @@ class Node(tracing.Node, Protocol):
 
     def status(self) -> Status:
         """The state of the node."""
+
+    async def graph(self, window_s: float) -> Answer:
+        """Who talks to whom, as this node sees it."""
 
     def identity(self, workload: str) -> IdentityStatus | CertificateStatus:
         """The certificates of this node, or one workload's with its chain. Raises NotFound."""
@@ -65,6 +69,10 @@ class Api(agent_pb2_grpc.AgentServicer):
             return pb.Json(document=encode(self._node.identity(request.workload)))
         except NotFound as error:
             await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+
+    async def Graph(self, request: pb.GraphRequest, context: object) -> pb.Json:  # noqa: ARG002, N802
+        """`meshagent graph`."""
+        return pb.Json(document=(await self._node.graph(request.window_s)).encode())
 
     async def Trace(self, request: pb.TraceRequest, context: grpc.aio.ServicerContext[pb.TraceRequest, pb.Json]) -> AsyncIterator[pb.Json]:  # noqa: N802
         """`meshagent trace`: the plan, then connections until a limit is reached."""

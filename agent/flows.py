@@ -7,7 +7,7 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from operator import add
+from operator import add, gt, sub
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +49,12 @@ def buckets(place: int) -> Callable[[bytes], tuple[int, ...]]:
 def added(one: bytes, other: bytes) -> bytes:
     """Counters of two pairs together."""
     return _ALL.pack(*map(add, _ALL.unpack(one), _ALL.unpack(other)))
+
+
+def grown(before: bytes, now: bytes) -> bytes:
+    """What has been added to a pair's counters; all of them, if the pair was forgotten meanwhile and has come back."""
+    old, new = _ALL.unpack(before), _ALL.unpack(now)
+    return now if any(map(gt, old, new)) else _ALL.pack(*map(sub, new, old))
 
 
 class Pair(NamedTuple):

@@ -120,7 +120,7 @@ class Relay:
                     async for one in agent.Trace(question.trace):
                         await reply(pb.Reply(number=question.number, document=one.document))
                 else:
-                    one = await agent.Status(question.status)
+                    one = await (agent.Graph(question.graph) if question.HasField("graph") else agent.Status(question.status))
                     await reply(pb.Reply(number=question.number, document=one.document))
             except grpc.aio.AioRpcError as error:
                 end.code, end.error = error.code().value[0], error.details() or error.code().name.lower()

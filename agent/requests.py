@@ -112,6 +112,11 @@ def parse(lines: Iterable[str]) -> Read:
     return Read(requests, durations)
 
 
+def read(admin: Path) -> Read:
+    """What Envoy has counted until now. Raises OSError, HTTPException or ValueError if it does not answer, or not with that."""
+    return parse(_lines(envoy.stream_admin(admin, f"/stats/prometheus?usedonly&filter={quote(_OWN)}", SILENCE_S, WHOLE_S)))
+
+
 def full(keys: Collection[str], most: int = metrics.MOST_COUNTERS) -> int:
     """How many listeners have as many statistics as Envoy keeps for one (direction and owner are a key's first parts)."""
     if len(keys) < most:
@@ -157,14 +162,30 @@ class Sums:
         return text if text in self.totals or len(self.totals) < self._most else self._other
 
 
+class Dialled:
+    """Which service an address and port stand for."""
+
+    def __init__(self, services: Callable[[], Mapping[str, Service]]) -> None:
+        """`services` are those of now, by name."""
+        self._services = services
+        self._addresses: tuple[Mapping[str, Service] | None, dict[str, str]] = (None, {})
+
+    def service(self, address: str) -> str:
+        """NAMESPACE/NAME of the service at ADDRESS:PORT; "" if there is none."""
+        services = self._services()
+        if self._addresses[0] is not services:
+            found = {names.destination(a, p.port): s.name for s in services.values() for a in s.addresses for p in s.ports}
+            self._addresses = (services, found)
+        return self._addresses[1].get(address, "")
+
+
 class Requests:
     """What the waypoint knows of requests, as metrics. Any thread."""
 
     def __init__(self, admin: Path, services: Callable[[], Mapping[str, Service]], most: int = MOST_SERIES) -> None:
         """`admin` is Envoy's admin socket; `services` are those of now, by name: they say what an address stands for."""
         self._admin = admin
-        self._services = services
-        self._addresses: tuple[Mapping[str, Service] | None, dict[str, str]] = (None, {})
+        self._dialled = Dialled(services)
         self._lock = threading.Lock()
         pair, answer = (exposition.labels(labels, [_OTHER] * len(labels)) for labels in (LABELS, ANSWER_LABELS))
         self._answers = Sums(self._answer, answer, most)
@@ -199,7 +220,7 @@ class Requests:
 
     def _read(self) -> bool:
         try:
-            own = parse(_lines(envoy.stream_admin(self._admin, f"/stats/prometheus?usedonly&filter={quote(_OWN)}", SILENCE_S, WHOLE_S)))
+            own = read(self._admin)
             rest = b"".join(
                 envoy.stream_admin(self._admin, f"/stats?usedonly&format=json&filter={quote(_WHOLE, safe='')}", SILENCE_S, WHOLE_S)
             )
@@ -229,7 +250,7 @@ class Requests:
             caller = key.peer.partition("/ns/")[2].partition("/")[0]
             security = "mutual_tls" if caller else "none"
             return ["unknown", caller or "unknown", workload, namespace, "", port, security, key.direction, key.route.strip("-")]
-        service = self._service(key.address)
+        service = self._dialled.service(key.address)
         target, _, security = key.target.partition(" ")
         target_namespace, _, target_workload = target.partition("/")
         return [
@@ -243,13 +264,6 @@ class Requests:
             key.direction,
             key.route.strip("-"),
         ]
-
-    def _service(self, address: str) -> str:
-        services = self._services()
-        if self._addresses[0] is not services:
-            found = {names.destination(a, p.port): s.name for s in services.values() for a in s.addresses for p in s.ports}
-            self._addresses = (services, found)
-        return self._addresses[1].get(address, "")
 
 
 def _lines(pieces: Iterable[bytes]) -> Iterator[str]:

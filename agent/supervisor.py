@@ -31,6 +31,7 @@ from agent.distrust import Distrust, Waypoint
 from agent.enrolment import Enrolled, Enrolment
 from agent.errors import EnvironmentUnfit, KernelRefused, MeshError
 from agent.gateways import GatewayCertificates
+from agent.graph import Observer
 from agent.identity.part import identities
 from agent.ids import Ids
 from agent.l7 import audit, envoy, externals, gateways, names, request_log, secrets
@@ -66,6 +67,7 @@ from agent.wireguard.part import WireGuard
 
 if TYPE_CHECKING:
     from agent.identity.store import Svid  # and not at run time: see agent/identity/part.py
+    from meshapi.graph.answer import Answer
 
 _log = logging.getLogger(__name__)
 
@@ -156,6 +158,14 @@ class Supervisor:
         self._wireguard = WireGuard(config, self._wireguard_changed, self._say_anew)
         await self._wireguard.start()
         self._sweep = Sweep(self.datapath.maps, self.ids)
+        self._observer = Observer(
+            config.node,
+            self.datapath.maps,
+            self.ids,
+            config.envoy_admin_socket,
+            lambda: self.snapshot.services,
+            lambda: self.enrolled,
+        )
         self._roots = externals.system_roots()
         self._names = Names(config, self._enrolment.tables.set_resolvers, allow=self._enrolment.tables.allow_resolvers)
         try:
@@ -579,6 +589,10 @@ class Supervisor:
             return self.status()
 
         return asyncio.run_coroutine_threadsafe(ask(), self._loop).result(STATUS_TIMEOUT_S)
+
+    async def graph(self, window_s: float) -> Answer:
+        """Who talks to whom, over at least so many seconds."""
+        return await self._observer.answer(window_s)
 
     def identity(self, workload: str) -> IdentityStatus | CertificateStatus:
         """The certificates of this node, or one workload's. Called on the event loop."""

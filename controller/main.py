@@ -17,6 +17,7 @@ from controller.errors import ControllerError, Problem
 from controller.identity.cli import ca, token
 from controller.identity.options import Given, identity_options, identity_settings
 from controller.jwks import REFRESH_S
+from controller.page.settings import PageSettings, page_options
 from controller.schema import read_or_problems
 from controller.server import Controller, ServerTls, Settings
 from controller.source import Source
@@ -56,6 +57,7 @@ main.add_command(token)
 )
 @click.option("--metrics-address", default="127.0.0.1", help="Address of /metrics.")
 @click.option("--metrics-port", type=click.IntRange(0, 65535), default=0, help="Port of /metrics; 0 = off.")
+@page_options
 @click.option("--jwks-ca", type=_PATH, help="Authorities besides the system's that may vouch for the servers in jwksUri, PEM.")
 @click.option("--jwks-refresh", type=click.FloatRange(1, 86400), default=REFRESH_S, help="Seconds after which jwksUri is asked again.")
 @click.option(
@@ -85,6 +87,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per option
     quota_redis: str,
     log_level: str,
     identity: Given,
+    page: PageSettings | None,
 ) -> None:
     """Serve the resources of a directory to agents until SIGTERM."""
     authority = identity_settings(identity)
@@ -113,6 +116,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per option
         wireguard,
         egress,
         quota_redis,
+        page,
     )
     try:
         asyncio.run(_serve(settings))

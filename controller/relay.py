@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable
+from contextlib import aclosing
 from typing import Any, Final, NamedTuple
 
 import grpc
@@ -68,6 +69,12 @@ class Relay(relay_pb2_grpc.RelayServicer):
         """Ask one node or all of them."""
         if objection := self._objection(request, context):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, objection)
+        async with aclosing(self.ask(request)) as answers:
+            async for told in answers:
+                yield told
+
+    async def ask(self, request: pb.AskRequest) -> AsyncGenerator[pb.Told, None]:
+        """Ask, for the controller itself or for somebody who may. To be closed by who does not read to the end."""
         inbox = _Inbox()
         asked = []
         for node in self._asked(request):
@@ -79,6 +86,8 @@ class Relay(relay_pb2_grpc.RelayServicer):
             if request.HasField("trace"):
                 question = pb.Question(trace=request.trace)
                 question.trace.relayed = True
+            elif request.HasField("graph"):
+                question = pb.Question(graph=request.graph)
             asked.append(line.ask(question, _Letterbox(inbox, node)))
         try:
             for _ in asked:

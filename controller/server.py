@@ -28,6 +28,8 @@ from controller.gatewayservice import GatewayService
 from controller.identity.plane import Files, IdentityPlane, IdentitySettings
 from controller.jwks import REFRESH_S, Keys
 from controller.mesh import Mesh
+from controller.page.page import Page
+from controller.page.settings import PageSettings
 from controller.quota.part import QuotaPart
 from controller.readiness import Readiness, ReportService
 from controller.relay import Relay
@@ -92,6 +94,8 @@ class Settings:
     """"allow" or "deny": may workloads go where nobody declared anything, if their Namespace does not say?"""
     quota_redis: str = field(default="", repr=False)
     """URL of the Redis that holds the counts of global limits for several controllers; empty = memory. It may hold a password."""
+    page: PageSettings | None = None
+    """Where the page with the graph is served, and to whom; None = nowhere."""
 
 
 class Controller:
@@ -119,6 +123,7 @@ class Controller:
         self.port = 0
         """TCP port that is listened on; 0 without `listen`."""
         self.identity: IdentityPlane | None = None
+        self.page = Page(settings.page, self.relay, lambda: self.mesh.compiled.entities) if settings.page is not None else None
         self._server: grpc.aio.Server | None = None
         self._lock: IO[str] | None = None
         self._stop_metrics: Callable[[], None] = lambda: None
@@ -160,9 +165,15 @@ class Controller:
             self._start_metrics()
         await server.start()
         self._server = server
+        await self._serve_others()
+        _log.info("controller serving", extra={"socket": str(settings.socket), "listen": settings.listen or "off"})
+
+    async def _serve_others(self) -> None:
+        """What is not on the server of agents."""
         if self.identity is not None:
             await self.identity.serve_joins()
-        _log.info("controller serving", extra={"socket": str(settings.socket), "listen": settings.listen or "off"})
+        if self.page is not None:
+            await self.page.start()
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Serve until `stopping` is set. A task that ends by itself is an error."""
@@ -189,6 +200,8 @@ class Controller:
 
     async def stop(self) -> None:
         """Stop accepting, give calls in flight a moment, remove the socket, give up the lock. May be called after a failed start."""
+        if self.page is not None:
+            await self.page.stop()
         if self._server is not None:
             await self._server.stop(STOP_GRACE_S)
             self.settings.socket.unlink(missing_ok=True)

@@ -48,6 +48,7 @@ def start_controller(*, identity: bool, wireguard: bool = False) -> Process:
     argv += ["--listen", _CONTROLLER, "--tls-cert", str(paths.PKI / "controller.crt"), "--tls-key", str(paths.PKI / "controller.key")]
     argv += ["--tls-client-ca", str(paths.PKI / "ca.crt"), "--jwks-ca", str(paths.PKI / "ca.crt"), "--jwks-refresh", "1"]
     argv += ["--metrics-address", CONTROLLER_ADDRESSES[0], "--metrics-port", str(CONTROLLER_METRICS_PORT)]
+    argv += ["--page-listen", f"unix:{paths.PAGE_SOCKET}"]
     if identity:
         argv += ["--ca-directory", str(paths.CA)]
     if wireguard:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13meshapi/agent.proto\x12\x0cmeshagent.v1\"\x0f\n\rStatusRequest\"\xdd\x01\n\x0cTraceRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12\x12\n\nduration_s\x18\x03 \x01(\x01\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\r\n\x05probe\x18\x05 \x01(\x08\x12\x0f\n\x07relayed\x18\x06 \x01(\x08\x12\x11\n\treceiving\x18\x07 \x01(\x08\x12\x0e\n\x06method\x18\x08 \x01(\t\x12\x0c\n\x04path\x18\t \x01(\t\x12\x0e\n\x06status\x18\n \x03(\t\x12\x13\n\x0b\x65rrors_only\x18\x0b \x01(\x08\x12\x0f\n\x07slow_ms\x18\x0c \x01(\x01\"#\n\x0fIdentityRequest\x12\x10\n\x08workload\x18\x01 \x01(\t\"\x18\n\x04Json\x12\x10\n\x08\x64ocument\x18\x01 \x01(\x0c\x32\xbc\x01\n\x05\x41gent\x12\x39\n\x06Status\x12\x1b.meshagent.v1.StatusRequest\x1a\x12.meshagent.v1.Json\x12\x39\n\x05Trace\x12\x1a.meshagent.v1.TraceRequest\x1a\x12.meshagent.v1.Json0\x01\x12=\n\x08Identity\x12\x1d.meshagent.v1.IdentityRequest\x1a\x12.meshagent.v1.Jsonb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13meshapi/agent.proto\x12\x0cmeshagent.v1\"\x0f\n\rStatusRequest\"\xdd\x01\n\x0cTraceRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12\x12\n\nduration_s\x18\x03 \x01(\x01\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\r\n\x05probe\x18\x05 \x01(\x08\x12\x0f\n\x07relayed\x18\x06 \x01(\x08\x12\x11\n\treceiving\x18\x07 \x01(\x08\x12\x0e\n\x06method\x18\x08 \x01(\t\x12\x0c\n\x04path\x18\t \x01(\t\x12\x0e\n\x06status\x18\n \x03(\t\x12\x13\n\x0b\x65rrors_only\x18\x0b \x01(\x08\x12\x0f\n\x07slow_ms\x18\x0c \x01(\x01\"#\n\x0fIdentityRequest\x12\x10\n\x08workload\x18\x01 \x01(\t\" \n\x0cGraphRequest\x12\x10\n\x08window_s\x18\x01 \x01(\x01\"\x18\n\x04Json\x12\x10\n\x08\x64ocument\x18\x01 \x01(\x0c\x32\xf5\x01\n\x05\x41gent\x12\x39\n\x06Status\x12\x1b.meshagent.v1.StatusRequest\x1a\x12.meshagent.v1.Json\x12\x39\n\x05Trace\x12\x1a.meshagent.v1.TraceRequest\x1a\x12.meshagent.v1.Json0\x01\x12=\n\x08Identity\x12\x1d.meshagent.v1.IdentityRequest\x1a\x12.meshagent.v1.Json\x12\x37\n\x05Graph\x12\x1a.meshagent.v1.GraphRequest\x1a\x12.meshagent.v1.Jsonb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,8 +37,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRACEREQUEST']._serialized_end=276
   _globals['_IDENTITYREQUEST']._serialized_start=278
   _globals['_IDENTITYREQUEST']._serialized_end=313
-  _globals['_JSON']._serialized_start=315
-  _globals['_JSON']._serialized_end=339
-  _globals['_AGENT']._serialized_start=342
-  _globals['_AGENT']._serialized_end=530
+  _globals['_GRAPHREQUEST']._serialized_start=315
+  _globals['_GRAPHREQUEST']._serialized_end=347
+  _globals['_JSON']._serialized_start=349
+  _globals['_JSON']._serialized_end=373
+  _globals['_AGENT']._serialized_start=376
+  _globals['_AGENT']._serialized_end=621
 # @@protoc_insertion_point(module_scope)

@@ -120,8 +120,28 @@ class IdentityRequest(_message.Message):
 Global___IdentityRequest: _TypeAlias = IdentityRequest  # noqa: Y015
 
 @_typing.final
+class GraphRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WINDOW_S_FIELD_NUMBER: _builtins.int
+    window_s: _builtins.float
+    """over so long at least; 0 = the agent chooses"""
+    def __init__(
+        self,
+        *,
+        window_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["window_s", b"window_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GraphRequest: _TypeAlias = GraphRequest  # noqa: Y015
+
+@_typing.final
 class Json(_message.Message):
-    """One JSON document. Its shape is defined, in one place, by the dataclasses of agent/report.py."""
+    """One JSON document. Its shape is defined, in one place, by the dataclasses of agent/report.py; a graph's by meshapi/graph/answer.py."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -49,6 +49,11 @@ class AgentStub:
                 request_serializer=meshapi_dot_agent__pb2.IdentityRequest.SerializeToString,
                 response_deserializer=meshapi_dot_agent__pb2.Json.FromString,
                 _registered_method=True)
+        self.Graph = channel.unary_unary(
+                '/meshagent.v1.Agent/Graph',
+                request_serializer=meshapi_dot_agent__pb2.GraphRequest.SerializeToString,
+                response_deserializer=meshapi_dot_agent__pb2.Json.FromString,
+                _registered_method=True)
 
 
 class AgentServicer:
@@ -74,6 +79,13 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Graph(self, request, context):
+        """Who talks to whom as this node sees it (meshapi/graph/answer.py). Takes as long as the window where nobody has asked before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -90,6 +102,11 @@ def add_AgentServicer_to_server(servicer, server):
             'Identity': grpc.unary_unary_rpc_method_handler(
                     servicer.Identity,
                     request_deserializer=meshapi_dot_agent__pb2.IdentityRequest.FromString,
+                    response_serializer=meshapi_dot_agent__pb2.Json.SerializeToString,
+            ),
+            'Graph': grpc.unary_unary_rpc_method_handler(
+                    servicer.Graph,
+                    request_deserializer=meshapi_dot_agent__pb2.GraphRequest.FromString,
                     response_serializer=meshapi_dot_agent__pb2.Json.SerializeToString,
             ),
     }
@@ -173,6 +190,33 @@ class Agent:
             target,
             '/meshagent.v1.Agent/Identity',
             meshapi_dot_agent__pb2.IdentityRequest.SerializeToString,
+            meshapi_dot_agent__pb2.Json.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Graph(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/meshagent.v1.Agent/Graph',
+            meshapi_dot_agent__pb2.GraphRequest.SerializeToString,
             meshapi_dot_agent__pb2.Json.FromString,
             options,
             channel_credentials,

@@ -36,6 +36,8 @@ class AgentStub:
     """The plan first, then one message per connection or request seen, until the client ends the call or the limits are reached."""
     Identity: _grpc.UnaryUnaryMultiCallable[_agent_pb2.IdentityRequest, _agent_pb2.Json]
     """Certificates of this node and its workloads, never a key."""
+    Graph: _grpc.UnaryUnaryMultiCallable[_agent_pb2.GraphRequest, _agent_pb2.Json]
+    """Who talks to whom as this node sees it (meshapi/graph/answer.py). Takes as long as the window where nobody has asked before."""
 
 @_typing.type_check_only
 class AgentAsyncStub(AgentStub):
@@ -45,6 +47,8 @@ class AgentAsyncStub(AgentStub):
     """The plan first, then one message per connection or request seen, until the client ends the call or the limits are reached."""
     Identity: _aio.UnaryUnaryMultiCallable[_agent_pb2.IdentityRequest, _agent_pb2.Json]  # type: ignore[assignment]
     """Certificates of this node and its workloads, never a key."""
+    Graph: _aio.UnaryUnaryMultiCallable[_agent_pb2.GraphRequest, _agent_pb2.Json]  # type: ignore[assignment]
+    """Who talks to whom as this node sees it (meshapi/graph/answer.py). Takes as long as the window where nobody has asked before."""
 
 class AgentServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -69,5 +73,13 @@ class AgentServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.Json, _abc.Awaitable[_agent_pb2.Json]]:
         """Certificates of this node and its workloads, never a key."""
+
+    @_abc_1.abstractmethod
+    def Graph(
+        self,
+        request: _agent_pb2.GraphRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.Json, _abc.Awaitable[_agent_pb2.Json]]:
+        """Who talks to whom as this node sees it (meshapi/graph/answer.py). Takes as long as the window where nobody has asked before."""
 
 def add_AgentServicer_to_server(servicer: AgentServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

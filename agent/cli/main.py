@@ -12,7 +12,7 @@ import click
 import grpc
 from click.shell_completion import get_completion_class
 
-from agent.cli import daemon, identity, observe, resources
+from agent.cli import daemon, graph, identity, observe, resources
 from agent.errors import MeshError
 
 PLUGINS = "meshagent.commands"
@@ -61,7 +61,11 @@ def completion(shell: str) -> None:
     click.echo(kind(main, {}, "meshagent", "_MESHAGENT_COMPLETE").source())
 
 
-for command in (daemon.run, daemon.uninstall, daemon.upgrade_check, observe.status, observe.trace, identity.identity, *resources.commands):
+for command in (
+    *(daemon.run, daemon.uninstall, daemon.upgrade_check),
+    *(observe.status, observe.trace, graph.graph, identity.identity),
+    *resources.commands,
+):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -63,16 +63,21 @@ def _statuses(run_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 def _told(target: str, tls: Mapping[str, Path | None], request: relay_pb2.AskRequest) -> Iterator[dict[str, Any]]:
     """What nodes say, asked through a controller. Raises NotFound once all have answered, if one could not."""
+    return (json.loads(document) for _, document in told(target, tls, request))
+
+
+def told(target: str, tls: Mapping[str, Path | None], request: relay_pb2.AskRequest) -> Iterator[tuple[str, bytes]]:
+    """The documents that nodes say, each with its node, as `_told`."""
     failed = []
     with connection.channel(target, tls) as channel:
         call = relay_pb2_grpc.RelayStub(channel).Ask(request)
         with _ended_by_interrupt(call):
             try:
-                for told in call:
-                    if told.error:
-                        failed.append(told.error if told.node in told.error else f"{told.node}: {told.error}")
+                for one in call:
+                    if one.error:
+                        failed.append(one.error if one.node in one.error else f"{one.node}: {one.error}")
                     else:
-                        yield json.loads(told.document)
+                        yield one.node, one.document
             except grpc.RpcError as error:
                 if error.code() is not grpc.StatusCode.CANCELLED:
                     raise NotFound(f"controller {target}: {error.details() or error.code().name.lower()}") from error

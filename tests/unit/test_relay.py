@@ -24,6 +24,7 @@ from agent.relay import Relay
 from agent.report import Hop
 from agent.trace import Seen, Watch
 from controller import relay as relaying
+from controller.page.live import Live
 from controller.server import Controller, ServerTls
 from meshapi import agent_pb2, agent_pb2_grpc, relay_pb2_grpc
 from meshapi import relay_pb2 as pb
@@ -173,6 +174,32 @@ def test_every_connected_node_tells_its_status(tmp_path: Path) -> None:
     run(tmp_path, scenario)
 
 
+def test_every_connected_node_tells_its_graph(tmp_path: Path) -> None:
+    async def scenario(controller: Controller, _near: Place, _far: Place) -> None:
+        async with asking(controller) as relay:
+            told = [one async for one in relay.Ask(pb.AskRequest(graph=agent_pb2.GraphRequest(window_s=3)))]
+            assert {(one.node, one.error) for one in told} == {("node-1", ""), ("node-2", "")}
+            assert {json.loads(one.document)["seconds"] for one in told} == {3}
+
+    run(tmp_path, scenario)
+
+
+def test_the_page_of_the_controller_asks_the_agents(tmp_path: Path) -> None:
+    async def scenario(controller: Controller, _near: Place, _far: Place) -> None:
+        live = Live(controller.relay, lambda: controller.mesh.compiled.entities)
+        try:
+            document = json.loads(await live.graph())
+            assert document["nodes"] == ["node-1"]
+            assert document["doubted"] == 1, "the model knows no service redis"
+            assert document["problems"] == ["node-2: node: it is another node's"], "the stand-in says that it is node-1"
+            assert (await live.plan("default/elsewhere", "default/redis:6379"))["source"] == "default/elsewhere"
+            assert "no service or workload is called default/nothing" in (await live.plan("default/frontend", "default/nothing"))["error"]
+        finally:
+            await live.stop()
+
+    run(tmp_path, scenario)
+
+
 def test_a_node_that_is_away_is_named_and_the_plan_is_shown_all_the_same(tmp_path: Path) -> None:
     async def scenario(controller: Controller, near: Place, _far: Place) -> None:
         lost = workload("lost", "node-3")
@@ -270,11 +297,14 @@ def test_nodes_ask_for_traces_only_and_never_in_anothers_name(tmp_path: Path) ->
         assert await ask("node-1", watched) == await ask("admin", watched) == "plan"
         assert await ask("admin", status) == "status"
         assert "a node may not probe for another" in await ask("node-1", probed)
-        assert "a node may ask for traces only" in await ask("node-1", status)
+        graph = pb.AskRequest(node="node-2", graph=agent_pb2.GraphRequest())
+        assert await ask("admin", graph) == "graph"
+        for request in (status, graph):
+            assert "a node may ask for traces only" in await ask("node-1", request)
         own, others = (pb.AskRequest(node="node-2", trace=trace(source, receiving=True)) for source in ("frontend", "elsewhere"))
         assert await ask("node-1", own) == await ask("admin", others) == "clock"
         assert "of its own workloads only, and elsewhere is none of them" in await ask("node-1", others)
-        for request in (watched, probed, status):
+        for request in (watched, probed, status, graph):
             assert (await ask("workload", request)).startswith("PERMISSION_DENIED: the client certificate must name")
         async with asking(controller, credentials("node-1")) as relay:
             offer = relay.Offer()

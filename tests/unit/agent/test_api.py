@@ -23,9 +23,11 @@ from agent.report import Connection, ControllerStatus, Status, WaypointStatus
 from agent.trace import Pair, Seen, Tracer, Watch
 from meshapi import agent_pb2 as pb
 from meshapi import agent_pb2_grpc
+from meshapi.graph.answer import Answer, Edge, decode
 from tests.tasks import beside, until
 
 STATUS = Status(True, "node-1", (), WaypointStatus(True, "1", 23, 0), ControllerStatus(True, "v", None), (), ())
+CALLS = Edge(source="default/frontend", destination="default/redis", kind="service", port=6379, protocol="tcp", rate=2.0)
 SEEN = Connection(source="default/frontend", destination="default/redis:6379", hops=(), outcome="closed")
 
 
@@ -49,6 +51,9 @@ class Node:
 
     def status(self) -> Status:
         return STATUS
+
+    async def graph(self, window_s: float) -> Answer:
+        return Answer("node-1", window_s, (CALLS,))
 
     async def tracing_armed(self) -> bool:
         return True
@@ -92,6 +97,14 @@ def test_the_socket_is_for_root_only_and_answers_the_status(tmp_path: Path) -> N
         assert stat.S_IMODE((tmp_path / "agent.sock").stat().st_mode) == 0o600
         document = json.loads((await stub.Status(pb.StatusRequest())).document)
         assert (document["ready"], document["waypoint"]["pid"]) == (True, 23)
+
+    run(tmp_path, scenario)
+
+
+def test_the_graph_is_of_this_node_over_the_window_that_was_asked_for(tmp_path: Path) -> None:
+    async def scenario(_: Node, stub: Any) -> None:
+        document = (await stub.Graph(pb.GraphRequest(window_s=7))).document
+        assert decode(document, "node-1") == Answer("node-1", 7.0, (CALLS,))
 
     run(tmp_path, scenario)
 

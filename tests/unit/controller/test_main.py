@@ -127,3 +127,33 @@ def test_validate_checks_files_and_directories_offline(tmp_path: Path, directory
     bad = CliRunner().invoke(main, ["validate", str(directory), str(file)])
     assert bad.exit_code == 1
     assert bad.stdout == f"{file}:9 Service/two spec.clusterIP: 10.0.0.1 port 80 already belongs to Service default/one\n"
+
+
+def test_the_page_is_served_where_it_is_wanted_and_goes_with_the_controller(tmp_path: Path, directory: Path) -> None:
+    (directory / "a.yaml").write_text(SHOP)
+    path = tmp_path / "page.sock"
+    with start(tmp_path, directory, "--page-listen", f"unix:{path}") as process:
+        serving(process)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(30)
+            client.connect(str(path))
+            client.sendall(b"GET /graph.json HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            answer = b"".join(iter(lambda: client.recv(65536), b""))
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["problems"] == [
+        "node n1 is not connected to the controller: what happens there is not shown"
+    ]
+    assert process.returncode == 0
+    assert not path.exists()
+
+
+def test_a_page_that_strangers_could_open_keeps_the_controller_from_starting(tmp_path: Path, directory: Path) -> None:
+    with start(tmp_path, directory, "--page-listen", "0.0.0.0:0") as process:
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert said.startswith("mesh-controller: --page-listen 0.0.0.0:0 can be reached from other machines, and --page-token-file,")
+    code, text = run("--directory", str(directory), "--page-token-file", str(tmp_path / "t"))
+    assert code == 2
+    assert "--page-token-file without --page-listen: there is no page" in text

@@ -44,6 +44,9 @@ class Agent(agent_pb2_grpc.AgentServicer):
     def Trace(self, request: pb.TraceRequest, context: grpc.ServicerContext) -> Iterator[pb.Json]:  # noqa: N802
         raise NotImplementedError
 
+    def Graph(self, request: pb.GraphRequest, context: grpc.ServicerContext) -> pb.Json:  # noqa: N802
+        raise NotImplementedError
+
     def Identity(self, request: pb.IdentityRequest, context: grpc.ServicerContext) -> pb.Json:  # noqa: N802
         if request.workload not in {"", self.one.workload}:
             context.abort(grpc.StatusCode.NOT_FOUND, f"no workload {request.workload}")

@@ -54,6 +54,9 @@ class Agent(agent_pb2_grpc.AgentServicer):
     def Identity(self, request: pb.IdentityRequest, context: grpc.ServicerContext) -> pb.Json:  # noqa: N802
         raise NotImplementedError
 
+    def Graph(self, request: pb.GraphRequest, context: grpc.ServicerContext) -> pb.Json:  # noqa: N802
+        raise NotImplementedError
+
     def Trace(self, request: pb.TraceRequest, context: grpc.ServicerContext) -> Iterator[pb.Json]:  # noqa: N802
         self.asked.append(request)
         for answer in self.answers:
