@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -11,18 +12,29 @@ import grpc
 import grpc.aio
 
 from agent import tracing
+from agent.calls import compare
+from agent.calls.part import Calls
+from agent.calls.ring import MINUTES, Recorded
 from agent.config import Config
 from agent.errors import NotFound
+from agent.model import Snapshot
 from agent.relay import Relay
-from agent.report import CertificateStatus, IdentityStatus, Status, encode
+from agent.report import CallRows, CallSummary, CertificateStatus, IdentityStatus, Status, encode
 from agent.tracing import NotWatched, Tracing
 from meshapi import agent_pb2 as pb
-from meshapi import agent_pb2_grpc
+from meshapi import agent_pb2_grpc, proposal_pb2
 from meshapi.graph.answer import Answer
+
+_AT_ONCE = 200
+"""Rows in one message: at most some 200 KB."""
 
 
 class Node(tracing.Node, Protocol):
     """What the API asks of the supervisor."""
+
+    @property
+    def calls(self) -> Calls:
+        """What was called lately."""
 
     def status(self) -> Status:
         """The state of the node."""
@@ -41,6 +53,7 @@ class Api(agent_pb2_grpc.AgentServicer):
         """`node` is asked for everything, `relay` for what other nodes know."""
         self._config = config
         self._node = node
+        self._relay = relay
         self._tracing = Tracing(config, node, relay)
 
     async def run(self) -> None:
@@ -84,3 +97,45 @@ class Api(agent_pb2_grpc.AgentServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
         except NotWatched as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+
+    async def Calls(self, request: pb.CallsRequest, context: grpc.aio.ServicerContext[pb.CallsRequest, pb.Json]) -> AsyncIterator[pb.Json]:  # noqa: N802
+        """`meshagent policy try`: calls of this node that other policies decide otherwise, or all to a namespace; then a summary."""
+        calls, snapshot, trust_domain = self._node.calls, self._node.snapshot, self._config.trust_domain
+        if not calls.on:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"node {self._config.node} remembers no calls: --no-record-flows")
+        proposal = await self._proposed(request, context)
+        recorded = await calls.read(min(request.since_s or MINUTES * 60, MINUTES * 60))
+        if proposal is None:
+            found = await asyncio.to_thread(compare.listed, recorded, snapshot, trust_domain, request.namespace)
+        else:
+            found = await asyncio.to_thread(_compared, recorded, snapshot, proposal, trust_domain)
+        for begin in range(0, len(found.rows), _AT_ONCE):
+            yield pb.Json(document=encode(CallRows(node=self._config.node, calls=found.rows[begin : begin + _AT_ONCE])))
+        summary = CallSummary(
+            node=self._config.node,
+            since=calls.since,
+            unchanged=found.unchanged,
+            gone=found.gone,
+            forgotten=calls.ring.forgotten,
+        )
+        yield pb.Json(document=encode(summary))
+
+    async def _proposed(
+        self, request: pb.CallsRequest, context: grpc.aio.ServicerContext[pb.CallsRequest, pb.Json]
+    ) -> proposal_pb2.Proposal | None:
+        """The policies that are tried; None: only the calls are asked for."""
+        if request.HasField("proposal"):
+            return request.proposal
+        if not request.HasField("files"):
+            return None
+        try:
+            compiled = await self._relay.compiled(request.files)
+        except NotFound as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        if compiled.problems:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "\n".join(compiled.problems))
+        return compiled.proposal
+
+
+def _compared(recorded: list[Recorded], snapshot: Snapshot, proposal: proposal_pb2.Proposal, trust_domain: str) -> compare.Found:
+    return compare.compare(recorded, snapshot, compare.proposed(snapshot, proposal), trust_domain)

@@ -99,6 +99,8 @@ class Config:
     """UDP port of this node's WireGuard device."""
     wireguard_addresses: tuple[str, ...] = ()
     """Where other nodes reach that port; none: at the address from which this node reaches its controller."""
+    record_flows: bool = True
+    """Remember what was called in the last hour, in memory: for `meshagent policy try`."""
     workload_socket: Path = Path()
     """Where workloads ask for their identities; its directory is its own. Not given: beside `run_dir`, which only root may enter."""
 

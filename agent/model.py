@@ -713,7 +713,8 @@ def _blocks(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _policy(m: pb.Policy) -> Policy:
+def policy(m: pb.Policy) -> Policy:
+    """Decode a policy."""
     return Policy(
         name=f"{m.namespace}/{m.name}",
         action=Action(m.action),
@@ -784,7 +785,7 @@ def _authentication(m: pb.Authentication) -> Authentication:
 _DECODERS: Mapping[str, Callable[[Any], Entity]] = {
     "service": _service,
     "route": _route,
-    "policy": _policy,
+    "policy": policy,
     "traffic": traffic.decode,
     "authentication": _authentication,
     "node": _node,

@@ -206,6 +206,12 @@ def targets(snapshot: Snapshot, destination: str) -> tuple[str, frozenset[str]]:
     return str(found), frozenset(behind | {w.name for w, _ in snapshot.endpoints(found.entity.name, found.port, found.protocol)})
 
 
+def answering(snapshot: Snapshot, destination: str) -> list[tuple[Workload, int]]:
+    """Every ready workload that may answer a call to a service, by whichever route, with the port that it listens on. Raises NotFound."""
+    found = find_destination(snapshot, destination)
+    return [one for service, port in _behind(snapshot, found) for one in snapshot.endpoints(service, port, found.protocol)]
+
+
 def allowing(snapshot: Snapshot, workloads: Iterable[str]) -> str:
     """The ALLOW policies that protect any of the workloads, for people."""
     found = {p.name for name in workloads for p in protecting(snapshot.workloads[name], snapshot) if p.action is Action.ALLOW}

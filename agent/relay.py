@@ -17,7 +17,7 @@ import grpc.aio
 
 from agent.errors import NotFound
 from agent.observation import clean
-from meshapi import agent_pb2, agent_pb2_grpc, relay_pb2_grpc
+from meshapi import agent_pb2, agent_pb2_grpc, proposal_pb2, proposal_pb2_grpc, relay_pb2_grpc
 from meshapi import relay_pb2 as pb
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 RETRY_S: Final = 5.0
+COMPILE_TIMEOUT_S: Final = 60.0
 AT_ONCE: Final = 64
 """Questions; a controller that asks more is told so."""
 _LONGEST_ERROR: Final = 500
@@ -71,6 +72,17 @@ class Relay:
             ) from error
         finally:
             ask.cancel()
+
+    async def compiled(self, request: proposal_pb2.CompileRequest) -> proposal_pb2.CompileResponse:
+        """What policies in files mean, from the controller. Raises NotFound if it does not say."""
+        if self._channel is None:
+            raise NotFound("the controller, which reads the files, is away: see 'meshagent status'")
+        ask: Any = proposal_pb2_grpc.ProposalsStub(self._channel)
+        try:
+            found: proposal_pb2.CompileResponse = await ask.Compile(request, timeout=COMPILE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise NotFound(f"the controller, which reads the files, did not: {error.details() or error.code().name.lower()}") from error
+        return found
 
     async def _offer(self, channel: grpc.aio.Channel) -> None:
         call: Any = relay_pb2_grpc.RelayStub(channel).Offer()
@@ -118,6 +130,9 @@ class Relay:
             try:
                 if question.HasField("trace"):
                     async for one in agent.Trace(question.trace):
+                        await reply(pb.Reply(number=question.number, document=one.document))
+                elif question.HasField("calls"):
+                    async for one in agent.Calls(question.calls):
                         await reply(pb.Reply(number=question.number, document=one.document))
                 else:
                     one = await (agent.Graph(question.graph) if question.HasField("graph") else agent.Status(question.status))

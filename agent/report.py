@@ -241,6 +241,68 @@ class Notice:
     missed: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One kind of call of which other policies say something else. `change`: "newly denied", "newly allowed" or "undecided"; `destination` as in a Plan;
+    `owner` is the workload at whose end it was seen; `rule` is what decides, or of an undecided call the one that asks for what is not recorded;
+    `last_seen` is Unix time.
+    """
+
+    change: str
+    owner: str
+    source: str
+    destination: str
+    method: str
+    path: str
+    count: int
+    last_seen: float
+    rule: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallRow:
+    """One kind of call to workloads of a namespace. `receivers`: those that may have been called, with their labels; `port`: that they listen on, 0 = not
+    known; `service_account` is NAMESPACE/NAME, "" = nobody vouches for the caller; `answer` is what the policies in force say: allowed, denied or
+    undecided; `outcome` what became of it: served, denied, unauthorized or unanswered.
+    """
+
+    owner: str
+    source: str
+    service_account: str
+    receivers: dict[str, dict[str, str]]
+    destination: str
+    port: int
+    protocol: str
+    method: str
+    path: str
+    outcome: str
+    answer: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallRows:
+    """A part of what a node knows."""
+
+    kind: str = "calls"
+    node: str
+    calls: tuple[Change, ...] | tuple[CallRow, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallSummary:
+    """The last document of an answer. `since`: nothing before that is known, Unix time. `unchanged`: calls of which nothing else is said; `gone`: whose ends
+    are in the model no more; `forgotten`: kinds of calls that found no room.
+    """
+
+    kind: str = "summary"
+    node: str
+    since: float
+    unchanged: int
+    gone: int
+    forgotten: int
+
+
 def _camel(name: str) -> str:
     head, *rest = name.split("_")
     return head + "".join(part.capitalize() for part in rest)

@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent import drift, features, lock, memory, probe
@@ -24,6 +25,7 @@ from agent.bpf.datapath import DataPath
 from agent.bpf.events import Event, Events
 from agent.bpf.manifest import HOOKED
 from agent.bpf.sockets import Sockets
+from agent.calls.part import Calls
 from agent.config import Config
 from agent.connection_log import ConnectionLog
 from agent.discovery import Discovery
@@ -184,6 +186,14 @@ class Supervisor:
         )
         self._xds.on_shown = self._distrust.shown
         self._xds.on_tunnel = self._tracer.on_tunnel
+        self._calls = Calls(
+            self.datapath.maps,
+            self.ids,
+            lambda: [Path(one.netns_path) for one in self.enrolled.local],
+            lambda: self.snapshot,
+            on=config.record_flows,
+        )
+        self._xds.on_asked = self._calls.on_asked
         self._gateways.load()
         self._identity.subscribe(self._secrets_changed)
         self._identity.load()
@@ -193,18 +203,9 @@ class Supervisor:
         self._quotas = Quotas(config.node, lambda: self._discovery.channel)
         self._xds.services.append(self._quotas.serve)
         # Before anything is attached: a port that is taken must not leave a half-started agent behind.
-        collector = MeshCollector(
-            self.datapath,
-            self.ids,
-            self._status_from_thread,
-            enrolled=lambda: self._enrolled,
-            rows=lambda: {name: mirror.count for name, mirror in self._enrolment.tables.mirrors.items()},
-            closed_by_policy=lambda: self._revocation.closed,
-            unlogged=lambda: self._connection_log.dropped,
-            audited=lambda: audit.counts(config.envoy_admin_socket) if audit.wanted(self.snapshot) else {},
-            requests=Requests(config.envoy_admin_socket, lambda: self.snapshot.services).text,
+        self._metrics = MetricsServer(
+            config, self._collector(), self._status_from_thread, lambda: time.monotonic() - self._beat < DEAD_AFTER_S
         )
-        self._metrics = MetricsServer(config, collector, self._status_from_thread, lambda: time.monotonic() - self._beat < DEAD_AFTER_S)
         self._set_tracing(frozenset())
         last_good = self._discovery.load_last_good()
         if last_good is not None:
@@ -219,6 +220,20 @@ class Supervisor:
         _log.info(
             "data path in force",
             extra={"node": config.node, "took_s": round(time.monotonic() - started, 3), "loader_s": self.datapath.loader_s},
+        )
+
+    def _collector(self) -> MeshCollector:
+        config = self._config
+        return MeshCollector(
+            self.datapath,
+            self.ids,
+            self._status_from_thread,
+            enrolled=lambda: self._enrolled,
+            rows=lambda: {name: mirror.count for name, mirror in self._enrolment.tables.mirrors.items()},
+            closed_by_policy=lambda: self._revocation.closed,
+            unlogged=lambda: self._connection_log.dropped,
+            audited=lambda: audit.counts(config.envoy_admin_socket) if audit.wanted(self.snapshot) else {},
+            requests=Requests(config.envoy_admin_socket, lambda: self.snapshot.services).text,
         )
 
     def _attach(self) -> None:
@@ -258,6 +273,7 @@ class Supervisor:
                     "gateways": self._gateways.run(),
                     "connection-log": self._connection_log.run(),
                     "request-log": keep_bounded(self._request_log, lambda: envoy.reopen_logs(self._config.envoy_admin_socket)),
+                    "calls": self._calls.run(),
                 }
             )
         finally:
@@ -399,7 +415,12 @@ class Supervisor:
     def _serve_to_waypoint(self, pairs: frozenset[Pair]) -> None:
         traced = frozenset(pair.source for pair in pairs if not pair.receiving)
         received = frozenset(target for pair in pairs if pair.receiving for target in pair.targets)
-        self._xds.set({**self._built, **tracing(traced, received=received, peers=self._asks_for_peers, logs=self._told)})
+        self._xds.set(
+            {
+                **self._built,
+                **tracing(traced, received=received, peers=self._asks_for_peers, calls=self._config.record_flows, logs=self._told),
+            }
+        )
 
     def _ask_for_peers(self, asked: bool) -> None:
         self._asks_for_peers = asked
@@ -546,6 +567,11 @@ class Supervisor:
     def tracer(self) -> Tracer:
         """The running traces."""
         return self._tracer
+
+    @property
+    def calls(self) -> Calls:
+        """What was called lately."""
+        return self._calls
 
     async def tracing_armed(self) -> bool:
         """Wait until Envoy reports what the tracer asked for; False if it does not within two seconds."""

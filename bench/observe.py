@@ -181,10 +181,12 @@ def _bootstrap(admin: Path) -> bootstrap_pb2.Bootstrap:
 def _listener(workload: str, port: int, routes: list[route_components_pb2.Route], *, counted: bool) -> listener_pb2.Listener:
     name = names.listener(names.OUTBOUND, workload)
     manager = listeners.manager(workload, name, names.OUTBOUND)
+    # What is bounded by a bucket asks the agent for it (agent.l7.call_log), and there is none here.
+    kept = [log for log in manager.access_log if not log.filter.HasField("and_filter")]
     if not counted:
-        kept = [log for log in manager.access_log if log.name != "envoy.access_loggers.stats"]
-        del manager.access_log[:]
-        manager.access_log.extend(kept)
+        kept = [log for log in kept if log.name != "envoy.access_loggers.stats"]
+    del manager.access_log[:]
+    manager.access_log.extend(kept)
     manager.route_config.virtual_hosts.add(name="*", domains=["*"], routes=routes)
     result = listener_pb2.Listener(name=name)
     result.address.CopyFrom(socket_address("127.0.0.1", port))

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -23,6 +23,7 @@ from controller.compile import Compiled, compile_model
 from controller.errors import ControllerError, Problem
 from controller.gatewayservice import Certificates
 from controller.jwks import Keys
+from controller.objects import Key, Object
 from controller.readiness import Readiness
 from controller.schema import kinds
 from controller.snapshot import Publication, Snapshot, encode
@@ -183,15 +184,17 @@ class Mesh:
         started = time.monotonic()
         state = self.source.state
         self.keys.want(uris(item for key, item in sorted(state.objects.items()) if key.kind == "RequestAuthentication"))
-        self.compiled = await asyncio.to_thread(
-            compile_model, state.objects, authority=self._authority, keys=self.keys.found, egress=self._egress
-        )
+        self.compiled = await asyncio.to_thread(self.compile, state.objects)
         self.readiness.follow(self.nodes())
         snapshot = await asyncio.to_thread(self._encoded, changed_at_ns)
         self._report(state)
         self._publish_if_new(snapshot)
         await self.certificates.set(self.compiled.certificates)
         metrics.RELOAD_SECONDS.set(time.monotonic() - started)
+
+    def compile(self, objects: Mapping[Key, Object]) -> Compiled:
+        """Return what the model would be with these objects. Brings nothing into force; takes a while: not for the event loop."""
+        return compile_model(objects, authority=self._authority, keys=self.keys.found, egress=self._egress)
 
     def _encoded(self, changed_at_ns: int) -> Snapshot:
         entities = self.readiness.marked(self.compiled.entities)

@@ -88,6 +88,8 @@ class Relay(relay_pb2_grpc.RelayServicer):
                 question.trace.relayed = True
             elif request.HasField("graph"):
                 question = pb.Question(graph=request.graph)
+            elif request.HasField("calls"):
+                question = pb.Question(calls=request.calls)
             asked.append(line.ask(question, _Letterbox(inbox, node)))
         try:
             for _ in asked:

@@ -30,12 +30,13 @@ from controller.jwks import REFRESH_S, Keys
 from controller.mesh import Mesh
 from controller.page.page import Page
 from controller.page.settings import PageSettings
+from controller.proposals import Proposals
 from controller.quota.part import QuotaPart
 from controller.readiness import Readiness, ReportService
 from controller.relay import Relay
 from controller.source import Source
 from controller.wireguard import NodeKeys
-from meshapi import admin_pb2_grpc, discovery_pb2, gateway_pb2_grpc, identity_pb2_grpc, relay_pb2_grpc
+from meshapi import admin_pb2_grpc, discovery_pb2, gateway_pb2_grpc, identity_pb2_grpc, proposal_pb2_grpc, relay_pb2_grpc
 
 _log = logging.getLogger(__name__)
 
@@ -221,6 +222,7 @@ class Controller:
         server.add_generic_rpc_handlers((self.discovery.handler(),))
         admin_pb2_grpc.add_AdminServicer_to_server(AdminService(self.mesh, self.settings.trust_domain), server)
         relay_pb2_grpc.add_RelayServicer_to_server(self.relay, server)
+        proposal_pb2_grpc.add_ProposalsServicer_to_server(Proposals(self.mesh, self.settings.trust_domain), server)
         self.quotas.serve(server)
         gateways = GatewayService(self.mesh.certificates, self.settings.trust_domain)
         gateway_pb2_grpc.add_GatewaysServicer_to_server(gateways, server)  # type: ignore[no-untyped-call,unused-ignore]

@@ -22,25 +22,28 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from meshapi import proposal_pb2 as meshapi_dot_proposal__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13meshapi/agent.proto\x12\x0cmeshagent.v1\"\x0f\n\rStatusRequest\"\xdd\x01\n\x0cTraceRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12\x12\n\nduration_s\x18\x03 \x01(\x01\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\r\n\x05probe\x18\x05 \x01(\x08\x12\x0f\n\x07relayed\x18\x06 \x01(\x08\x12\x11\n\treceiving\x18\x07 \x01(\x08\x12\x0e\n\x06method\x18\x08 \x01(\t\x12\x0c\n\x04path\x18\t \x01(\t\x12\x0e\n\x06status\x18\n \x03(\t\x12\x13\n\x0b\x65rrors_only\x18\x0b \x01(\x08\x12\x0f\n\x07slow_ms\x18\x0c \x01(\x01\"#\n\x0fIdentityRequest\x12\x10\n\x08workload\x18\x01 \x01(\t\" \n\x0cGraphRequest\x12\x10\n\x08window_s\x18\x01 \x01(\x01\"\x18\n\x04Json\x12\x10\n\x08\x64ocument\x18\x01 \x01(\x0c\x32\xf5\x01\n\x05\x41gent\x12\x39\n\x06Status\x12\x1b.meshagent.v1.StatusRequest\x1a\x12.meshagent.v1.Json\x12\x39\n\x05Trace\x12\x1a.meshagent.v1.TraceRequest\x1a\x12.meshagent.v1.Json0\x01\x12=\n\x08Identity\x12\x1d.meshagent.v1.IdentityRequest\x1a\x12.meshagent.v1.Json\x12\x37\n\x05Graph\x12\x1a.meshagent.v1.GraphRequest\x1a\x12.meshagent.v1.Jsonb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13meshapi/agent.proto\x12\x0cmeshagent.v1\x1a\x16meshapi/proposal.proto\"\x0f\n\rStatusRequest\"\xdd\x01\n\x0cTraceRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65stination\x18\x02 \x01(\t\x12\x12\n\nduration_s\x18\x03 \x01(\x01\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\r\n\x05probe\x18\x05 \x01(\x08\x12\x0f\n\x07relayed\x18\x06 \x01(\x08\x12\x11\n\treceiving\x18\x07 \x01(\x08\x12\x0e\n\x06method\x18\x08 \x01(\t\x12\x0c\n\x04path\x18\t \x01(\t\x12\x0e\n\x06status\x18\n \x03(\t\x12\x13\n\x0b\x65rrors_only\x18\x0b \x01(\x08\x12\x0f\n\x07slow_ms\x18\x0c \x01(\x01\"#\n\x0fIdentityRequest\x12\x10\n\x08workload\x18\x01 \x01(\t\" \n\x0cGraphRequest\x12\x10\n\x08window_s\x18\x01 \x01(\x01\"\x97\x01\n\x0c\x43\x61llsRequest\x12\x0f\n\x07since_s\x18\x01 \x01(\x01\x12-\n\x05\x66iles\x18\x02 \x01(\x0b\x32\x1c.meshagent.v1.CompileRequestH\x00\x12*\n\x08proposal\x18\x03 \x01(\x0b\x32\x16.meshagent.v1.ProposalH\x00\x12\x13\n\tnamespace\x18\x04 \x01(\tH\x00\x42\x06\n\x04what\"\x18\n\x04Json\x12\x10\n\x08\x64ocument\x18\x01 \x01(\x0c\x32\xb0\x02\n\x05\x41gent\x12\x39\n\x06Status\x12\x1b.meshagent.v1.StatusRequest\x1a\x12.meshagent.v1.Json\x12\x39\n\x05Trace\x12\x1a.meshagent.v1.TraceRequest\x1a\x12.meshagent.v1.Json0\x01\x12=\n\x08Identity\x12\x1d.meshagent.v1.IdentityRequest\x1a\x12.meshagent.v1.Json\x12\x37\n\x05Graph\x12\x1a.meshagent.v1.GraphRequest\x1a\x12.meshagent.v1.Json\x12\x39\n\x05\x43\x61lls\x12\x1a.meshagent.v1.CallsRequest\x1a\x12.meshagent.v1.Json0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshapi.agent_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STATUSREQUEST']._serialized_start=37
-  _globals['_STATUSREQUEST']._serialized_end=52
-  _globals['_TRACEREQUEST']._serialized_start=55
-  _globals['_TRACEREQUEST']._serialized_end=276
-  _globals['_IDENTITYREQUEST']._serialized_start=278
-  _globals['_IDENTITYREQUEST']._serialized_end=313
-  _globals['_GRAPHREQUEST']._serialized_start=315
-  _globals['_GRAPHREQUEST']._serialized_end=347
-  _globals['_JSON']._serialized_start=349
-  _globals['_JSON']._serialized_end=373
-  _globals['_AGENT']._serialized_start=376
-  _globals['_AGENT']._serialized_end=621
+  _globals['_STATUSREQUEST']._serialized_start=61
+  _globals['_STATUSREQUEST']._serialized_end=76
+  _globals['_TRACEREQUEST']._serialized_start=79
+  _globals['_TRACEREQUEST']._serialized_end=300
+  _globals['_IDENTITYREQUEST']._serialized_start=302
+  _globals['_IDENTITYREQUEST']._serialized_end=337
+  _globals['_GRAPHREQUEST']._serialized_start=339
+  _globals['_GRAPHREQUEST']._serialized_end=371
+  _globals['_CALLSREQUEST']._serialized_start=374
+  _globals['_CALLSREQUEST']._serialized_end=525
+  _globals['_JSON']._serialized_start=527
+  _globals['_JSON']._serialized_end=551
+  _globals['_AGENT']._serialized_start=554
+  _globals['_AGENT']._serialized_end=858
 # @@protoc_insertion_point(module_scope)

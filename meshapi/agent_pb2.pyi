@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from meshapi import proposal_pb2 as _proposal_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -138,6 +139,42 @@ class GraphRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GraphRequest: _TypeAlias = GraphRequest  # noqa: Y015
+
+@_typing.final
+class CallsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SINCE_S_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    PROPOSAL_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    since_s: _builtins.float
+    """how far back; at most an hour is remembered"""
+    namespace: _builtins.str
+    """no comparison: calls to workloads of this namespace"""
+    @_builtins.property
+    def files(self) -> _proposal_pb2.CompileRequest:
+        """as the user gave them: the controller is asked what they mean"""
+
+    @_builtins.property
+    def proposal(self) -> _proposal_pb2.Proposal: ...
+    def __init__(
+        self,
+        *,
+        since_s: _builtins.float = ...,
+        files: _proposal_pb2.CompileRequest | None = ...,
+        proposal: _proposal_pb2.Proposal | None = ...,
+        namespace: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "namespace", b"namespace", "proposal", b"proposal", "what", b"what"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "namespace", b"namespace", "proposal", b"proposal", "since_s", b"since_s", "what", b"what"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["files", "proposal", "namespace"]  # noqa: Y015
+    _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
+
+Global___CallsRequest: _TypeAlias = CallsRequest  # noqa: Y015
 
 @_typing.final
 class Json(_message.Message):

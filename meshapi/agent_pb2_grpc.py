@@ -54,6 +54,11 @@ class AgentStub:
                 request_serializer=meshapi_dot_agent__pb2.GraphRequest.SerializeToString,
                 response_deserializer=meshapi_dot_agent__pb2.Json.FromString,
                 _registered_method=True)
+        self.Calls = channel.unary_stream(
+                '/meshagent.v1.Agent/Calls',
+                request_serializer=meshapi_dot_agent__pb2.CallsRequest.SerializeToString,
+                response_deserializer=meshapi_dot_agent__pb2.Json.FromString,
+                _registered_method=True)
 
 
 class AgentServicer:
@@ -86,6 +91,14 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Calls(self, request, context):
+        """What was called lately on this node: what would become of it under other policies, or all of it for those who write policies. The last message is a
+        summary.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -107,6 +120,11 @@ def add_AgentServicer_to_server(servicer, server):
             'Graph': grpc.unary_unary_rpc_method_handler(
                     servicer.Graph,
                     request_deserializer=meshapi_dot_agent__pb2.GraphRequest.FromString,
+                    response_serializer=meshapi_dot_agent__pb2.Json.SerializeToString,
+            ),
+            'Calls': grpc.unary_stream_rpc_method_handler(
+                    servicer.Calls,
+                    request_deserializer=meshapi_dot_agent__pb2.CallsRequest.FromString,
                     response_serializer=meshapi_dot_agent__pb2.Json.SerializeToString,
             ),
     }
@@ -217,6 +235,33 @@ class Agent:
             target,
             '/meshagent.v1.Agent/Graph',
             meshapi_dot_agent__pb2.GraphRequest.SerializeToString,
+            meshapi_dot_agent__pb2.Json.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Calls(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/meshagent.v1.Agent/Calls',
+            meshapi_dot_agent__pb2.CallsRequest.SerializeToString,
             meshapi_dot_agent__pb2.Json.FromString,
             options,
             channel_credentials,

@@ -38,6 +38,10 @@ class AgentStub:
     """Certificates of this node and its workloads, never a key."""
     Graph: _grpc.UnaryUnaryMultiCallable[_agent_pb2.GraphRequest, _agent_pb2.Json]
     """Who talks to whom as this node sees it (meshapi/graph/answer.py). Takes as long as the window where nobody has asked before."""
+    Calls: _grpc.UnaryStreamMultiCallable[_agent_pb2.CallsRequest, _agent_pb2.Json]
+    """What was called lately on this node: what would become of it under other policies, or all of it for those who write policies. The last message is a
+    summary.
+    """
 
 @_typing.type_check_only
 class AgentAsyncStub(AgentStub):
@@ -49,6 +53,10 @@ class AgentAsyncStub(AgentStub):
     """Certificates of this node and its workloads, never a key."""
     Graph: _aio.UnaryUnaryMultiCallable[_agent_pb2.GraphRequest, _agent_pb2.Json]  # type: ignore[assignment]
     """Who talks to whom as this node sees it (meshapi/graph/answer.py). Takes as long as the window where nobody has asked before."""
+    Calls: _aio.UnaryStreamMultiCallable[_agent_pb2.CallsRequest, _agent_pb2.Json]  # type: ignore[assignment]
+    """What was called lately on this node: what would become of it under other policies, or all of it for those who write policies. The last message is a
+    summary.
+    """
 
 class AgentServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -81,5 +89,15 @@ class AgentServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.Json, _abc.Awaitable[_agent_pb2.Json]]:
         """Who talks to whom as this node sees it (meshapi/graph/answer.py). Takes as long as the window where nobody has asked before."""
+
+    @_abc_1.abstractmethod
+    def Calls(
+        self,
+        request: _agent_pb2.CallsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_agent_pb2.Json], _abc.AsyncIterator[_agent_pb2.Json]]:
+        """What was called lately on this node: what would become of it under other policies, or all of it for those who write policies. The last message is a
+        summary.
+        """
 
 def add_AgentServicer_to_server(servicer: AgentServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from meshapi import agent_pb2 as meshapi_dot_agent__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13meshapi/relay.proto\x12\x0cmeshagent.v1\x1a\x13meshapi/agent.proto\"\xbd\x01\n\x08Question\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12-\n\x06status\x18\x02 \x01(\x0b\x32\x1b.meshagent.v1.StatusRequestH\x00\x12+\n\x05trace\x18\x03 \x01(\x0b\x32\x1a.meshagent.v1.TraceRequestH\x00\x12\x10\n\x06\x65nough\x18\x04 \x01(\x08H\x00\x12+\n\x05graph\x18\x05 \x01(\x0b\x32\x1a.meshagent.v1.GraphRequestH\x00\x42\x06\n\x04what\"a\n\x05Reply\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12\x10\n\x08\x64ocument\x18\x03 \x01(\x0c\x12\x0b\n\x03\x65nd\x18\x04 \x01(\x08\x12\x0c\n\x04\x63ode\x18\x05 \x01(\r\x12\r\n\x05\x65rror\x18\x06 \x01(\t\"\xab\x01\n\nAskRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12-\n\x06status\x18\x02 \x01(\x0b\x32\x1b.meshagent.v1.StatusRequestH\x00\x12+\n\x05trace\x18\x03 \x01(\x0b\x32\x1a.meshagent.v1.TraceRequestH\x00\x12+\n\x05graph\x18\x04 \x01(\x0b\x32\x1a.meshagent.v1.GraphRequestH\x00\x42\x06\n\x04what\"5\n\x04Told\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x10\n\x08\x64ocument\x18\x02 \x01(\x0c\x12\r\n\x05\x65rror\x18\x03 \x01(\t2x\n\x05Relay\x12\x38\n\x05Offer\x12\x13.meshagent.v1.Reply\x1a\x16.meshagent.v1.Question(\x01\x30\x01\x12\x35\n\x03\x41sk\x12\x18.meshagent.v1.AskRequest\x1a\x12.meshagent.v1.Told0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13meshapi/relay.proto\x12\x0cmeshagent.v1\x1a\x13meshapi/agent.proto\"\xea\x01\n\x08Question\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12-\n\x06status\x18\x02 \x01(\x0b\x32\x1b.meshagent.v1.StatusRequestH\x00\x12+\n\x05trace\x18\x03 \x01(\x0b\x32\x1a.meshagent.v1.TraceRequestH\x00\x12\x10\n\x06\x65nough\x18\x04 \x01(\x08H\x00\x12+\n\x05graph\x18\x05 \x01(\x0b\x32\x1a.meshagent.v1.GraphRequestH\x00\x12+\n\x05\x63\x61lls\x18\x06 \x01(\x0b\x32\x1a.meshagent.v1.CallsRequestH\x00\x42\x06\n\x04what\"a\n\x05Reply\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12\x10\n\x08\x64ocument\x18\x03 \x01(\x0c\x12\x0b\n\x03\x65nd\x18\x04 \x01(\x08\x12\x0c\n\x04\x63ode\x18\x05 \x01(\r\x12\r\n\x05\x65rror\x18\x06 \x01(\t\"\xd8\x01\n\nAskRequest\x12\x0c\n\x04node\x18\x01 \x01(\t\x12-\n\x06status\x18\x02 \x01(\x0b\x32\x1b.meshagent.v1.StatusRequestH\x00\x12+\n\x05trace\x18\x03 \x01(\x0b\x32\x1a.meshagent.v1.TraceRequestH\x00\x12+\n\x05graph\x18\x04 \x01(\x0b\x32\x1a.meshagent.v1.GraphRequestH\x00\x12+\n\x05\x63\x61lls\x18\x05 \x01(\x0b\x32\x1a.meshagent.v1.CallsRequestH\x00\x42\x06\n\x04what\"5\n\x04Told\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x10\n\x08\x64ocument\x18\x02 \x01(\x0c\x12\r\n\x05\x65rror\x18\x03 \x01(\t2x\n\x05Relay\x12\x38\n\x05Offer\x12\x13.meshagent.v1.Reply\x1a\x16.meshagent.v1.Question(\x01\x30\x01\x12\x35\n\x03\x41sk\x12\x18.meshagent.v1.AskRequest\x1a\x12.meshagent.v1.Told0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,13 +33,13 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'meshapi.relay_pb2', _global
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_QUESTION']._serialized_start=59
-  _globals['_QUESTION']._serialized_end=248
-  _globals['_REPLY']._serialized_start=250
-  _globals['_REPLY']._serialized_end=347
-  _globals['_ASKREQUEST']._serialized_start=350
-  _globals['_ASKREQUEST']._serialized_end=521
-  _globals['_TOLD']._serialized_start=523
-  _globals['_TOLD']._serialized_end=576
-  _globals['_RELAY']._serialized_start=578
-  _globals['_RELAY']._serialized_end=698
+  _globals['_QUESTION']._serialized_end=293
+  _globals['_REPLY']._serialized_start=295
+  _globals['_REPLY']._serialized_end=392
+  _globals['_ASKREQUEST']._serialized_start=395
+  _globals['_ASKREQUEST']._serialized_end=611
+  _globals['_TOLD']._serialized_start=613
+  _globals['_TOLD']._serialized_end=666
+  _globals['_RELAY']._serialized_start=668
+  _globals['_RELAY']._serialized_end=788
 # @@protoc_insertion_point(module_scope)

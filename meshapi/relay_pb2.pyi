@@ -28,6 +28,7 @@ class Question(_message.Message):
     TRACE_FIELD_NUMBER: _builtins.int
     ENOUGH_FIELD_NUMBER: _builtins.int
     GRAPH_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """of the answer"""
     enough: _builtins.bool
@@ -38,6 +39,8 @@ class Question(_message.Message):
     def trace(self) -> _agent_pb2.TraceRequest: ...
     @_builtins.property
     def graph(self) -> _agent_pb2.GraphRequest: ...
+    @_builtins.property
+    def calls(self) -> _agent_pb2.CallsRequest: ...
     def __init__(
         self,
         *,
@@ -46,12 +49,13 @@ class Question(_message.Message):
         trace: _agent_pb2.TraceRequest | None = ...,
         enough: _builtins.bool = ...,
         graph: _agent_pb2.GraphRequest | None = ...,
+        calls: _agent_pb2.CallsRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["enough", b"enough", "graph", b"graph", "status", b"status", "trace", b"trace", "what", b"what"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "enough", b"enough", "graph", b"graph", "status", b"status", "trace", b"trace", "what", b"what"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["enough", b"enough", "graph", b"graph", "number", b"number", "status", b"status", "trace", b"trace", "what", b"what"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "enough", b"enough", "graph", b"graph", "number", b"number", "status", b"status", "trace", b"trace", "what", b"what"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["status", "trace", "enough", "graph"]  # noqa: Y015
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["status", "trace", "enough", "graph", "calls"]  # noqa: Y015
     _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
 
@@ -103,6 +107,7 @@ class AskRequest(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     TRACE_FIELD_NUMBER: _builtins.int
     GRAPH_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """empty: of a trace the source's, else all that are connected"""
     @_builtins.property
@@ -111,6 +116,8 @@ class AskRequest(_message.Message):
     def trace(self) -> _agent_pb2.TraceRequest: ...
     @_builtins.property
     def graph(self) -> _agent_pb2.GraphRequest: ...
+    @_builtins.property
+    def calls(self) -> _agent_pb2.CallsRequest: ...
     def __init__(
         self,
         *,
@@ -118,12 +125,13 @@ class AskRequest(_message.Message):
         status: _agent_pb2.StatusRequest | None = ...,
         trace: _agent_pb2.TraceRequest | None = ...,
         graph: _agent_pb2.GraphRequest | None = ...,
+        calls: _agent_pb2.CallsRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "status", b"status", "trace", b"trace", "what", b"what"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "graph", b"graph", "status", b"status", "trace", b"trace", "what", b"what"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "node", b"node", "status", b"status", "trace", b"trace", "what", b"what"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "graph", b"graph", "node", b"node", "status", b"status", "trace", b"trace", "what", b"what"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["status", "trace", "graph"]  # noqa: Y015
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["status", "trace", "graph", "calls"]  # noqa: Y015
     _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
 

@@ -151,6 +151,9 @@ def _join(controller: str, address: str | None, token_file: Path | None, account
     metavar="ADDRESS",
     help="Where other nodes reach that port, one of each family.  [default: the address from which the controller is reached]",
 )
+@click.option(
+    "--record-flows/--no-record-flows", default=True, show_default=True, help="Remember what was called in the last hour, for 'policy try'."
+)
 @_map_capacity
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
 def run(  # noqa: PLR0913  one parameter for each option
@@ -179,6 +182,7 @@ def run(  # noqa: PLR0913  one parameter for each option
     keep_denied_connections: bool,
     wireguard_port: int,
     wireguard_address: tuple[str, ...],
+    record_flows: bool,
     map_capacity: dict[str, int],
     log_level: str,
 ) -> None:
@@ -213,6 +217,7 @@ def run(  # noqa: PLR0913  one parameter for each option
         names=not kubernetes_node() if names is None else names,
         cluster_domain=cluster_domain,
         keep_connections=keep_denied_connections,
+        record_flows=record_flows,
         map_capacities=map_capacity,
         join=join,
         keys_on_disk=keys_on_disk,

@@ -61,13 +61,15 @@ def _statuses(run_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             ) from error
 
 
-def _told(target: str, tls: Mapping[str, Path | None], request: relay_pb2.AskRequest) -> Iterator[dict[str, Any]]:
-    """What nodes say, asked through a controller. Raises NotFound once all have answered, if one could not."""
-    return (json.loads(document) for _, document in told(target, tls, request))
+def documents(target: str, tls: Mapping[str, Path | None], request: relay_pb2.AskRequest) -> Iterator[dict[str, Any]]:
+    """What nodes say, asked through a controller, which knows which node says it. Raises NotFound once all have answered, if one could not."""
+    for node, document in told(target, tls, request):
+        found = json.loads(document)
+        yield {**found, "node": node} if "node" in found else found
 
 
 def told(target: str, tls: Mapping[str, Path | None], request: relay_pb2.AskRequest) -> Iterator[tuple[str, bytes]]:
-    """The documents that nodes say, each with its node, as `_told`."""
+    """The documents that nodes say, each with its node, as `documents`."""
     failed = []
     with connection.channel(target, tls) as channel:
         call = relay_pb2_grpc.RelayStub(channel).Ask(request)
@@ -105,7 +107,7 @@ def status(run_dir: Path, controller: str, output: str, **tls: Path | None) -> N
     """Show whether this machine's agents are in force, or all that a controller knows. Exit code 1 if one is not ready."""
     ready = True
     asked = relay_pb2.AskRequest(status=pb.StatusRequest())
-    for document in _told(controller, tls, asked) if controller else (found for _, found in _statuses(run_dir)):
+    for document in documents(controller, tls, asked) if controller else (found for _, found in _statuses(run_dir)):
         ready &= document["ready"]
         if output == "json":
             click.echo(json.dumps(document))
@@ -257,7 +259,7 @@ def trace(  # noqa: PLR0913  each is an option
         slow_ms=slow,
     )
     negative = False
-    found = _told(controller, tls, relay_pb2.AskRequest(trace=request)) if controller else _traced(agent_of(source, run_dir), request)
+    found = documents(controller, tls, relay_pb2.AskRequest(trace=request)) if controller else _traced(agent_of(source, run_dir), request)
     with _shown_as(output or ("table" if live.is_terminal() else "json")) as show:
         for document in found:
             negative |= document.get("verdict") == "DENY" or document.get("outcome") in NEGATIVE

@@ -44,9 +44,9 @@ _files = click.option(
 @connection.with_tls
 def apply(sources: tuple[str, ...], output: str, controller: str, **tls: Path | None) -> None:
     """Validate resources and bring them into force."""
-    request = pb.ApplyRequest(documents=_documents(sources))
+    request = pb.ApplyRequest(documents=documents(sources))
     with connection.channel(controller, tls) as channel:
-        results = _call(controller, lambda: admin_pb2_grpc.AdminStub(channel).Apply(request, timeout=TIMEOUT_S)).results
+        results = call(controller, lambda: admin_pb2_grpc.AdminStub(channel).Apply(request, timeout=TIMEOUT_S)).results
     _show_results(results, output)
 
 
@@ -57,9 +57,9 @@ def apply(sources: tuple[str, ...], output: str, controller: str, **tls: Path | 
 @connection.with_tls
 def delete(sources: tuple[str, ...], output: str, controller: str, **tls: Path | None) -> None:
     """Delete the resources that the files name."""
-    request = pb.DeleteRequest(documents=_documents(sources))
+    request = pb.DeleteRequest(documents=documents(sources))
     with connection.channel(controller, tls) as channel:
-        results = _call(controller, lambda: admin_pb2_grpc.AdminStub(channel).Delete(request, timeout=TIMEOUT_S)).results
+        results = call(controller, lambda: admin_pb2_grpc.AdminStub(channel).Delete(request, timeout=TIMEOUT_S)).results
     _show_results(results, output)
 
 
@@ -81,7 +81,7 @@ def get(kind: str, name: str, namespace: str, output: str, controller: str, **tl
         namespace = "default"
     request = pb.GetRequest(kind=kind, namespace=namespace, name=name)
     with connection.channel(controller, tls) as channel:
-        response = _call(controller, lambda: admin_pb2_grpc.AdminStub(channel).Get(request, timeout=TIMEOUT_S))
+        response = call(controller, lambda: admin_pb2_grpc.AdminStub(channel).Get(request, timeout=TIMEOUT_S))
     if response.error:
         connection.fail(response.error)
     objects = [json.loads(item) for item in response.objects]
@@ -90,7 +90,7 @@ def get(kind: str, name: str, namespace: str, output: str, controller: str, **tl
     if output == "json":
         click.echo(json.dumps(objects[0] if name else {"kind": "List", "apiVersion": "v1", "items": objects}, indent=2))
     elif output == "yaml":
-        click.echo(_yaml(objects), nl=False)
+        click.echo(yaml(objects), nl=False)
     else:
         _show_table(objects, wide=output == "wide")
 
@@ -98,9 +98,10 @@ def get(kind: str, name: str, namespace: str, output: str, controller: str, **tl
 commands: list[click.Command] = [apply, delete, get]
 
 
-def _call(controller: str, call: Any) -> Any:
+def call(controller: str, ask: Any) -> Any:
+    """Ask a controller; what fails ends the command with one line."""
     try:
-        return call()
+        return ask()
     except grpc.RpcError as error:
         failed: Any = error  # what a stub raises is also a grpc.Call, which its type does not say
         code, details = failed.code(), " ".join((failed.details() or "").split())
@@ -113,16 +114,17 @@ def _call(controller: str, call: Any) -> Any:
         connection.fail(f"controller {controller}: {code.name.lower().replace('_', ' ')}: {details}")
 
 
-def _documents(sources: Iterable[str]) -> list[pb.Document]:
-    documents = []
+def documents(sources: Iterable[str]) -> list[pb.Document]:
+    """The contents of files, directories or standard input; ends the command if one cannot be read."""
+    found = []
     for source in sources:
         for origin, content in _texts(source):
             try:
-                documents.append(pb.Document(origin=origin, yaml=content.decode("utf-8-sig")))
+                found.append(pb.Document(origin=origin, yaml=content.decode("utf-8-sig")))
             except UnicodeDecodeError as error:
                 line = content.count(b"\n", 0, error.start) + 1
                 connection.fail(f"{origin}:{line}: not UTF-8: save the file as UTF-8")
-    return documents
+    return found
 
 
 def _texts(source: str) -> Iterator[tuple[str, bytes]]:
@@ -159,7 +161,8 @@ def _show_results(results: Iterable[pb.ObjectResult], output: str) -> None:
     sys.exit(1 if any(result.action in {"refused", "not found"} for result in results) else 0)
 
 
-def _yaml(objects: list[dict[str, Any]]) -> str:
+def yaml(objects: list[dict[str, Any]]) -> str:
+    """As documents of one file."""
     from ruamel.yaml import YAML  # noqa: PLC0415 - the daemon imports this module and must not pay for it
 
     out = io.StringIO()

@@ -28,7 +28,7 @@ from envoy.extensions.http.early_header_mutation.header_mutation.v3 import heade
 from google.protobuf.duration_pb2 import Duration
 
 from agent.config import INBOUND_PORT, OUTBOUND_PORT
-from agent.l7 import access_log, claims, fairness, filters, hygiene, jwt, limits, metrics, names, request_log, spans
+from agent.l7 import access_log, call_log, claims, fairness, filters, hygiene, jwt, limits, metrics, names, request_log, spans
 from agent.l7.clusters import ads, socket_address
 from agent.l7.resources import packed
 from agent.l7.telling import NOTHING, Telling
@@ -185,7 +185,12 @@ def manager(workload: str, log_name: str, side: str, told: Telling = NOTHING) ->
         stat_prefix=side,
         codec_type=hcm_pb2.HttpConnectionManager.AUTO,
         http_filters=http_filters(),
-        access_log=[_access_log(workload, log_name), _audit_log(log_name), *metrics.access_logs(workload, log_name)],
+        access_log=[
+            _access_log(workload, log_name),
+            _audit_log(log_name),
+            *metrics.access_logs(workload, log_name),
+            *call_log.access_logs(log_name, _to_agent(log_name)),
+        ],
         upgrade_configs=[
             hcm_pb2.HttpConnectionManager.UpgradeConfig(upgrade_type="websocket"),
             hcm_pb2.HttpConnectionManager.UpgradeConfig(upgrade_type="CONNECT", enabled={"value": False}),  # some routes allow it

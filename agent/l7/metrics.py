@@ -39,6 +39,8 @@ IDLE_S = 3600
 _SCOPE_FIELD = 6  # Config.stats_scope; xds-protos 1.85 does not know it
 TARGET, NAME = "mesh.target", "name"
 """Metadata of an endpoint: which workload it is."""
+ENDPOINT = f"%UPSTREAM_METADATA({TARGET}:{NAME})%"
+"""The same as a format: NAMESPACE/NAME of the endpoint's workload, then ` mutual_tls` if through a tunnel."""
 
 
 class Key(NamedTuple):
@@ -103,7 +105,7 @@ def _key(workload: str, side: str) -> str:
             workload.replace("%", "%%"),
             f"%FILTER_STATE({names.PEER_KEY}:PLAIN)%" if side == names.INNER else "",
             address,
-            f"%UPSTREAM_METADATA({TARGET}:{NAME})%" if outbound else "",
+            ENDPOINT if outbound else "",
             "%ROUTE_NAME%",
         )
     )

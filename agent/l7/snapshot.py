@@ -22,6 +22,7 @@ from agent.balancing import node_zone, preferred
 from agent.compact import differing
 from agent.external import External
 from agent.l7 import (
+    call_log,
     claims,
     clusters,
     externals,
@@ -67,16 +68,22 @@ def tracing(
     *,
     received: frozenset[str] = frozenset(),
     peers: bool = False,
+    calls: bool = False,
     logs: Mapping[str, int] = MappingProxyType({}),
 ) -> Resources:
     """The runtime layer. `traced` names local workloads whose requests and tunnels are streamed to the agent, `received` those of which it is what others ask
-    of them; `peers`: so is what the far ends of tunnels have shown. `logs` are keys of `agent.l7.request_log`.
+    of them; `peers`: so is what the far ends of tunnels have shown; `calls`: so are some
+    requests of all, within `call_log.RATE`. `logs` are keys of `agent.l7.request_log`.
     """
     runtime = rtds_pb2.Runtime(name=names.RUNTIME_LAYER)
     keys = {names.trace_key(workload) for workload in traced} | {names.received_key(workload) for workload in received}
     keys |= ({names.TRACE_TUNNELS_KEY} if traced else set()) | ({names.PEERS_KEY} if peers else set())
+    keys |= {names.CALLS_KEY} if calls else set()
     runtime.layer.update(dict.fromkeys(sorted(keys), 100) | dict(logs))
-    return {names.RUNTIME: {names.RUNTIME_LAYER: pack(runtime)}}
+    return {names.RUNTIME: {names.RUNTIME_LAYER: pack(runtime)}, names.BUCKET: _BUCKET}
+
+
+_BUCKET = {names.CALLS_BUCKET: pack(call_log.bucket())}
 
 
 Owner = tuple[Any, ...]

@@ -38,7 +38,7 @@ def string(pattern: str) -> string_pb2.StringMatcher:
 
 def path(pattern: str, *, wide: bool) -> rbac_pb2.Permission:
     """Match a normalized path without its query (Envoy, PathMatcher)."""
-    pattern = _plain(pattern)
+    pattern = plain(pattern)
     fits = _path(_readings(pattern, wide=wide))
     if pattern in ("*", "/*") or not (wide or "*" in pattern):
         return fits
@@ -94,7 +94,7 @@ def _regex(expression: str) -> string_pb2.StringMatcher:
 _HIDDEN = _path(_regex(rf".*/\.{{1,2}}{_PARAMETER}(?:/.*)?"))
 
 
-def _plain(pattern: str) -> str:
+def plain(pattern: str) -> str:
     """The pattern as Envoy spells paths: nothing escaped that needs no escape, everything else as it is, non-ASCII escaped."""
 
     def decoded(match: re.Match[bytes]) -> bytes:

@@ -27,7 +27,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterat
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -36,7 +36,7 @@ from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from agent.errors import EnvironmentUnfit
-from agent.l7 import names, peer_log, tunnel_log
+from agent.l7 import call_log, names, peer_log, tunnel_log
 from agent.l7.access_log import RequestRecord, records
 from agent.l7.resources import Resource, Resources
 
@@ -52,9 +52,12 @@ WAITS_FOR = {
     names.ROUTES: frozenset({names.CLUSTER, names.ENDPOINTS}),
 }
 """What must be answered before a type goes out."""
+ON_DEMAND = (names.SECRET, names.BUCKET)
+"""Asked for by name, by what needs them; perhaps nothing does."""
 REMOVAL_ORDER = (names.SCOPE, names.LISTENER, names.ROUTES, names.CLUSTER, names.ENDPOINTS)
 WARM_PATIENCE_S = 2.0
 """How long routes wait for the endpoints of new clusters before they go out anyway."""
+_T = TypeVar("_T")
 LINGER_S = 5.0
 """How long a cluster outlives the routes that named it."""
 STOP_GRACE_S = 0.2
@@ -117,6 +120,8 @@ class XdsServer:
         self.on_tunnel: Callable[[tunnel_log.TunnelRecord], None] | None = None
         """Called with what the far end of an open tunnel has shown, while somebody asks (`names.PEERS_KEY`)."""
         self._on_audited = on_audited
+        self.on_asked: Callable[[call_log.Asked], None] | None = None
+        """Called with requests that are to be remembered (`agent.l7.call_log`)."""
         self.services: list[Callable[[grpc.aio.Server], None]] = []
         """Add what else Envoy asks the agent for to a server that has not started."""
         self._resources: Resources = MappingProxyType({})
@@ -264,21 +269,17 @@ class XdsServer:
 
     def record(self, message: als_pb2.StreamAccessLogsMessage, log_name: str) -> None:
         """Hand the requests of an access log message, or what it says of tunnels, to the callback."""
-        if log_name == peer_log.LOG_NAME:
-            if self.on_shown is not None:
-                for shown in peer_log.shown(message):
-                    self.on_shown(shown)
-            return
-        if tunnel_log.is_one(log_name):
-            if self.on_tunnel is not None:
-                for tunnel in tunnel_log.records(message, log_name):
-                    self.on_tunnel(tunnel)
-            return
         audit = f"{names.AUDIT}/"
-        receive = self._on_audited if log_name.startswith(audit) else self._on_record
-        if receive is not None:
-            for record in records(message, log_name.removeprefix(audit)):
-                receive(record)
+        if log_name == peer_log.LOG_NAME:
+            _hand_on(peer_log.shown(message), self.on_shown)
+        elif tunnel_log.is_one(log_name):
+            _hand_on(tunnel_log.records(message, log_name), self.on_tunnel)
+        elif log_name.startswith(f"{names.CALLS}/"):
+            _hand_on(call_log.asked(message, log_name), self.on_asked)
+        elif log_name.startswith(audit):
+            _hand_on(records(message, log_name.removeprefix(audit)), self._on_audited)
+        else:
+            _hand_on(records(message, log_name), self._on_record)
 
     def connected(self, stream: _Stream) -> None:
         """Make `stream` the one that counts: the newest."""
@@ -313,9 +314,9 @@ class XdsServer:
         What depends on a refused resource is not waited for: Envoy does not subscribe to it.
         """
         outbound = any(name.startswith(names.OUTBOUND) and self.offered(names.LISTENER, name) for name in self.all_names(names.LISTENER))
-        for kind in (*ORDER, names.RUNTIME, names.SECRET):
+        for kind in (*ORDER, names.RUNTIME, *ON_DEMAND):
             state = self._stream.types.get(kind) if self._stream else None
-            if state is None and kind == names.SECRET:
+            if state is None and kind in ON_DEMAND:
                 continue  # nobody has named one
             if state is not None and state.nonce:
                 yield kind, "(unanswered)"
@@ -324,7 +325,7 @@ class XdsServer:
                 resource = self.offered(kind, name)
                 if resource is not None:
                     # Who has not named a resource that it will need does so in a moment; but nobody may need a secret.
-                    wanted = kind != names.SECRET or (state is not None and state.wants(name))
+                    wanted = kind not in ON_DEMAND or (state is not None and state.wants(name))
                     if wanted and known.get(name) != resource.version and self._reachable(kind, name, outbound=outbound):
                         yield kind, name
                 elif state is not None and state.wants(name) and name in known and self._leaves(kind, name, lingering=lingering):
@@ -410,7 +411,7 @@ class _Stream:
         if state is None:
             # The first request of a type on this stream: it says what Envoy kept from before. No names at all = the wildcard.
             wildcard = (
-                not request.resource_names_subscribe and request.type_url != names.SECRET
+                not request.resource_names_subscribe and request.type_url not in ON_DEMAND
             ) or "*" in request.resource_names_subscribe
             state = self.types[request.type_url] = _Type(wildcard, dict(request.initial_resource_versions))
             self._subscribe(request.type_url, state, request.resource_names_subscribe)
@@ -458,7 +459,7 @@ class _Stream:
 
     def _next(self) -> discovery_pb2.DeltaDiscoveryResponse | None:
         """Return the next response that may go out now, or None to wait for an answer or a change."""
-        for kind in (names.RUNTIME, names.SECRET):
+        for kind in (names.RUNTIME, *ON_DEMAND):
             state = self.types.get(kind)
             if state is not None and not state.nonce and (response := self._update(kind, state)) is not None:
                 return response
@@ -637,3 +638,9 @@ class _AccessLog(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]  
             if message.HasField("identifier"):  # the first message of a stream only
                 log_name = message.identifier.log_name
             self._server.record(message, log_name)
+
+
+def _hand_on(found: Iterable[_T], receive: Callable[[_T], None] | None) -> None:
+    if receive is not None:
+        for one in found:
+            receive(one)

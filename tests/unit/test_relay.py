@@ -43,6 +43,11 @@ kind: Workload
 metadata: {name: elsewhere, labels: {app: far}}
 spec: {node: node-2, addresses: [10.0.2.1], networkNamespace: elsewhere}
 ---
+apiVersion: meshagent.io/v1alpha1
+kind: Workload
+metadata: {name: redis}
+spec: {node: node-1, addresses: [10.0.1.3], networkNamespace: redis}
+---
 apiVersion: v1
 kind: Service
 metadata: {name: far}
@@ -294,17 +299,20 @@ def test_nodes_ask_for_traces_only_and_never_in_anothers_name(tmp_path: Path) ->
 
         watched, probed = pb.AskRequest(trace=trace(duration_s=0.05)), pb.AskRequest(trace=trace(probe=True, duration_s=0.05))
         status = pb.AskRequest(node="node-2", status=agent_pb2.StatusRequest())
+        calls = pb.AskRequest(node="node-2", calls=agent_pb2.CallsRequest(namespace="default"))
+        assert await ask("admin", calls) == "calls summary"
+        assert "a node may ask for traces only" in await ask("node-1", calls)
         assert await ask("node-1", watched) == await ask("admin", watched) == "plan"
         assert await ask("admin", status) == "status"
         assert "a node may not probe for another" in await ask("node-1", probed)
         graph = pb.AskRequest(node="node-2", graph=agent_pb2.GraphRequest())
         assert await ask("admin", graph) == "graph"
-        for request in (status, graph):
+        for request in (status, graph, calls):
             assert "a node may ask for traces only" in await ask("node-1", request)
         own, others = (pb.AskRequest(node="node-2", trace=trace(source, receiving=True)) for source in ("frontend", "elsewhere"))
         assert await ask("node-1", own) == await ask("admin", others) == "clock"
         assert "of its own workloads only, and elsewhere is none of them" in await ask("node-1", others)
-        for request in (watched, probed, status, graph):
+        for request in (watched, probed, status, graph, calls):
             assert (await ask("workload", request)).startswith("PERMISSION_DENIED: the client certificate must name")
         async with asking(controller, credentials("node-1")) as relay:
             offer = relay.Offer()
@@ -323,12 +331,51 @@ def test_the_command_line_asks_through_a_controller(tmp_path: Path) -> None:
             return result.returncode, result.stdout + result.stderr
 
         code, output = await asyncio.to_thread(command, "status")
-        assert (code, sorted(json.loads(line)["node"] for line in output.splitlines())) == (0, ["node-1", "node-1"])
+        assert (code, sorted(json.loads(line)["node"] for line in output.splitlines())) == (0, ["node-1", "node-2"])
         code, output = await asyncio.to_thread(command, "trace", "elsewhere", "redis", "--duration", "0")
         assert (code, json.loads(output)["source"]) == (0, "default/elsewhere")
         code, output = await asyncio.to_thread(command, "trace", "elsewere", "redis")
         assert code == 1
         assert "did you mean default/elsewhere" in output
+
+    run(tmp_path, scenario)
+
+
+POLICY = """
+apiVersion: meshagent.io/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: new}
+spec:
+  action: DENY
+  rules: [{to: [{operation: {ports: ["6379"]}}]}]
+"""
+
+
+def test_policies_are_tried_on_one_node_and_on_all(tmp_path: Path) -> None:
+    """Both nodes tell of a call of default/frontend, which runs on node-1: the other one is not believed."""
+
+    async def scenario(controller: Controller, near: Place, _far: Place) -> None:
+        file = tmp_path / "new.yaml"
+
+        def command(text: str, *place: str) -> tuple[int, str, str]:
+            file.write_text(text)
+            argv = [sys.executable, "-m", "agent.cli.main", "policy", "try", "-f", str(file), *place]
+            result = subprocess.run(argv, capture_output=True, text=True, timeout=20, check=False)
+            return result.returncode, result.stdout, result.stderr
+
+        on_node, on_all = ("--run-dir", str(near.config.run_dir)), ("--controller", f"unix:{controller.settings.socket}")
+        for place in (on_node, on_all):
+            code, output, error = await asyncio.to_thread(command, POLICY, *place)
+            assert (code, output.splitlines()[:2]) == (
+                1,
+                ["newly denied: 7 calls", "        7  default/frontend  ->  default/redis:6379  default/new[0]"],
+            )
+            assert ("node node-2 tells of 1 calls that are not its own" in error) is (place is on_all)
+            code, output, error = await asyncio.to_thread(command, POLICY.replace("6379", "70000"), *place)
+            assert (code, output) == (1, "")
+            assert f"{file}:7 AuthorizationPolicy/new spec.rules[0].to[0].operation.ports[0]:" in error
+            code, output, _ = await asyncio.to_thread(command, POLICY.replace("6379", "80"), *place)
+            assert (code, output.splitlines()[0].partition(";")[0]) == (0, f"unchanged: {14 if place is on_all else 7} calls")
 
     run(tmp_path, scenario)
 

@@ -15,6 +15,8 @@ import grpc
 import pytest
 
 from agent.api import Api
+from agent.calls.ring import Outcome, Recorded, Ring
+from agent.calls.ring import Seen as Called
 from agent.config import Config
 from agent.enrolment import Enrolled
 from agent.model import NO_DIRECT, Backing, LocalWorkload, Service, ServicePort, Snapshot, Workload
@@ -22,7 +24,7 @@ from agent.relay import Relay
 from agent.report import Connection, ControllerStatus, Status, WaypointStatus
 from agent.trace import Pair, Seen, Tracer, Watch
 from meshapi import agent_pb2 as pb
-from meshapi import agent_pb2_grpc
+from meshapi import agent_pb2_grpc, discovery_pb2, proposal_pb2
 from meshapi.graph.answer import Answer, Edge, decode
 from tests.tasks import beside, until
 
@@ -33,6 +35,19 @@ SEEN = Connection(source="default/frontend", destination="default/redis:6379", h
 
 def workload(name: str, node: str = "node-1", backing: tuple[Backing, ...] = ()) -> Workload:
     return Workload(f"default/{name}", name, node, {}, ("10.0.0.1",), "", enrolled=True, ready=True, backing=backing)
+
+
+class Remembered:
+    """What was called: seven connections of the frontend."""
+
+    def __init__(self) -> None:
+        self.on = True
+        self.since = 1000.0
+        self.ring = Ring()
+        self.ring.add(Called(False, "default/frontend", "default/redis", "default/redis", 6379, "TCP", Outcome.SERVED), 7)
+
+    async def read(self, since_s: float) -> list[Recorded]:
+        return list(self.ring.read(since_s))
 
 
 class Node:
@@ -48,6 +63,7 @@ class Node:
         self.tracer = Tracer("node-1", self.asked.append)
         self.direct = NO_DIRECT
         self.lost = 0
+        self.calls = Remembered()
 
     def status(self) -> Status:
         return STATUS
@@ -230,5 +246,49 @@ def test_status_is_answered_while_a_trace_runs(tmp_path: Path) -> None:
         await call.read()
         assert (await stub.Status(pb.StatusRequest(), timeout=2)).document
         call.cancel()
+
+    run(tmp_path, scenario)
+
+
+def test_calls_are_held_against_a_proposal(tmp_path: Path) -> None:
+    deny = discovery_pb2.Policy(namespace="default", name="new", action=discovery_pb2.Policy.DENY, rules=[discovery_pb2.PolicyRule()])
+    protected = proposal_pb2.Protected(name="default/redis", policies=["default/new"])
+    proposal = proposal_pb2.Proposal(policies=[deny], workloads=[protected])
+
+    async def scenario(_: Node, stub: Any) -> None:
+        rows, summary = [json.loads(answer.document) async for answer in stub.Calls(pb.CallsRequest(proposal=proposal))]
+        (change,) = rows["calls"]
+        assert (change["change"], change["destination"], change["count"]) == ("newly denied", "default/redis:6379", 7)
+        assert {**summary, "since": 0} == {"kind": "summary", "node": "node-1", "since": 0, "unchanged": 0, "gone": 0, "forgotten": 0}
+        nothing = [json.loads(answer.document) async for answer in stub.Calls(pb.CallsRequest(proposal=proposal_pb2.Proposal()))]
+        assert [(one["kind"], one.get("unchanged")) for one in nothing] == [("summary", 7)]
+
+    run(tmp_path, scenario)
+
+
+def test_calls_to_a_namespace_are_listed(tmp_path: Path) -> None:
+    async def scenario(_: Node, stub: Any) -> None:
+        rows, _summary = [json.loads(answer.document) async for answer in stub.Calls(pb.CallsRequest(namespace="default"))]
+        assert rows["calls"] == [
+            {
+                "owner": "default/frontend", "source": "default/frontend", "serviceAccount": "default/frontend", "receivers": {"default/redis": {}},
+                "destination": "default/redis:6379", "port": 6379, "protocol": "TCP", "method": "", "path": "", "outcome": "served",
+                "answer": "allowed", "count": 7,
+            }
+        ]  # fmt: skip
+        elsewhere = [json.loads(answer.document)["kind"] async for answer in stub.Calls(pb.CallsRequest(namespace="bank"))]
+        assert elsewhere == ["summary"]
+
+    run(tmp_path, scenario)
+
+
+def test_a_node_that_remembers_nothing_says_why_and_so_does_one_whose_controller_is_away(tmp_path: Path) -> None:
+    async def scenario(node: Node, stub: Any) -> None:
+        files = pb.CallsRequest(files=proposal_pb2.CompileRequest())
+        with pytest.raises(grpc.aio.AioRpcError, match="the controller, which reads the files, is away"):
+            await stub.Calls(files).read()
+        node.calls.on = False
+        with pytest.raises(grpc.aio.AioRpcError, match="node node-1 remembers no calls: --no-record-flows"):
+            await stub.Calls(files).read()
 
     run(tmp_path, scenario)

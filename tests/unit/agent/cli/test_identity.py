@@ -32,6 +32,9 @@ class Agent(agent_pb2_grpc.AgentServicer):
     def __init__(self, status: IdentityStatus, one: CertificateStatus = CART) -> None:
         self.status, self.one = status, one
 
+    def Calls(self, request: pb.CallsRequest, context: grpc.ServicerContext) -> Iterator[pb.Json]:  # noqa: N802 - gRPC's names
+        raise NotImplementedError
+
     def Status(self, request: pb.StatusRequest, context: object) -> pb.Json:  # noqa: N802, ARG002  gRPC's names
         document = {
             "ready": True, "node": "node-1", "hooks": [], "waypoint": {"ready": True, "version": "1", "pid": 23, "nacks": 0},

@@ -41,6 +41,9 @@ class Agent(agent_pb2_grpc.AgentServicer):
         self.node, self.ready, self.answers, self.error = node, ready, answers, error
         self.asked: list[pb.TraceRequest] = []
 
+    def Calls(self, request: pb.CallsRequest, context: grpc.ServicerContext) -> Iterator[pb.Json]:  # noqa: N802 - gRPC's names
+        raise NotImplementedError
+
     def Status(self, request: pb.StatusRequest, context: object) -> pb.Json:  # noqa: N802, ARG002 - gRPC's names
         document = {
             "ready": self.ready, "node": self.node, "hooks": [{"name": "mesh_connect4", "attached": True, "effective": self.ready}],

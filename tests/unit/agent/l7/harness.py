@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 from envoy.config.bootstrap.v3 import bootstrap_pb2
 from envoy.config.cluster.v3 import cluster_pb2
+from envoy.config.core.v3 import config_source_pb2
 from envoy.config.endpoint.v3 import endpoint_pb2
 from envoy.config.listener.v3 import listener_pb2
 from envoy.config.route.v3 import route_pb2, scoped_route_pb2
@@ -157,6 +158,11 @@ def validate(resources: Resources, directory: Path) -> None:
     agent = cluster_pb2.Cluster(name=names.XDS_CLUSTER)
     agent.load_assignment.cluster_name = names.XDS_CLUSTER
     static.clusters.append(agent)
+    # Nobody is asked; but what bounds access logs is of no other source (agent.l7.call_log).
+    bootstrap.dynamic_resources.ads_config.CopyFrom(
+        config_source_pb2.ApiConfigSource(api_type=config_source_pb2.ApiConfigSource.DELTA_GRPC, transport_api_version="V3")
+    )
+    bootstrap.dynamic_resources.ads_config.grpc_services.add().envoy_grpc.cluster_name = names.XDS_CLUSTER
     for name in resources[names.CLUSTER]:
         cluster = decoded(resources, names.CLUSTER, name)
         if cluster.type == cluster_pb2.Cluster.EDS:

@@ -98,7 +98,7 @@ def test_envoy_accepts_a_rich_snapshot(tmp_path: Path) -> None:
 def test_l4_services_and_nodes_without_workloads_cost_nothing() -> None:
     assert not any("l4" in name for kind in built(rich()).values() for name in kind)
     nothing = build(rich(), [], trust_domain=harness.TRUST_DOMAIN)
-    assert {kind: len(found) for kind, found in nothing.items() if found} == {names.RUNTIME: 1}
+    assert {kind: len(found) for kind, found in nothing.items() if found} == {names.RUNTIME: 1, names.BUCKET: 1}
 
 
 def test_versions_depend_on_content_alone() -> None:
