@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import logging
+import math
 import socket
 import time
 from bisect import bisect_left
@@ -138,6 +139,8 @@ class Observer:
 
     async def answer(self, window_s: float) -> Answer:
         """What was seen in the last `window_s` seconds, or somewhat more; 0 is the default. Takes that long if nobody has asked before."""
+        if not math.isfinite(window_s):
+            window_s = 0.0
         window = min(max(window_s or DEFAULT_S, SHORTEST_S), LONGEST_S)
         now = await self._read()
         before = next((one for one in reversed(self._readings) if now.at - one.at >= window), None)
@@ -266,6 +269,8 @@ class Observer:
             if (end := self._asked(found, here)) is None:
                 continue
             (number,) = _growth(values, before.requests.get(key))
+            if not number:
+                continue  # Envoy keeps counters long after the last request
             one = sums[end, "http"]
             if code in _REFUSALS and not found.target:
                 one.denied += number
@@ -273,13 +278,16 @@ class Observer:
             one.rate += number
             if not code.isdigit() or int(code) == 0 or int(code) >= 500 or status in _GRPC_ERRORS:
                 one.errors += number
-            if found.target and number:
+            if found.target:
                 workload, _, security = found.target.partition(" ")
                 one.backends[workload, bool(security)] += int(number)
         for key, values in now.durations.items():
             found = Key._make(key.split(SEPARATOR))
             if found.target and (end := self._asked(found, here)) is not None:
-                *cumulative, _, _ = _growth(values, before.durations.get(key))
+                grown = _growth(values, before.durations.get(key))
+                if not grown[-1]:
+                    continue
+                *cumulative, _, _ = grown
                 sums[end, "http"].measure(map(sub, cumulative, [0.0, *cumulative]))
 
     def _asked(self, key: Key, here: frozenset[str]) -> _End | None:

@@ -12,8 +12,9 @@ A connection waits for its other half no longer than `WAIT_S`, and is then shown
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -25,7 +26,8 @@ from agent.trace import Seen, known
 WAIT_S: Final = 0.5
 """Envoy sends its records within 0.05 s; the rest is for the way through the controller."""
 _REMEMBERED = 4096
-_ALIKE = 64
+"""Observations: they come from other machines, so there is one bound for all."""
+_ALIKE = 512
 _SLACK_NS = 5_000_000  # Envoy's clock is read once per turn of its event loop
 _SHARED = frozenset({"tunnel", "accept", "handshake"})
 """By the requests of a connection or a tunnel."""
@@ -62,7 +64,9 @@ class Joiner:
     destination: str
     places: dict[str, str]
     clocks: dict[str, Clock]
-    _facts: OrderedDict[_Key, deque[_Fact]] = field(default_factory=OrderedDict)
+    _facts: dict[_Key, deque[_Fact]] = field(default_factory=dict)
+    _kept: deque[tuple[_Key, _Fact]] = field(default_factory=deque)
+    """Oldest first; also those that have been used."""
     _waiting: dict[_Key, list[_Pending]] = field(default_factory=dict)
     _order: deque[_Pending] = field(default_factory=deque)
     _touched: list[_Pending] = field(default_factory=list)
@@ -114,12 +118,20 @@ class Joiner:
             for former in [one for one in facts if one.observation.node == found.node]:
                 facts.remove(former)
         facts.append(fact)
-        self._facts.move_to_end(key)
-        while len(self._facts) > _REMEMBERED:
-            self._facts.popitem(last=False)
+        self._kept.append((key, fact))
+        while len(self._kept) > _REMEMBERED:
+            self._drop(*self._kept.popleft())
         if found.of == "denied":
             self._denials.append((now + WAIT_S, fact))
-        self._touched.extend(self._waiting.get(key, ()))
+        alone = found.of in {"request", "handshake"} and not found.request_id
+        self._touched.extend(one for one in self._waiting.get(key, ()) if not alone or _within(fact, one.seen))
+
+    def _drop(self, key: _Key, fact: _Fact) -> None:
+        facts = self._facts.get(key, deque())
+        with contextlib.suppress(ValueError):  # it is gone already
+            facts.remove(fact)
+        if not facts:
+            self._facts.pop(key, None)
 
     def _expects(self, seen: Seen) -> bool:
         if seen.tunnelled and not seen.request:
@@ -168,6 +180,8 @@ class Joiner:
         facts = self._of(seen)
         for fact in facts:
             fact.used = fact.observation.of not in _SHARED or not seen.request
+            if fact.used:
+                self._drop(_key(fact.observation), fact)
         return seen, _joined(seen, facts)
 
     def _alone(self, fact: _Fact) -> tuple[Seen, Connection]:

@@ -12,10 +12,10 @@ from typing import Any, Final
 
 from agent.report import Hop
 
-LONGEST: Final = 32 << 10
+LONGEST: Final = 16 << 10
 """Bytes of one document."""
 _MOST_HOPS = 4
-_LONGEST_TEXT = 2048
+_LONGEST_TEXT = 512
 _KINDS = frozenset({"accept", "close", "denied", "tunnel", "handshake", "request"})
 _HOPS = frozenset({"inbound", "app", "tunnel", "end"})
 _DETAILS = frozenset(

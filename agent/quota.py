@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ SETTLE_S: Final = 0.02
 QUIET: Final = 2
 """After so many reports without a request Envoy and the controller are told to forget a caller: when it comes again, that is known at once."""
 MOST_BUCKETS: Final = 20_000
+LOST_S: Final = 4 * quota.REPORTS_S
+ANEW_S: Final = 4 * quota.REPORTS_S
 REFRESH_S: Final = quota.KEPT_S / 24
 _SHARE: Final = "/meshagent.v1.Quotas/Share"
 Key = tuple[str, str]
@@ -74,6 +77,8 @@ class Quotas(rlqs_pb2_grpc.RateLimitQuotaServiceServicer):  # type: ignore[misc,
         self._limits = _Limits()
         self._traffic: Mapping[str, TrafficPolicy] | None = None
         self._buckets: dict[Key, _Bucket] = {}
+        self._anew_at: dict[str, float] = {}
+        """When Envoy was given another filter for a limit."""
         self._gone: dict[Key, tuple[int, int]] = {}
         self._news = asyncio.Event()
         self._streams: set[asyncio.Queue[rlqs_pb2.RateLimitQuotaResponse]] = set()
@@ -96,9 +101,11 @@ class Quotas(rlqs_pb2_grpc.RateLimitQuotaServiceServicer):  # type: ignore[misc,
         }
         for key in [key for key in self._buckets if not quota.keeps_buckets(self._limits.limits[key[0]], limits.get(key[0]))]:
             bucket = self._buckets.pop(key)
+            self._anew_at[key[0]] = self._clock()
             if key[0] in limits:
                 self._gone[key] = (bucket.allowed, bucket.denied)
                 self._news.set()
+        self._anew_at = {limit: at for limit, at in self._anew_at.items() if self._clock() - at < ANEW_S}
         nodes = len({one.node for one in snapshot.workloads.values() if one.enrolled}) if limits else 1
         self._limits = _Limits(limits, max(1, nodes))
 
@@ -148,7 +155,7 @@ class Quotas(rlqs_pb2_grpc.RateLimitQuotaServiceServicer):  # type: ignore[misc,
                 self._gone.pop(key, None)
                 # Without the controller the others' shares are smaller now, too.
                 actions += [self._alone_or_first(one) for one in self._buckets if one == key or (self._alone and one[0] == key[0])]
-            elif bucket.last is not None and self._clock() - bucket.told_envoy_at > REFRESH_S:
+            elif bucket.last is not None and (self._clock() - bucket.told_envoy_at > REFRESH_S or self._begins_anew(key[0])):
                 actions.append(bucket.last)  # Envoy goes on with the tokens it has
             self._count(bucket, usage)
             if bucket.quiet >= QUIET:
@@ -157,6 +164,10 @@ class Quotas(rlqs_pb2_grpc.RateLimitQuotaServiceServicer):  # type: ignore[misc,
                 del self._buckets[key]
         self._news.set()
         return self._noted(actions)
+
+    def _begins_anew(self, limit: str) -> bool:
+        """Did a limit become another filter a moment ago? Until Envoy has it the old one reports, too, and whose a report is nothing says."""
+        return self._clock() - self._anew_at.get(limit, -math.inf) < ANEW_S
 
     def _count(self, bucket: _Bucket, usage: rlqs_pb2.RateLimitQuotaUsageReports.BucketQuotaUsage) -> None:
         bucket.allowed += usage.num_requests_allowed
@@ -251,6 +262,9 @@ class Quotas(rlqs_pb2_grpc.RateLimitQuotaServiceServicer):  # type: ignore[misc,
     def usages(self) -> list[quota_pb2.QuotaUsage]:
         """What the controller has not been told."""
         found = []
+        for key in [key for key, bucket in self._buckets.items() if self._clock() - bucket.reported_at > LOST_S]:
+            bucket = self._buckets.pop(key)  # Envoy has it no more: it reports even those that nobody uses
+            self._gone[key] = (bucket.allowed, bucket.denied)
         for key, bucket in self._buckets.items():
             if not bucket.fresh and bucket.reported_at <= bucket.told_at:
                 continue

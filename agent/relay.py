@@ -60,12 +60,17 @@ class Relay:
         """Pass a question on to another node. Raises NotFound if it has no answer."""
         if self._channel is None:
             raise NotFound(f"it runs on node {node}, this is {self._config.node}, and the controller, which would ask there, is away")
-        ask = relay_pb2_grpc.RelayStub(self._channel).Ask(pb.AskRequest(node=node, trace=request))
+        channel = self._channel
+        ask = relay_pb2_grpc.RelayStub(channel).Ask(pb.AskRequest(node=node, trace=request))
         try:
             async for told in ask:
                 if told.error:
                     raise NotFound(clean(told.error, _LONGEST_ERROR))
                 yield agent_pb2.Json(document=told.document)
+        except asyncio.CancelledError:
+            if self._channel is channel:
+                raise  # whoever asks was cancelled, and not only the call, which its channel took along
+            raise NotFound("the connection to the controller was made anew meanwhile: ask again") from None
         except grpc.aio.AioRpcError as error:
             raise NotFound(
                 f"it runs on node {node}, and the controller did not ask there: {clean(error.details() or '', _LONGEST_ERROR)}"

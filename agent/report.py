@@ -303,7 +303,8 @@ class CallSummary:
     forgotten: int
 
 
-def _camel(name: str) -> str:
+def camel(name: str) -> str:
+    """A field as JSON documents call it."""
     head, *rest = name.split("_")
     return head + "".join(part.capitalize() for part in rest)
 
@@ -313,7 +314,7 @@ def as_json(value: object) -> Any:
     if isinstance(value, Hop):
         return {"at": value.at, "node": value.node, "durationNs": value.duration_ns, **value.detail}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {_camel(f.name): as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {camel(f.name): as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, enum.Enum):
         return value.name.lower()
     if isinstance(value, (list, tuple)):

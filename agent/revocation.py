@@ -26,7 +26,7 @@ from agent.enrolment import Enrolled
 from agent.errors import KernelRefused
 from agent.ids import Ids
 from agent.l7 import rbac
-from agent.model import LocalWorkload, Mtls, Snapshot, Workload
+from agent.model import Action, LocalWorkload, Mtls, Snapshot, Workload
 from agent.patience import within
 from agent.policy import Caller, Decision, Verdict, decide, protecting
 
@@ -92,7 +92,7 @@ class Judge:
             source, destination = name or addresses.text(there[0]), local.workload.name
             caller, port = self._caller(known, there[0]), here[1]
             pooled = known is not None and known.enrolled
-            read = found.cgroup == self._waypoint or (name in self._local and destination not in self._enforce_inbound)
+            read = (self._waypoint and found.cgroup == self._waypoint) or (name in self._local and destination not in self._enforce_inbound)
         elif record.direction == Direction.FROM_WAYPOINT and found.mark == UNREAD_MARK:
             return self._unread(found, local.workload, there[1])
         elif record.direction == Direction.FROM_WAYPOINT or record.redirected == Redirect.WAYPOINT or record.verdict == Row.DENY:
@@ -113,7 +113,7 @@ class Judge:
 
     def _unread(self, found: LiveSocket, workload: Workload, port: int) -> Forbidden | None:
         """What the waypoint hands on from a tunnel to an application without reading it. Who is at the far end is not known here."""
-        policies = protecting(workload, self._snapshot)
+        policies = [policy for policy in protecting(workload, self._snapshot) if policy.action is not Action.AUDIT]
         ports = rbac.request_ports(policies)
         if ports is not None and port not in ports:
             return None
@@ -180,7 +180,7 @@ class Revocation:
             self._wanted.clear()
             await asyncio.to_thread(self.close_forbidden)
             settled = False
-            while not settled or (self._pooled and not self.problem):
+            while not settled or self._pooled:
                 await asyncio.sleep(PAUSE_S)
                 with contextlib.suppress(asyncio.TimeoutError):
                     await within(self._wanted.wait(), SETTLE_S)
@@ -217,7 +217,8 @@ class Revocation:
                         )
             except KernelRefused as error:
                 self.problem = f"living connections that a policy forbids go on: {error}; restart their pods"
-            except OSError as error:  # the namespace is going away, and its connections with it
+            except OSError as error:  # the namespace is going away, and its connections with it; if not, their time goes on
+                pooled |= {cookie: first for cookie, first in self._pooled.items() if now - first < 2 * LET_GO_S}
                 _log.debug("connections of a namespace were not looked at", extra={"workload": local.workload.name, "reason": str(error)})
         self._pooled = pooled
         if self.problem:

@@ -370,12 +370,14 @@ class Supervisor:
         while True:
             await self._releasable.wait()
             self._releasable.clear()
-            taken = await self._xds.wait_acked(RETRY_S, lingering=True) and not self._xds.state.rejected
+            acked = await self._xds.wait_acked(RETRY_S)
+            if acked and self._given and not self._releasable.is_set():  # what is refused does not lead past anything either
+                self._revocation.taken()
+            taken = acked and await self._xds.wait_acked(RETRY_S, lingering=True) and not self._xds.state.rejected
             async with self._enforcing:
                 if self._releasable.is_set():
                     continue  # Envoy was given something else meanwhile
                 if taken and self._given:
-                    self._revocation.taken()
                     await self._wireguard.finish()
             if not taken:
                 await asyncio.sleep(RETRY_S)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import http.client
+import math
 import socket
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -34,6 +35,7 @@ from meshapi import agent_pb2 as pb
 
 _T = TypeVar("_T")
 
+LONGEST_S: Final = 7 * 24 * 3600.0
 PROBE_TIMEOUT_S: Final = 3.0
 SETTLE_S: Final = 0.6
 """After the last connection: Envoy flushes its records within 0.1 s, and other nodes tell what they saw within 0.5 s (`agent.joining`)."""
@@ -86,6 +88,8 @@ class Tracing:
 
     async def answer(self, request: pb.TraceRequest) -> AsyncGenerator[bytes, None]:
         """Every document of the answer. Raises NotFound for names that nobody knows, and NotWatched."""
+        if not (0 <= request.duration_s <= LONGEST_S and 0 <= request.slow_ms < math.inf):  # which NaN is not either
+            raise NotWatched(f"--duration is a number of seconds from 0 to {LONGEST_S:.0f}, --slow one of milliseconds")
         snapshot = self._node.snapshot
         source = plan.find_workload(snapshot, request.source)
         if request.receiving:

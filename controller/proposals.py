@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import grpc
@@ -18,6 +19,9 @@ from meshapi import proposal_pb2 as pb
 KIND: Final = "AuthorizationPolicy"
 MAX_BYTES: Final = 4 << 20
 """Of all documents of one question."""
+MAX_BYTES_OF_NODES: Final = 256 << 10
+"""A node asks for whoever sits there."""
+MAX_WAITING: Final = 4
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -26,24 +30,38 @@ class Proposals(proposal_pb2_grpc.ProposalsServicer):
 
     def __init__(self, mesh: Mesh, trust_domain: str) -> None:
         self._mesh = mesh
-        self._callers = (f"spiffe://{trust_domain}/meshagent/admin", f"spiffe://{trust_domain}/meshagent/node/")
-        self._one = asyncio.Lock()
+        self._admin = f"spiffe://{trust_domain}/meshagent/admin"
+        self._nodes = f"spiffe://{trust_domain}/meshagent/node/"
+        self._thread = ThreadPoolExecutor(1, "proposals")
+        """One, and none of those in which the model is compiled: it goes on when its caller has gone away."""
+        self._open = 0
 
     async def Compile(self, request: pb.CompileRequest, context: Context) -> pb.CompileResponse:  # noqa: N802  gRPC's names
         """Answer with the difference, or with what is wrong."""
-        if not is_local(context) and not any(map(self._may, found := uris(context))):
+        found = uris(context)
+        if not is_local(context) and not any(map(self._may, found)):
             names = ", ".join(found) or "no URI"
             await context.abort(
                 grpc.StatusCode.PERMISSION_DENIED, f"the client certificate must name an administrator or a node; it names {names}"
             )
-        if sum(len(document.yaml) for document in request.documents) > MAX_BYTES:
-            return pb.CompileResponse(problems=[f"the files are larger than {MAX_BYTES >> 20} MiB together: give fewer"])
-        async with self._one:
-            return await asyncio.to_thread(self._compiled, request)
+        most = MAX_BYTES if is_local(context) or self._admin in found else MAX_BYTES_OF_NODES
+        if sum(len(document.yaml) for document in request.documents) > most:
+            more = "" if most == MAX_BYTES else ", or ask as an administrator"
+            return pb.CompileResponse(problems=[f"the files are larger than {most / (1 << 20):g} MiB together: give fewer{more}"])
+        if self._open >= MAX_WAITING:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WAITING} others are asking: try again in a moment")
+        self._open += 1
+        work = asyncio.get_running_loop().run_in_executor(self._thread, self._compiled, request)
+        work.add_done_callback(self._done)
+        return await asyncio.shield(work)
+
+    def _done(self, work: asyncio.Future[pb.CompileResponse]) -> None:
+        self._open -= 1
+        if not work.cancelled():
+            work.exception()  # whoever still waits has it, too
 
     def _may(self, uri: str) -> bool:
-        admin, nodes = self._callers
-        return uri == admin or uri.startswith(nodes)
+        return uri == self._admin or uri.startswith(self._nodes)
 
     def _compiled(self, request: pb.CompileRequest) -> pb.CompileResponse:
         objects = self._mesh.state.objects

@@ -20,6 +20,9 @@ from meshapi import relay_pb2_grpc
 
 _log = logging.getLogger(__name__)
 
+MAX_ERROR: Final = 500
+"""Characters of what a node says went wrong."""
+_OVERHEAD: Final = 64
 BACKLOG: Final = 16 << 20
 """Bytes of answers to one who asks that he has not taken yet."""
 MAX_DOCUMENT: Final = 2 << 20
@@ -138,20 +141,24 @@ class _Inbox:
 
     def put(self, node: str, reply: pb.Reply) -> None:
         """Add a reply."""
-        self.size += len(reply.document)
+        self.size += _size(reply)
         self._replies.put_nowait((node, reply))
 
     async def until_one_ends(self) -> AsyncIterator[pb.Told]:
         """What nodes say until one of them has ended."""
         while True:
             node, reply = await self._replies.get()
-            self.size -= len(reply.document)
+            self.size -= _size(reply)
             if reply.document:
                 yield pb.Told(node=node, document=reply.document)
             if reply.end:
                 if reply.code:
                     yield pb.Told(node=node, error=reply.error)
                 return
+
+
+def _size(reply: pb.Reply) -> int:
+    return len(reply.document) + len(reply.error) + _OVERHEAD
 
 
 class _Letterbox(NamedTuple):
@@ -202,6 +209,9 @@ class _Line:
         if number not in self._waiting:
             return
         answer = self._waiting[number]
+        reply.error = "".join(c if c.isprintable() else "?" for c in reply.error[:MAX_ERROR])
+        if not (reply.document or reply.end):
+            return  # nothing is said
         why = ""
         if len(reply.document) > MAX_DOCUMENT:
             why = f"the answer has a document of {len(reply.document)} bytes, at most {MAX_DOCUMENT} are passed on"

@@ -7,7 +7,7 @@ of the service counts, and they must agree.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -65,6 +65,19 @@ def receivers(seen: Seen, snapshot: Snapshot) -> list[Receiver]:
     return [Receiver(w.name, port, protecting(w, snapshot)) for w, port in answering]
 
 
+def _finder(snapshot: Snapshot) -> Callable[[Seen], list[Receiver]]:
+    """`receivers`, asked once for each destination: a service may have the whole mesh behind it."""
+    known: dict[tuple[object, ...], list[Receiver]] = {}
+
+    def find(seen: Seen) -> list[Receiver]:
+        key = (seen.service, seen.target, seen.port, seen.protocol)
+        if key not in known:
+            known[key] = receivers(seen, snapshot)
+        return known[key]
+
+    return find
+
+
 def _outside(service: Service, seen: Seen, snapshot: Snapshot) -> Receiver:
     policies: Sequence[Policy] = egress.policies(service, snapshot)
     port = next((port for port in service.ports if (port.port, port.protocol) == (seen.port, seen.protocol)), None)
@@ -97,9 +110,15 @@ def destination(seen: Seen) -> str:
 
 
 def today(seen: Seen, who: Caller, found: Iterable[Receiver]) -> Answer:
-    """What the policies in force say; where that depends on what is not recorded, what became of the call tells."""
+    """What the policies in force say; where that depends on what is not recorded, what became of the call tells.
+
+    Not of a connection that was made: it reached who decides about its requests, and of those nothing is known. They may be older than the record, or beyond
+    its rate.
+    """
     answer = decided(seen, who, found).answer
-    return _OBSERVED.get(seen.outcome, answer) if answer is Answer.UNDECIDED else answer
+    if answer is not Answer.UNDECIDED or (seen.outcome is Outcome.SERVED and not seen.path and seen.source):
+        return answer
+    return _OBSERVED.get(seen.outcome, answer)
 
 
 _OBSERVED = {Outcome.SERVED: Answer.ALLOWED, Outcome.DENIED: Answer.DENIED}
@@ -135,9 +154,10 @@ def compare(recorded: Iterable[Recorded], now: Snapshot, then: Snapshot, trust_d
     """Hold every recorded call against both sets of policies."""
     changes: dict[Change, tuple[int, float]] = {}
     counts: Counter[str] = Counter()
+    find_now, find_then = _finder(now), _finder(then)
     for seen, count, last_seen in plain_calls(recorded):
         who = caller(seen, now, trust_domain)
-        before, after = receivers(seen, now), receivers(seen, then)
+        before, after = find_now(seen), find_then(seen)
         if who is None or not before:
             counts["gone"] += count
         elif (found := _change(seen, who, before, after)) is None:
@@ -177,12 +197,13 @@ def listed(recorded: Iterable[Recorded], snapshot: Snapshot, trust_domain: str, 
     """Every recorded call to workloads of a namespace; of receivers that one selector chooses one is named."""
     rows: list[CallRow] = []
     gone = 0
+    find = _finder(snapshot)
     for seen, count, _ in plain_calls(recorded):
         if (seen.target or seen.service).partition("/")[0] != namespace:
             continue
         if (service := snapshot.services.get(seen.service)) is not None and service.external is not None:
             continue
-        who, found = caller(seen, snapshot, trust_domain), receivers(seen, snapshot)
+        who, found = caller(seen, snapshot, trust_domain), find(seen)
         alike = {selector_of(labels): (one.name, dict(labels)) for one in found for labels in (snapshot.workloads[one.name].labels,)}
         workloads = dict(alike.values())
         if who is None or not workloads:

@@ -127,9 +127,13 @@ def _port(text: str) -> int:
     return int(text) if text.isdigit() else 0
 
 
+_REFUSED = {"7", "16"}
+"""PERMISSION_DENIED and UNAUTHENTICATED, which HTTP calls 200 (https://grpc.io/docs/guides/status-codes/)."""
+
+
 def _outcome(asked: Asked) -> Outcome:
     if asked.details.startswith("rbac_access_denied"):
         return Outcome.DENIED
-    if asked.code in {401, 403}:
+    if asked.code in {401, 403} or asked.grpc in _REFUSED:
         return Outcome.UNAUTHORIZED
     return Outcome.SERVED if asked.details == "via_upstream" else Outcome.UNANSWERED

@@ -84,17 +84,36 @@ def tightest(namespace: str, rows: Iterable[CallRow]) -> Result:
     names = _names(wanted)
     policies = tuple(Proposed(names[s], namespace, s, _rules(what)) for s, what in sorted(wanted.items()))
     notes = [f"left out: {count} {why}" for why, count in sorted(left_out.items())]
-    return Result(policies, (*notes, *_also_allowed(policies, rows)))
+    return Result(policies, (*notes, *_widened(rows), *_also_allowed(policies, rows)))
+
+
+def _widened(rows: Iterable[CallRow]) -> list[str]:
+    """What can only be allowed with more than it was."""
+    found: set[str] = set()
+    for row in rows:
+        if not row.path or _objection(row):
+            continue
+        if not row.method:
+            found.add(f"too wide: any method, because one was used that is not a word, for {row.source} -> {row.destination} {row.path}")
+        if not paths.pattern_of(row.path):
+            found.add(f"too wide: any path, because no pattern has them all, for {row.source} -> {row.destination}")
+    return sorted(found)
+
+
+_UNLIKELY = {
+    "unanswered": "requests that nobody answered",
+    "unauthorized": "requests that were answered with 401 or 403",
+}
 
 
 def _objection(row: CallRow) -> str:
     """Why a call is not what a policy should allow; "" if nothing speaks against it."""
     if row.answer == Answer.DENIED.value or row.outcome == "denied":
         return "calls that are denied now"
-    if row.outcome == "unanswered":
-        return "requests that nobody answered"
-    if row.outcome == "unauthorized":
-        return "requests that were answered with 401 or 403"
+    if row.answer == Answer.UNDECIDED.value:
+        return "calls that may be denied now: it depends on what is not recorded"
+    if why := _UNLIKELY.get(row.outcome):
+        return why
     if not row.service_account:
         return "calls of callers that nobody vouches for"
     if not row.port:

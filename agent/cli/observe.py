@@ -17,10 +17,13 @@ import grpc
 
 from agent.cli import connection, live
 from agent.errors import NotFound
+from agent.observation import clean
 from agent.plan import qualified
 from meshapi import agent_pb2 as pb
 from meshapi import agent_pb2_grpc, relay_pb2, relay_pb2_grpc
 
+_LONGEST_ERROR = 500
+"""Characters of what a node says went wrong."""
 RUN_DIR = click.option(
     "--run-dir",
     type=click.Path(path_type=Path, file_okay=False),
@@ -77,7 +80,8 @@ def told(target: str, tls: Mapping[str, Path | None], request: relay_pb2.AskRequ
             try:
                 for one in call:
                     if one.error:
-                        failed.append(one.error if one.node in one.error else f"{one.node}: {one.error}")
+                        error = clean(one.error, _LONGEST_ERROR)
+                        failed.append(error if one.node in error else f"{one.node}: {error}")
                     else:
                         yield one.node, one.document
             except grpc.RpcError as error:

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import grpc
 
 from agent.cli import connection, observe, resources
 from agent.errors import NotFound
-from agent.report import CallRow
+from agent.report import CallRow, Change, camel
 from meshapi import admin_pb2, admin_pb2_grpc, proposal_pb2, proposal_pb2_grpc, relay_pb2
 from meshapi import agent_pb2 as pb
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _METHOD, _PATH = re.compile("[A-Z_]{0,32}"), re.compile(r"(?:\*|/[A-Za-z0-9._~/{}*-]{0,300})?")
 """What agents write."""
+_CHANGE, _CALL = ({camel(one.name) for one in fields(shape)} for shape in (Change, CallRow))
 _ORDER = ("newly denied", "newly allowed", "undecided")
 
 
@@ -89,6 +91,8 @@ class Answers:
             if document.get("kind") == "calls":
                 self.rows += document["calls"]
             elif document.get("kind") == "summary":
+                if not all(isinstance(document.get(name), (int, float)) for name in ("since", "unchanged", "gone", "forgotten")):
+                    raise NotFound(f"node {document.get('node', '?')} answers with something else than a summary: is it of this version?")
                 self.summaries.append(document)
             else:
                 raise NotFound(f"the agent of node {document.get('node', '?')} does not know the question: it is older than this command")
@@ -152,8 +156,9 @@ def own_row(row: dict[str, Any], node: str, workloads: Mapping[str, Mapping[str,
         owner, source = workloads[row["owner"]], row["source"]
         if owner["spec"]["node"] != node or source not in {"", "unknown", row["owner"]}:
             return None
-        if not (isinstance(row["count"], int) and _METHOD.fullmatch(row["method"]) and _PATH.fullmatch(row["path"])):
+        if not _shaped(row):
             return None
+        row = {name: _printable(value) if isinstance(value, str) else value for name, value in row.items()}
         if "receivers" not in row:
             return row
         inbound = source != row["owner"]
@@ -164,6 +169,21 @@ def own_row(row: dict[str, Any], node: str, workloads: Mapping[str, Mapping[str,
     if not receivers or row.get("serviceAccount") not in {"", account} or (inbound and receivers.keys() != {row["owner"]}):
         return None
     return {**row, "receivers": receivers}
+
+
+def _shaped(row: Mapping[str, Any]) -> bool:
+    """Is it what an agent of this version writes? Raises TypeError or KeyError if it is not."""
+    if not (type(row["count"]) is int and row["count"] >= 0 and _METHOD.fullmatch(row["method"]) and _PATH.fullmatch(row["path"])):
+        return False
+    if "receivers" not in row:
+        texts = isinstance(row["rule"], str) and isinstance(row["destination"], str)
+        return texts and row.keys() == _CHANGE and row["change"] in _ORDER and isinstance(row["lastSeen"], (int, float))
+    ported = type(row["port"]) is int and 0 <= row["port"] <= 0xFFFF and row["protocol"] in {"TCP", "UDP"}
+    return (
+        ported
+        and row.keys() == _CALL
+        and all(isinstance(row[name], str) for name in ("destination", "outcome", "answer", "serviceAccount"))
+    )
 
 
 def _compare(answers: Answers, output: str) -> int:
@@ -184,6 +204,8 @@ def _compare(answers: Answers, output: str) -> int:
                     f"  {row['count']:7}  {row['source']}  ->  {row['destination']}  {request}{row['rule'] or 'no policy protects it'}"
                 )
         click.echo(f"unchanged: {answers.total('unchanged')} calls; recorded since {answers.since}")
+        if forgotten := answers.total("forgotten"):
+            click.echo(f"not known: {forgotten} kinds of calls that found no room")
         if gone := answers.total("gone"):
             click.echo(f"left out: {gone} calls whose ends are in the model no more")
     return 1 if rows else 0

@@ -8,11 +8,11 @@ https://www.envoyproxy.io/docs/envoy/v1.40.0/api-v3/extensions/access_loggers/fi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from envoy.config.accesslog.v3 import accesslog_pb2
-from envoy.config.core.v3 import base_pb2
 from envoy.data.accesslog.v3 import accesslog_pb2 as data_pb2
 from envoy.extensions.access_loggers.filters.process_ratelimit.v3 import process_ratelimit_pb2
 from envoy.extensions.access_loggers.grpc.v3 import als_pb2
@@ -29,7 +29,8 @@ RATE, BURST = 50, 500
 FLUSH_MS = 200
 """How long Envoy keeps records: a message costs the agent as much as several of them."""
 _SIDES = (names.OUTBOUND, names.INBOUND, names.GATEWAY)
-_DIALLED, _CALLER, _TARGET = "dialled", "caller", "target"
+_DIALLED, _CALLER, _TARGET, _METHOD, _GRPC = "dialled", "caller", "target", "method", "grpc"
+_WORD = re.compile("[A-Z]{1,32}")
 MOST_PATH = 2048
 """Characters of a path that are looked at."""
 
@@ -48,8 +49,10 @@ class Asked(NamedTuple):
     """Workload that was chosen."""
     method: str
     path: str
-    """"" if a route has changed it on the way: policies may have seen either."""
+    """As it went on: of what a route has changed policies are decided by the receiver, who saw this."""
     code: int
+    grpc: str
+    """Number of the gRPC status; "-" or "": none."""
     details: str
     """%RESPONSE_CODE_DETAILS%: "via_upstream" if the receiver answered."""
 
@@ -71,6 +74,8 @@ def access_logs(log_name: str, to_agent: als_pb2.HttpGrpcAccessLogConfig) -> lis
         (_DIALLED, "%DOWNSTREAM_LOCAL_ADDRESS%"),
         (_CALLER, "%DOWNSTREAM_DIRECT_REMOTE_ADDRESS_WITHOUT_PORT%"),
         (_TARGET, metrics.ENDPOINT),
+        (_METHOD, "%REQ(:METHOD):32%"),
+        (_GRPC, "%GRPC_STATUS_NUMBER%"),
     ):
         common.custom_tags.add(tag=tag, value=text)
     wanted = accesslog_pb2.AccessLogFilter()
@@ -104,8 +109,9 @@ def _asked(entry: data_pb2.HTTPAccessLogEntry, side: str, owner: str) -> Asked:
         dialled=tags.get(_DIALLED, ""),
         cluster=common.upstream_cluster,
         target="" if target == "-" else target,
-        method=base_pb2.RequestMethod.Name(request.request_method) if request.request_method else "",
-        path="" if request.original_path else request.path[:MOST_PATH].partition("?")[0],
+        method=method if _WORD.fullmatch(method := tags.get(_METHOD, "")) else "",
+        path=request.path[:MOST_PATH].partition("?")[0],
         code=entry.response.response_code.value,
+        grpc=tags.get(_GRPC, ""),
         details=entry.response.response_code_details,
     )

@@ -298,7 +298,7 @@ class Builder:
             protected = _Protection.between(before.snapshot, snapshot)
             dirty = _Dirty(local=self._moved | (received ^ self._receiving))
             dirty.tunnels = (before.accounts or {}).keys() != (view.accounts or {}).keys()
-            if before.streams != view.streams:
+            if before.streams != view.streams or self._tellable(before) != self._tellable(view):
                 dirty.local |= self._by_name.keys()
             # Few, and who decides about them is not traced: external services, and those whose routes ask for claims of tokens.
             dirty.services |= view.outside | {key for key in view.by_caller if self._asks_claims(key)}
@@ -632,6 +632,10 @@ class Builder:
         external = self._view.snapshot.services[collector[0]].external is not None
         cluster = names.service(*collector) if external else names.collector(*collector)
         return Telling(self._log, cluster, f"{workload.namespace}/{workload.service_account}", accept)
+
+    def _tellable(self, view: View) -> dict[tuple[str, int], bool]:
+        """Collectors that there are, and whether they are outside."""
+        return {key: view.snapshot.services[key[0]].external is not None for key in self._observability.collectors() & view.used}
 
     def _collectors(self) -> None:
         """The way to collectors in the mesh; those outside are reached as by anybody."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ WRITE_S: Final = 20.0
 LINGER_S: Final = 1.0
 """A client that was refused has so long to read why, before what it still sends meets a closed socket and takes the answer with it."""
 _MOST_PARAMETERS: Final = 8
-_ERRORS: Final = (ConnectionError, ssl.SSLError, TimeoutError, asyncio.TimeoutError)
+_ERRORS: Final = (OSError, TimeoutError, asyncio.TimeoutError, h11.ProtocolError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Response:
 
 def refusal(status: int, why: str, **headers: str) -> Response:
     """An answer that is one sentence; names of headers with _ for -."""
-    return Response(status, f"{why}\n".encode(), headers={name.replace("_", "-"): value for name, value in headers.items()})
+    return Response(status, f"{why}\n".encode() if why else b"", headers={name.replace("_", "-"): value for name, value in headers.items()})
 
 
 class _Refused(Exception):
@@ -72,46 +73,67 @@ class HttpServer:
     def __init__(self, answer: Callable[[Request], Awaitable[Response]], common: Mapping[str, str]) -> None:
         self._answer = answer
         self._common = common
-        self._server: asyncio.Server | None = None
-        self._connections: dict[asyncio.Task[None], asyncio.WriteTransport] = {}
+        self._listening: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
+        self._connections: set[asyncio.Task[None]] = set()
         self.port = 0
 
     async def listen_tcp(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
         """Listen. Raises OSError."""
-        self._server = await asyncio.start_server(
-            self._connected, host, port, limit=MOST_HEAD, ssl=tls, ssl_handshake_timeout=HEAD_S if tls else None
-        )
-        self.port = self._server.sockets[0].getsockname()[1]
+        loop = asyncio.get_running_loop()
+        (family, *_, address), *_ = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        listening = socket.create_server(address[:2], family=family)
+        self.port = listening.getsockname()[1]
+        self._begin(listening, tls)
 
     async def listen_unix(self, path: Path) -> None:
         """Listen, for this user alone. Raises OSError."""
-        before = os.umask(0o177)
-        try:
-            self._server = await asyncio.start_unix_server(self._connected, path, limit=MOST_HEAD)
-        finally:
-            os.umask(before)
+        self._begin(_own(path), None)
+
+    def _begin(self, listening: socket.socket, tls: ssl.SSLContext | None) -> None:
+        listening.setblocking(False)
+        self._listening = listening
+        self._accepting = asyncio.create_task(self._accept(listening, tls), name="page accepts")
 
     async def stop(self) -> bool:
         """End it, with every connection; False if it did not listen."""
-        if (server := self._server) is None:
+        if self._accepting is None or self._listening is None:
             return False
-        server.close()
-        connections = dict(self._connections)
-        for task, transport in connections.items():
-            transport.abort()
+        ending = [self._accepting, *self._connections]
+        for task in ending:
             task.cancel()
-        await asyncio.gather(*connections, return_exceptions=True)
-        await server.wait_closed()
-        self._server = None
+        await asyncio.gather(*ending, return_exceptions=True)
+        self._listening.close()
+        self._accepting = self._listening = None
         return True
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        if len(self._connections) >= MOST_CONNECTIONS or task is None:
-            writer.transport.abort()
-            return
-        self._connections[task] = writer.transport
+    async def _accept(self, listening: socket.socket, tls: ssl.SSLContext | None) -> None:
+        """Not asyncio.start_server, which calls back after the handshake of TLS: until then nobody would count a connection."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(listening)
+            except OSError as error:
+                _log.warning("the page cannot accept a connection", extra={"error": str(error)})
+                await asyncio.sleep(1)
+                continue
+            if len(self._connections) >= MOST_CONNECTIONS:
+                accepted.close()
+                continue
+            task = asyncio.create_task(self._connected(accepted, tls))
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
+
+    async def _connected(self, accepted: socket.socket, tls: ssl.SSLContext | None) -> None:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=MOST_HEAD)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport: asyncio.Transport | None = None
         try:
+            transport, _ = await loop.connect_accepted_socket(
+                lambda: protocol, accepted, ssl=tls, ssl_handshake_timeout=HEAD_S if tls else None
+            )
+            writer = asyncio.StreamWriter(transport, protocol, reader, loop)
             if await self._serve(reader, writer):
                 await asyncio.wait_for(_drop(reader, writer), LINGER_S)
             writer.close()
@@ -119,8 +141,10 @@ class HttpServer:
         except _ERRORS as error:
             _log.debug("a connection to the page ended", extra={"reason": repr(error)})
         finally:
-            del self._connections[task]
-            writer.transport.abort()
+            if transport is None:
+                accepted.close()
+            else:
+                transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Answer requests until the connection has to end; True if the client may still be sending."""
@@ -156,6 +180,23 @@ class HttpServer:
         await asyncio.wait_for(writer.drain(), WRITE_S)
 
 
+def _own(path: Path) -> socket.socket:
+    """A socket at `path` for this user alone, in the place of one that is there. Nothing else runs while the umask is another."""
+    if path.is_socket():
+        path.unlink()
+    listening = socket.socket(socket.AF_UNIX)
+    before = os.umask(0o177)
+    try:
+        listening.bind(str(path))
+        listening.listen()
+    except OSError:
+        listening.close()
+        raise
+    finally:
+        os.umask(before)
+    return listening
+
+
 async def _drop(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Say that nothing follows, and let pass what comes."""
     if writer.can_write_eof():
@@ -174,7 +215,8 @@ async def _request(connection: h11.Connection, reader: asyncio.StreamReader) -> 
                 connection.receive_data(await reader.read(MOST_HEAD))
             elif isinstance(event, h11.Request):
                 if event.method != b"GET":
-                    raise _Refused(refusal(405, "only GET is served here", Allow="GET"))
+                    sentence = "" if event.method == b"HEAD" else "only GET is served here"
+                    raise _Refused(refusal(405, sentence, Allow="GET"))
                 head = event
             elif isinstance(event, h11.EndOfMessage) and head is not None:
                 return _read(head)

@@ -199,7 +199,9 @@ def believed(edge: Edge, node: str, entities: Entities) -> bool:
     names = [f"workload/{backend.workload}" for backend in edge.backends]
     names += [f"workload/{edge.source}"] if edge.source else []
     names += [f"{edge.kind}/{edge.destination}"] if edge.destination else []
-    return own(edge, node, node_of) and all(name in entities for name in names)
+    if not own(edge, node, node_of) or any(name not in entities for name in names):
+        return False
+    return edge.kind != "service" or edge.port in {0, *(port.port for port in entities[f"service/{edge.destination}"].service.ports)}
 
 
 def _at_most(answer: Answer, number: int) -> Answer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import socket
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -226,6 +227,8 @@ def test_a_caller_that_goes_away_takes_its_filter_away(tmp_path: Path) -> None:
         pytest.param(
             request(source="elsewhere", duration_s=1), grpc.StatusCode.FAILED_PRECONDITION, "node node-2, this is node-1", id="node"
         ),
+        pytest.param(request(duration_s=math.nan), grpc.StatusCode.FAILED_PRECONDITION, "--duration is a number", id="no-time"),
+        pytest.param(request(duration_s=math.inf), grpc.StatusCode.FAILED_PRECONDITION, "--duration is a number", id="for-ever"),
         pytest.param(request(source="redis", duration_s=1), grpc.StatusCode.FAILED_PRECONDITION, "it is not enrolled", id="not-bound"),
     ],
 )

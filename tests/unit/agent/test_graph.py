@@ -211,6 +211,15 @@ def test_requests_take_the_place_of_the_connections_that_they_came_by(node: Node
     assert node.problems == ()
 
 
+def test_requests_of_long_ago_do_not_take_the_place_of_connections_of_now(node: Node) -> None:
+    old = counted(asked("default/b"), "200", 100) + timed(asked("default/b"), 0, 100)
+    with envoy(node.admin, [old, old]):
+        before = node.reading(1.0)
+        node.stats.add(node.pair("a", service="cart:80"), opened=3)
+        found = node.grown(before)
+    assert found.keys() == {("a", "cart", "tcp")}
+
+
 def test_an_envoy_that_begins_anew_counts_from_nothing(node: Node) -> None:
     with envoy(node.admin, [counted(asked("default/b"), "200", 1000), counted(asked("default/b"), "200", 4)]):
         before = node.reading(1.0)

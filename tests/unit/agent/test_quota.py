@@ -324,6 +324,28 @@ def test_a_share_that_never_changes_is_told_again_before_envoy_forgets_it() -> N
     assert quotas.heard(used(NAME, "default/flood", 17)) == []
 
 
+def test_a_filter_that_begins_anew_is_told_its_share_although_the_old_one_still_reports() -> None:
+    now = [0.0]
+    quotas = alone(RateLimit(Per.WORKLOAD, 100, 1000, 50, True), now=now)
+    quotas.heard(used(NAME, "default/flood", 3))
+    quotas.update(scene(80, 8080, RateLimit(Per.WORKLOAD, 1, 2000, 1, True)))
+    now[0] = 1.0
+    assert len(quotas.heard(used(NAME, "default/flood", 3))) == 1, "the old one's last words"
+    now[0] = 2.0
+    assert len(quotas.heard(used(NAME, "default/flood", 1))) == 1, "the new one's first"
+    now[0] = 1.0 + part.ANEW_S
+    assert quotas.heard(used(NAME, "default/flood", 1)) == []
+
+
+def test_a_caller_of_whom_envoy_says_nothing_any_more_has_gone() -> None:
+    now = [0.0]
+    quotas = alone(RateLimit(Per.WORKLOAD, 100, 1000, 50, True), now=now)
+    quotas.heard(used(NAME, "default/flood", 3))
+    quotas.usages()
+    now[0] = part.LOST_S + 1
+    assert [(usage.caller, usage.gone) for usage in quotas.usages()] == [("default/flood", True)]
+
+
 def test_a_limit_that_is_gone_is_not_asked_about_by_each_request() -> None:
     quotas = alone(RateLimit(Per.WORKLOAD, 100, 1000, 50, True))
     (action,) = quotas.heard(used("service/default/web/80#1", "default/flood", 3))

@@ -33,7 +33,9 @@ FAR, PLAIN = workload("far", "10.0.1.1", node="there"), workload("plain", "10.0.
 ALL = (FRIEND, FOE, SERVER, REQUESTS, FAR, PLAIN)
 APPLICATION, WAYPOINT = 7, 8
 """Cgroups."""
-SNAPSHOT = Snapshot("1", {w.name: w for w in ALL}, policies={p.name: p for p in (POLICY, L7)})
+WATCHED = workload("watched", "10.0.0.5", policies=("d/audit",))
+AUDIT = Policy("d/audit", Action.AUDIT, L7.rules)
+SNAPSHOT = Snapshot("1", {w.name: w for w in (*ALL, WATCHED)}, policies={p.name: p for p in (POLICY, L7, AUDIT)})
 
 
 class Node:
@@ -171,6 +173,7 @@ def test_what_comes_out_of_a_tunnel_unread_gets_time_and_is_closed_where_a_polic
     assert node.rule(REQUESTS, "10.0.0.4", direction=Direction.FROM_WAYPOINT) == "", "the waypoint has read it"
     assert node.rule(SERVER, "10.0.0.3", direction=Direction.FROM_WAYPOINT, mark=UNREAD_MARK) == "", "no policy needs the request"
     assert node.rule(FOE, "10.0.0.3", mark=UNREAD_MARK) == NO, "an application's own mark excuses nothing"
+    assert node.rule(WATCHED, "10.0.0.5", direction=Direction.FROM_WAYPOINT, mark=UNREAD_MARK) == "", "AUDIT forbids nothing"
 
 
 def after(delta: Delta | None, *changed: Workload, policies: tuple[Policy, ...] = (POLICY, L7)) -> Snapshot:

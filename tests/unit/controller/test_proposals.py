@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -119,5 +120,34 @@ def test_administrators_and_nodes_may_ask_and_nobody_else(tmp_path: Path, direct
             assert await asked(port, "node", "spiffe://mesh.local/meshagent/node/n1") is grpc.StatusCode.OK
             for name, uri in (("pod", "spiffe://mesh.local/ns/shop/sa/web"), ("far", "spiffe://other.local/meshagent/admin")):
                 assert await asked(port, name, uri) is grpc.StatusCode.PERMISSION_DENIED
+
+    asyncio.run(check())
+
+
+def test_whoever_asks_and_goes_away_keeps_one_thread_busy_at_most(tmp_path: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most = 0, 0
+
+    def compiled(_self: proposals.Proposals, _request: pb.CompileRequest) -> pb.CompileResponse:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.2)
+        running -= 1
+        return pb.CompileResponse()
+
+    monkeypatch.setattr(proposals.Proposals, "_compiled", compiled)
+
+    async def check() -> None:
+        async with controlled(tmp_path, directory) as (_, local):
+            codes = []
+            for _ in range(proposals.MAX_WAITING + 1):
+                call = local.Compile(request(DENY))
+                await asyncio.wait({asyncio.ensure_future(call.code())}, timeout=0.02)
+                codes.append(await call.code() if call.done() else None)
+                call.cancel()
+            assert codes == [*[None] * proposals.MAX_WAITING, grpc.StatusCode.RESOURCE_EXHAUSTED]
+            await asyncio.sleep(0.25 * proposals.MAX_WAITING)
+            assert await local.Compile(request(DENY)) == pb.CompileResponse()
+        assert most == 1
 
     asyncio.run(check())

@@ -28,7 +28,7 @@ from agent.model import (
     Workload,
 )
 from agent.policy import Caller
-from agent.report import Change
+from agent.report import CallRow, Change
 from meshapi import discovery_pb2
 from meshapi import proposal_pb2 as pb
 from tests.unit.agent import policies as drawn
@@ -90,6 +90,15 @@ def test_what_became_of_a_call_tells_where_todays_policies_ask_for_more_than_is_
         ("undecided", "shop/deny-web[0]", CALLS)
     ]
     assert found([seen(method="GET", path="/items")], mesh(), asks) == [("undecided", "shop/p[0]", CALLS)]
+
+
+def test_a_connection_that_was_made_does_not_tell_what_became_of_its_requests() -> None:
+    asks = mesh(Policy("shop/p", Action.DENY, (PolicyRule(also_operations=(Operation(paths=("/admin*",)),)),)))
+    assert found([seen()], asks, mesh()) == [("undecided", "", CALLS)]
+    assert found([seen(outcome=Outcome.DENIED)], asks, mesh()) == [("newly allowed", "", CALLS)]
+    (row,) = compare.listed([seen()], asks, drawn.TRUST_DOMAIN, "shop").rows
+    assert isinstance(row, CallRow)
+    assert row.answer == "undecided"
 
 
 def test_endpoints_that_are_protected_differently_leave_a_call_to_any_of_them_undecided() -> None:

@@ -15,7 +15,7 @@ OUTSIDE = Workload("shop/vm", "vm", "node-1", {}, ("10.0.0.9",), "", False, True
 CART = Service("shop/cart", ("10.96.0.1", "fd00::1"), (ServicePort(80, "", "TCP", "http", True, ""),))
 SNAPSHOT = Snapshot("1", {one.name: one for one in (WEB, OUTSIDE)}, {CART.name: CART})
 ASKED = Asked(
-    "outbound", "shop/web", "10.0.0.1", "10.96.0.1:80", "service/shop/cart-v1/81", "shop/cart-1", "GET", "/items/7", 200, "via_upstream"
+    "outbound", "shop/web", "10.0.0.1", "10.96.0.1:80", "service/shop/cart-v1/81", "shop/cart-1", "GET", "/items/7", 200, "", "via_upstream"
 )
 SEEN = Seen(False, "shop/web", "shop/cart-1", "shop/cart-v1", 81, "TCP", Outcome.SERVED, "GET", "/items/{}", "shop/cart:80")
 

@@ -34,7 +34,8 @@ def change(**fields: Any) -> dict[str, Any]:
 
 def call(**fields: Any) -> dict[str, Any]:
     known = {"serviceAccount": "shop/web", "receivers": {"shop/cart-1": {"app": "cart"}}, "port": 8080, "protocol": "TCP"}
-    return {**change(), **known, "outcome": "served", "answer": "allowed", **fields}
+    seen = {name: value for name, value in change().items() if name not in {"change", "lastSeen", "rule"}}
+    return {**seen, **known, "outcome": "served", "answer": "allowed", **fields}
 
 
 @pytest.mark.parametrize(
@@ -67,10 +68,20 @@ def test_a_node_is_believed_about_its_own_workloads(node: str, row: dict[str, An
         pytest.param("node-1", change(path="/items\n- from: []"), id="a-path-that-is-no-path"),
         pytest.param("node-1", change(method="GET\x1b[2J"), id="a-method-that-is-none"),
         pytest.param("node-1", change(count="7"), id="a-count-that-is-none"),
+        pytest.param("node-1", change(change="nope"), id="a-change-that-is-none"),
+        pytest.param("node-1", change(more=1), id="a-key-that-nobody-knows"),
+        pytest.param("node-1", change(lastSeen="now"), id="a-time-that-is-none"),
+        pytest.param("node-1", call(port=70000), id="a-port-that-is-none"),
     ],
 )
 def test_whatever_else_a_node_tells_is_left_out(node: str, row: dict[str, Any]) -> None:
     assert own_row(row, node, WORKLOADS) is None
+
+
+def test_what_a_node_tells_is_one_line_without_control_characters() -> None:
+    row = own_row(change(destination="shop/cart:80\x1b[2J\n  forged", rule="r\x1b]0;pwn\x07"), "node-1", WORKLOADS)
+    assert row is not None
+    assert (row["destination"], row["rule"]) == ("shop/cart:80?[2J?  forged", "r?]0;pwn?")
 
 
 def test_labels_are_those_that_the_controller_knows() -> None:

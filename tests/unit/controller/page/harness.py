@@ -39,7 +39,13 @@ def model(**nodes: str) -> dict[str, pb.Entity]:
         f"workload/default/{name.replace('_', '-')}": pb.Entity(workload=pb.Workload(namespace="default", name=name, node=node))
         for name, node in nodes.items()
     }
-    return {**found, **{f"service/default/{name}": pb.Entity(service=pb.Service(name=name)) for name in ("cart", "redis")}}
+    return {
+        **found,
+        **{
+            f"service/default/{name}": pb.Entity(service=pb.Service(name=name, ports=[pb.ServicePort(port=port)]))
+            for name, port in (("cart", 80), ("redis", 6379))
+        },
+    }
 
 
 MODEL = model(frontend="node-1", other="node-1", cart_1="node-2", redis_0="node-1")

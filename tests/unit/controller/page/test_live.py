@@ -165,6 +165,7 @@ def test_what_a_node_said_stays_until_it_is_old_while_it_does_not_answer(monkeyp
         pytest.param(STRANGER, "node-1", id="another-nodes-receiver"),
         pytest.param(replace(CART, source="default/nobody"), "node-1", id="caller-that-does-not-exist"),
         pytest.param(replace(CART, destination="default/invented"), "node-1", id="service-that-does-not-exist"),
+        pytest.param(replace(CART, port=81), "node-1", id="port-that-does-not-exist"),
         pytest.param(replace(CART, backends=(Backend("default/invented", 1.0, mtls=True),)), "node-1", id="backend-that-does-not-exist"),
         pytest.param(replace(STRANGER, source="default/nobody"), "node-2", id="denied-caller-that-does-not-exist"),
         pytest.param(replace(CART, destination="default/redis-0", kind="service"), "node-1", id="workload-as-service"),
@@ -193,7 +194,7 @@ def test_no_answer_of_a_node_shows_calls_of_another_nodes_workloads(answer: Answ
 
 def test_each_node_has_its_share_of_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "MOST_KEPT", 10)
-    many = tuple(replace(CART, port=port + 1, rate=float(port)) for port in range(23))
+    many = tuple(replace(CART, kind="workload", destination="default/cart-1", port=port + 1, rate=float(port)) for port in range(23))
 
     async def scenario(running: Live) -> None:
         found = await graph(running)

@@ -256,6 +256,25 @@ def test_connections_beyond_the_limit_end_at_once_and_there_is_room_again_later(
     run(scenario)
 
 
+def test_who_never_begins_tls_has_a_place_too_and_loses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "MOST_CONNECTIONS", 5)
+    monkeypatch.setattr(http, "HEAD_S", 1.0)
+    authority = Authority(tmp_path, "ca")
+    own = authority.issue("page")
+    client = ssl.create_default_context(cafile=str(authority.ca))
+
+    async def scenario(page: Page) -> None:
+        silent = [await asyncio.open_connection("127.0.0.1", page.port) for _ in range(23)]
+        await asyncio.sleep(0.2)
+        assert sum(reader.at_eof() for reader, _ in silent) == 23 - 5
+        await asyncio.sleep(1.5)
+        assert (await get(page, "/", SHOWN, host="127.0.0.1", tls=client))[0] == 200
+        for _, writer in silent:
+            writer.close()
+
+    run(scenario, token=token_file(tmp_path), tls=own)
+
+
 def test_data_is_for_who_shows_the_token_and_the_files_are_for_everybody(tmp_path: Path) -> None:
     async def scenario(page: Page) -> None:
         assert (await get(page, "/"))[0] == 200
