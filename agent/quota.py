@@ -34,7 +34,9 @@ QUIET: Final = 2
 """After so many reports without a request Envoy and the controller are told to forget a caller: when it comes again, that is known at once."""
 MOST_BUCKETS: Final = 20_000
 LOST_S: Final = 4 * quota.REPORTS_S
+"""A caller of whom Envoy has not said anything for so long has no bucket there any more."""
 ANEW_S: Final = 4 * quota.REPORTS_S
+"""What Envoy needs at most to replace a filter, whose callers are then to be told their shares again."""
 REFRESH_S: Final = quota.KEPT_S / 24
 _SHARE: Final = "/meshagent.v1.Quotas/Share"
 Key = tuple[str, str]

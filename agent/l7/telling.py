@@ -1,9 +1,9 @@
 """What is told of which requests: marks on routes, which the tracer (`agent.l7.spans`) and the log (`agent.l7.request_log`) of every listener read. Pure.
 
 A listener that changes drains its connections; routes that change do not. So who is sampled is said by routes: a service of which some requests are told
-has its routes once more in front of themselves, for a share of requests that Envoy draws anew for each (RouteMatch.runtime_fraction). Requests that are
-sampled for one purpose are among those that are sampled for the other. https://www.envoyproxy.io/docs/envoy/v1.40.0/api-v3/config/route/v3/
-route_components.proto; used by `agent.l7.snapshot`.
+has its routes once more in front of themselves, for a share of requests (RouteMatch.runtime_fraction, which draws by the number that chooses between weighted
+backends, too). Requests that are sampled for one purpose are among those that are sampled for the other.
+https://www.envoyproxy.io/docs/envoy/v1.40.0/api-v3/config/route/v3/route_components.proto; used by `agent.l7.snapshot`.
 """
 
 from __future__ import annotations

@@ -117,8 +117,9 @@ class XdsServer:
         self._socket = socket
         self._on_record = on_record
         self.on_shown: Callable[[peer_log.Shown], None] | None = None
-        self.on_tunnel: Callable[[tunnel_log.TunnelRecord], None] | None = None
         """Called with what the far end of an open tunnel has shown, while somebody asks (`names.PEERS_KEY`)."""
+        self.on_tunnel: Callable[[tunnel_log.TunnelRecord], None] | None = None
+        """Called with what became of tunnels, while somebody traces."""
         self._on_audited = on_audited
         self.on_asked: Callable[[call_log.Asked], None] | None = None
         """Called with requests that are to be remembered (`agent.l7.call_log`)."""
