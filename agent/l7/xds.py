@@ -103,6 +103,10 @@ class _Type:
     def wants(self, name: str) -> bool:
         return self.wildcard or name in self.names
 
+    def lose(self, name: str) -> bool:
+        """Envoy is to get this again, also if it is on its way: what comes before its reason does not count. True if Envoy had it, or was about to."""
+        return (self.known.pop(name, None) or self.sent.pop(name, None)) is not None
+
 
 class XdsServer:
     """Serves resources to Envoy until stopped; single-threaded: every method belongs to the event loop that started it."""
@@ -357,9 +361,8 @@ class _Stream:
         self._server = server
         self._wakened = asyncio.Event()
         self._nonces = 0
-        self._cold: set[str] = set()
-        """Clusters that Envoy may have taken, without having their endpoints."""
-        self._unwarmed_since = 0.0
+        self._cold: dict[str, float | None] = {}
+        """Clusters that Envoy may have taken, without having their endpoints: since when it was seen to lack them (seconds, the loop's time)."""
         self._unnamed: dict[str, float] = {}
         """Clusters that are to go, by when that is: seconds, the loop's time."""
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -372,7 +375,8 @@ class _Stream:
         if (state := self.types.get(kind)) is not None:
             state.dirty.update(touched)
         if kind in {names.CLUSTER, names.ENDPOINTS}:
-            self._cold.update(touched)
+            for name in touched:
+                self._cold.setdefault(name, None)
         if kind == names.CLUSTER:
             for name in [name for name in self._unnamed if self._server.exists(kind, name)]:
                 del self._unnamed[name]
@@ -483,17 +487,15 @@ class _Stream:
         return None
 
     def _warm(self) -> bool:
-        """Return True if Envoy has the endpoints of every cluster it took, or after WARM_PATIENCE_S without them."""
+        """Return True if Envoy has the endpoints of every cluster it took, but for those that have lacked them for WARM_PATIENCE_S."""
         taken, has = (state.known if (state := self.types.get(kind)) else {} for kind in (names.CLUSTER, names.ENDPOINTS))
-        self._cold = {name for name in self._cold if name in taken and name not in has and self._server.offered(names.ENDPOINTS, name)}
-        if not self._cold:
-            self._unwarmed_since = 0.0
-            return True
         now = asyncio.get_running_loop().time()
-        if not self._unwarmed_since:
-            self._unwarmed_since = now
-            self._wake_in("warm", WARM_PATIENCE_S)
-        return now - self._unwarmed_since >= WARM_PATIENCE_S
+        lacking = (name for name in self._cold if name in taken and name not in has and self._server.offered(names.ENDPOINTS, name))
+        self._cold = {name: self._cold[name] or now for name in lacking}
+        patient = [since for since in self._cold.values() if since is not None and now - since < WARM_PATIENCE_S]
+        if patient:
+            self._wake_in("warm", min(patient) + WARM_PATIENCE_S - now)
+        return not patient
 
     def _wake_in(self, what_for: str, seconds: float) -> None:
         """Look again later; of what is asked for one purpose the last counts."""
@@ -563,7 +565,7 @@ class _Stream:
         state.removed = removed
         self._server.count(kind, len(changed))
         if kind == names.CLUSTER and (endpoints := self.types.get(names.ENDPOINTS)) is not None:
-            again = [name for name in changed if name in state.known and endpoints.known.pop(name, None) is not None]
+            again = [name for name in changed if name in state.known and endpoints.lose(name)]
             self.touch(names.ENDPOINTS, again)
         log.debug(
             "to envoy", extra={"type": kind.rpartition(".")[2], "nonce": state.nonce, "resources": list(changed), "removed": list(removed)}

@@ -7,6 +7,7 @@ import contextlib
 import stat
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from agent.l7.resources import Resource, Resources, pack
 from agent.l7.snapshot import build
 from agent.l7.xds import XdsServer
 from agent.model import Backend, HeaderEdit
+from agent.traffic import Limits, TrafficPolicy
 from tests.unit.agent.l7 import harness
 
 LINGER_S = 0.3
@@ -204,6 +206,54 @@ def test_routes_wait_for_the_endpoints_of_new_clusters(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_cluster_that_never_gets_endpoints_does_not_have_routes_overtake_those_of_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(xds, "WARM_PATIENCE_S", 0.3)
+
+    async def scenario() -> None:
+        async with serving(tmp_path, some(cluster="never:1", endpoints="never:1", routes="r:1")) as (server, client):
+            await client.send(names.CLUSTER)
+            await client.send(names.ROUTES, subscribe=["r"])
+            clusters = await client.receive()
+            asked = time.monotonic()
+            await client.send(names.CLUSTER, nonce=clusters.nonce)
+            routes = await client.receive()
+            assert got(routes) == ("RouteConfiguration", {"r": "1"}, [])
+            assert time.monotonic() - asked > 0.2
+            await client.send(names.ROUTES, nonce=routes.nonce)
+            server.set(some(cluster="never:1 next:1", endpoints="never:1 next:1", routes="r:2"))
+            clusters = await client.receive()
+            assert got(clusters)[1] == {"next": "1"}
+            await client.send(names.CLUSTER, nonce=clusters.nonce)
+            await client.send(names.ENDPOINTS, subscribe=["next"])
+            endpoints = await client.receive()
+            assert got(endpoints) == ("ClusterLoadAssignment", {"next": "1"}, [])
+            await client.send(names.ENDPOINTS, nonce=endpoints.nonce)
+            assert got(await client.receive()) == ("RouteConfiguration", {"r": "2"}, [])
+
+    asyncio.run(scenario())
+
+
+def test_a_cluster_that_changes_while_its_endpoints_are_on_their_way_gets_them_again(tmp_path: Path) -> None:
+    """Envoy acknowledges the cluster as soon as it has the endpoints, and only then the endpoints: the next cluster waits for some of its own."""
+
+    async def scenario() -> None:
+        async with serving(tmp_path, some(cluster="a:1", endpoints="a:1")) as (server, client):
+            await client.send(names.CLUSTER)
+            cluster = await client.receive()
+            await client.send(names.ENDPOINTS, subscribe=["a"])
+            endpoints = await client.receive()
+            server.set(some(cluster="a:2", endpoints="a:1"))
+            await client.send(names.CLUSTER, nonce=cluster.nonce)
+            cluster = await client.receive()
+            assert got(cluster) == ("Cluster", {"a": "2"}, [])
+            await client.send(names.ENDPOINTS, nonce=endpoints.nonce)
+            assert got(await client.receive()) == ("ClusterLoadAssignment", {"a": "1"}, [])
+
+    asyncio.run(scenario())
+
+
 def test_a_refused_resource_is_isolated_surfaced_and_not_sent_again_until_it_changes(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(tmp_path, some(cluster="a:1 bad:1 c:1")) as (server, client):
@@ -363,6 +413,31 @@ def test_a_new_service_is_never_answered_by_a_cluster_that_is_not_there_yet(tmp_
         asyncio.run(scenario())
     assert len(statuses) >= 13
     assert set(statuses) == {200}
+
+
+def test_clusters_that_change_faster_than_envoy_takes_them_are_never_without_endpoints(tmp_path: Path) -> None:
+    """Else Envoy waits 15 s for endpoints that do not come, and everything after them with it; then it goes on without any."""
+    [entry] = harness.free_ports(1)
+
+    def limited(target: int, limit: int) -> Resources:
+        services = [harness.service("web", "127.0.0.1", entry)]
+        pod = harness.workload("b", "127.0.0.1", backing={"default/web": {entry: target}})
+        policy = TrafficPolicy("default/web", (("default/web", entry),), limits=Limits(requests=limit))
+        snapshot = replace(harness.snapshot([CALLER, pod], services), traffic={policy.name: policy})
+        return harness.on_loopback(build(snapshot, [harness.local(CALLER)], trust_domain=harness.TRUST_DOMAIN), entry)
+
+    async def scenario() -> None:
+        async with harness.waypoint(harness.config(tmp_path)) as (server, _):
+            await harness.applied(server, limited(target, 1000))
+            for turn in range(1, 300):
+                server.set(limited(target, 1000 + turn))
+                await asyncio.sleep(turn % 11 / 1000)
+            assert await server.wait_acked(5), server.state
+            assert harness.request(entry).status == 200
+
+    with harness.http_server("b", "127.0.0.1") as backend:
+        target = backend.server_address[1]
+        asyncio.run(scenario())
 
 
 def secret(version: str) -> dict[str, Resource]:
