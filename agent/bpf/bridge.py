@@ -1,8 +1,9 @@
 """C for the time in which links change over to programs with other maps: programs that find in the old map what is not yet in the new one.
 
 Two hooks cannot be switched at one moment, and a row that one hook has written into the old map is read by the other some microseconds later: mesh_sockops
-says who calls, mesh_sk_lookup wants to know it. Programs of this third set, made from the same source, write the new maps only, and carry over what
-they miss when they miss it. Used by the loader child.
+says who calls, mesh_sk_lookup wants to know it. Programs of this third set, made from the same source, write the new maps only, and copy there what
+they miss when they miss it. They leave it in the old map, too: a later hook of the same connection may still run the old program. `DataPath.attach`
+empties the old maps when none does. Used by the loader child.
 """
 
 from __future__ import annotations
@@ -29,11 +30,10 @@ static __always_inline {value} *{name}_find({key} *key)
 		return found;
 	before = {name}_before.lookup(key);
 	if (!before)
-		return NULL;
+		return {name}.lookup(key); /* taken over between the two looks, or none at all */
 	__builtin_memset(&fresh, 0, sizeof(fresh));
 {copies}
 	{name}.insert(key, &fresh);
-	{name}_before.delete(key);
 	return {name}.lookup(key);
 }}
 static __always_inline int {name}_drop({key} *key)

@@ -46,7 +46,7 @@ _ACCELERATED = next(p for p in PROGRAMS if p.where == "accelerated")
 _SETTLE_S = 0.2
 """A program that was running when its link changed has ended by then, and a connect() that was between two hooks is past the second: that takes
 microseconds, on a machine with too much to do milliseconds."""
-_LATE = ("cgroup_udp4_sendmsg", "cgroup_udp6_sendmsg", "cgroup_inet4_connect", "cgroup_inet6_connect")
+_LATE = ("mesh_listen", "mesh_sendmsg4", "mesh_sendmsg6", "mesh_connect4", "mesh_connect6")
 """Write what the other hooks read: attached after them."""
 
 
@@ -190,7 +190,7 @@ class DataPath:
                 _log.error("a namespace keeps the programs that it has", extra={"namespace": str(path), "reason": str(error)})
         targets = {"node": self._config.cgroup, "waypoint": waypoint_cgroup}
         # Those of the waypoint first: it must be able to answer before anything is redirected to it.
-        for program in sorted(PROGRAMS, key=lambda p: (p.where != "waypoint", p.attach_type in _LATE)):
+        for program in sorted(PROGRAMS, key=lambda p: (p.where != "waypoint", p.name in _LATE)):
             if program.where in targets:
                 self._link(programs, program, self._links_dir / program.name, targets[program.where])
 

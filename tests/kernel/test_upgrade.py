@@ -16,7 +16,7 @@ from agent.bpf.source import BPF_SRC
 from lab import mesh, paths
 from lab.lab import Lab
 from tests.kernel import shop
-from tests.kernel.test_mesh_faults import NODES, pids, unharmed
+from tests.kernel.test_mesh_faults import DENIED, EVIL, NODES, pids, unharmed
 
 pytestmark = pytest.mark.kernel
 
@@ -40,17 +40,20 @@ OTHER_LISTENERS = (("mesh_types.h", "struct mesh_listener_key {\n", "struct mesh
 REFUSED = (
     ("mesh_sk_lookup.c", "\tif (ctx->protocol != IPPROTO_TCP &&", "\tbpf_get_netns_cookie(ctx);\n\tif (ctx->protocol != IPPROTO_TCP &&"),
 )
+SLOW = (("datapath.py", "libbpf.link_update(fd, code)\n", "libbpf.link_update(fd, code); time.sleep(0.1)\n"),)
+"""Of the package agent.bpf: whoever changes the links is held up after each."""
 Edits = tuple[tuple[str, str, str], ...]
 
 
-def version(tmp_path: Path, edits: Edits) -> Path:
-    """`meshagent` of another version: this one with an edited C source."""
+def version(tmp_path: Path, edits: Edits, loader: Edits = ()) -> Path:
+    """`meshagent` of another version: this one with an edited C source, and perhaps edited files of agent.bpf."""
     root = Path(mesh.__file__).parents[1]
     for package in ("agent", "meshapi"):
         shutil.copytree(root / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(BPF_SRC, tmp_path / "bpf_src")
-    for name, old, new in edits:
-        file = tmp_path / "bpf_src" / name
+    places = [*((tmp_path / "bpf_src", edit) for edit in edits), *((tmp_path / "agent" / "bpf", edit) for edit in loader)]
+    for directory, (name, old, new) in places:
+        file = directory / name
         text = file.read_text()
         assert text.count(old) == 1, (name, old)
         file.write_text(text.replace(old, new))
@@ -125,6 +128,15 @@ def test_a_changed_layout_fails_no_request_lets_nobody_in_and_counters_go_on(lab
         assert [shop.status(node)["problems"] for node in NODES] == [[], []]
         assert len(list(paths.agent_pins("node-1").glob("programs-*"))) == 1
     assert pids(lab) == envoys, "the running Envoy was adopted"
+
+
+def test_a_changeover_that_is_held_up_between_any_two_hooks_fails_no_request(lab: Lab, tmp_path: Path) -> None:
+    """What one hook has written is found by the next, although one is new and the other old: by 0.1 s here, by as long as a busy machine takes elsewhere."""
+    slow = version(tmp_path, LARGER, SLOW)
+    with shop.loads(lab, *[("frontend", "http://cart/items")] * 4, *[("frontend", "redis://redis:6379")] * 2, *EVIL) as calls:
+        replace_agents(lab, slow)
+    assert [shop.outcomes(found).keys() for found in calls] == [*[{"200"}] * 4, *[{"PONG"}] * 2, *DENIED]
+    replace_agents(lab, None)
 
 
 def test_every_connection_is_counted_once_while_layouts_change(lab: Lab, tmp_path: Path) -> None:
