@@ -345,8 +345,8 @@ def _plan(lab: Lab, node: str, source: str, destination: str) -> dict[str, Any]:
 
 
 def _connections(lab: Lab, node: str) -> int:
-    """Return how many connections a node's Envoy has ever accepted or opened, its admin listener aside."""
-    wanted = re.compile(r"(listener\.(?!admin).*\.downstream_cx_total|cluster\..*\.upstream_cx_total)$")
+    """Return how many connections a node's Envoy has ever accepted or opened, its admin listener and those to the agent (records, configuration) aside."""
+    wanted = re.compile(r"(listener\.(?!admin).*\.downstream_cx_total|cluster\.(?!meshagent-xds\.).*\.upstream_cx_total)$")
     stats = lab.envoy_stats(node)
     if not stats:
         raise LabError(f"the Envoy of {node} does not answer on its admin socket")
