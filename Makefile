@@ -79,7 +79,7 @@ bench-hooks: setup-dev ## nanoseconds that one run of each kernel program takes
 bench-maps: setup-dev ## 100,000 endpoints from their bytes into the kernel, and one change of them
 	@$(ROOT) $(PY) -m bench.maps
 
-bench-observe: setup-dev ## what metrics of requests cost on the way, and a scrape with 10,000 series of them
+bench-observe: setup-dev ## what metrics, traces, logs and the record of calls cost, and a scrape with 10,000 series of requests
 	@$(ROOT) $(PY) -m bench.observe
 
 bench-scale: setup-dev ## 250 workloads, 2,000 L7 services and 500 routes on one node: Envoy's configuration, its changes, memory

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from agent.report import Hop
+from meshapi.text import shown
 
 LONGEST: Final = 16 << 10
 """Bytes of one document."""
 _MOST_HOPS = 4
-_LONGEST_TEXT = 512
 _KINDS = frozenset({"accept", "close", "denied", "tunnel", "handshake", "request"})
 _HOPS = frozenset({"inbound", "app", "tunnel", "end"})
 _DETAILS = frozenset(
@@ -67,11 +67,6 @@ class Clock:
         """`told_ns` is what the other clock said between two times of this one."""
         error = max(0, answered_ns - asked_ns + 1) // 2
         return Clock(told_ns - asked_ns - error, error)
-
-
-def clean(text: str, longest: int = _LONGEST_TEXT) -> str:
-    """Text of somebody else, fit for a terminal and for a log: no control characters, no more than so many characters."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:longest])
 
 
 def document(data: bytes) -> dict[str, Any]:
@@ -137,4 +132,4 @@ def _value(value: object) -> object:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("not a text")  # noqa: TRY004
-    return clean(value)
+    return shown(value)

@@ -16,9 +16,9 @@ import grpc
 import grpc.aio
 
 from agent.errors import NotFound
-from agent.observation import clean
 from meshapi import agent_pb2, agent_pb2_grpc, proposal_pb2, proposal_pb2_grpc, relay_pb2_grpc
 from meshapi import relay_pb2 as pb
+from meshapi.text import shown
 
 if TYPE_CHECKING:
     from agent.config import Config
@@ -65,7 +65,7 @@ class Relay:
         try:
             async for told in ask:
                 if told.error:
-                    raise NotFound(clean(told.error, _LONGEST_ERROR))
+                    raise NotFound(shown(told.error, _LONGEST_ERROR))
                 yield agent_pb2.Json(document=told.document)
         except asyncio.CancelledError:
             if self._channel is channel:
@@ -73,7 +73,7 @@ class Relay:
             raise NotFound("the connection to the controller was made anew meanwhile: ask again") from None
         except grpc.aio.AioRpcError as error:
             raise NotFound(
-                f"it runs on node {node}, and the controller did not ask there: {clean(error.details() or '', _LONGEST_ERROR)}"
+                f"it runs on node {node}, and the controller did not ask there: {shown(error.details() or '', _LONGEST_ERROR)}"
             ) from error
         finally:
             ask.cancel()

@@ -24,7 +24,7 @@ from agent.enrolment import Enrolled
 from agent.errors import MeshError, NotFound
 from agent.joining import Joiner
 from agent.model import NO_DIRECT, Direct, Snapshot, Workload
-from agent.observation import Clock, clean, document, number, observed
+from agent.observation import Clock, document, number, observed
 from agent.patience import within
 from agent.policy import UDP
 from agent.receiving import Caller, Reception
@@ -32,6 +32,7 @@ from agent.relay import Relay
 from agent.report import Notice, Plan, encode
 from agent.trace import Filter, Pair, Tracer, Watch
 from meshapi import agent_pb2 as pb
+from meshapi.text import shown
 
 _T = TypeVar("_T")
 
@@ -121,7 +122,7 @@ class Tracing:
         except NotFound as error:
             if not told:
                 yield encode(planned)
-            raise NotWatched(f"connections of {source.name} cannot be watched: {clean(str(error))}") from error
+            raise NotWatched(f"connections of {source.name} cannot be watched: {shown(str(error))}") from error
 
     async def _watched(self, request: pb.TraceRequest, source: Workload, planned: Plan) -> AsyncGenerator[bytes, None]:
         """The plan, then connections until a limit is reached."""
@@ -262,7 +263,7 @@ class _Session:
                     self._take(node, one.document, armed)
             why = "it ended its answer"
         except NotFound as error:
-            why = clean(str(error), 300)
+            why = shown(str(error), 300)
         except (ValueError, KeyError):
             why = "its answer is not understood: does the same version of meshagent run there?"
         if not armed.is_set() or why != "it ended its answer":

@@ -108,14 +108,16 @@ def _p99(found: tools.PingPong) -> float:
     return found.p99_us
 
 
-def _connects(bed: Testbed, progress: Callable[[str], None]) -> list[Result]:
-    def once(side: Side) -> Connects:
-        busy = bed.busy_seconds()
-        argv = tools.wrk(f"http://{side.address}:{HTTP}/", CONNECTIONS, SECONDS, ("Connection: close",))
-        found = tools.parse_wrk(bed.run(side.caller, bed.cpus.near, argv))
-        return Connects(found.per_second, (bed.busy_seconds() - busy) / found.requests * 1e6)
+def connect(bed: Testbed, side: Side) -> Connects:
+    """A closed loop of connections that close after one request."""
+    busy = bed.busy_seconds()
+    argv = tools.wrk(f"http://{side.address}:{HTTP}/", CONNECTIONS, SECONDS, ("Connection: close",))
+    found = tools.parse_wrk(bed.run(side.caller, bed.cpus.near, argv))
+    return Connects(found.per_second, (bed.busy_seconds() - busy) / found.requests * 1e6)
 
-    found = _both(once, "connections", progress)
+
+def _connects(bed: Testbed, progress: Callable[[str], None]) -> list[Result]:
+    found = _both(partial(connect, bed), "connections", progress)
     setup = f"closed loop; wrk, {CONNECTIONS} at a time, Connection: close; wrk on CPU {bed.cpus.near}, nginx on CPU {bed.cpus.far}; SCHED_RR, CPUs kept awake"
     return [
         Result("l4-connections", "connections/s", BASELINE, pairs(found, "ours", "plain", lambda one: one.per_second), setup),

@@ -110,7 +110,7 @@ def _closed(progress: Callable[[str], None]) -> list[Result]:
     with testbed(RESOURCES, progress, ONE_NODE) as bed:
         bed.start_nginx(SERVER, bed.cpus.near, tools.nginx(HTTP), HTTP)
         workers, ways = _start_proxies(bed)
-        modes = {f"{name}-{c}": partial(_once, bed, way, c) for c in CONNECTIONS for name, way in ways.items()}
+        modes = {f"{name}-{c}": partial(once, bed, way, c) for c in CONNECTIONS for name, way in ways.items()}
         before = _requests(bed)
         found = rounds(modes, ROUNDS, progress)
         measured = sum(one.http.requests for row in found for name, one in row.items() if name.startswith("waypoint"))
@@ -183,7 +183,7 @@ def _features(progress: Callable[[str], None]) -> list[Result]:
         for i, name in enumerate(_GUARDED):
             headers = (f"Authorization: Bearer {issuers[name].token('caller')}",) if name in issuers else ()
             ways[name] = Way(CALLER, f"10.96.0.{30 + i}:{HTTP}", (waypoint,), headers)
-        modes = {f"{name}-{c}": partial(_once, bed, way, c) for c in CONNECTIONS for name, way in ways.items()}
+        modes = {f"{name}-{c}": partial(once, bed, way, c) for c in CONNECTIONS for name, way in ways.items()}
         found = rounds(modes, FEATURE_ROUNDS, progress)
         setup = f"closed loop; wrk (1 thread) {_setup(bed, workers)}; {PLAIN} against the same and authorization"
         return [
@@ -323,7 +323,8 @@ def _start_proxies(bed: Testbed) -> tuple[int, dict[str, Way]]:
     }
 
 
-def _once(bed: Testbed, way: Way, connections: int) -> Load:
+def once(bed: Testbed, way: Way, connections: int) -> Load:
+    """A closed loop of one way."""
     proxies, whole = machine.used_seconds(way.proxies), bed.busy_seconds()
     found = tools.parse_wrk(bed.run(way.caller, bed.cpus.near, tools.wrk(f"http://{way.target}/", connections, SECONDS, way.headers)))
     proxies, whole = machine.used_seconds(way.proxies) - proxies, bed.busy_seconds() - whole

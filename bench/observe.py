@@ -1,8 +1,10 @@
-"""`make bench-observe`: what it costs to count requests in the waypoint, and how long a scrape with 10,000 series of requests takes.
+"""`make bench-observe`: what metrics, traces, logs and records of calls cost, and how long a scrape with 10,000 series of requests takes.
 
-Cost: two Envoys with one and the same listener of a workload, one of them without the access logs that count (`agent.l7.metrics`). wrk and nginx share a CPU,
-both Envoys the other one, in turn. Scrape: a real Envoy that has counted requests of six workloads on 1,700 routes each; `agent.requests` reads it and writes
-the page. Everything is on loopback, without a mesh: the hooks in the kernel are the same with and without.
+Metrics: two Envoys with one and the same listener of a workload, one of them without the access logs that count (`agent.l7.metrics`). wrk and nginx share a
+CPU, both Envoys the other one, in turn. Scrape: a real Envoy that has counted requests of six workloads on 1,700 routes each; `agent.requests` reads it and
+writes the page. Both are on loopback, without a mesh: the hooks in the kernel are the same with and without. The rest is in `bench.watched`.
+
+`python -m bench.observe metrics requests connections` chooses parts.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,7 @@ from agent.l7 import envoy, listeners, metrics, names
 from agent.l7.clusters import Target as Endpoint
 from agent.l7.clusters import socket_address, workload_cluster
 from agent.requests import Requests
-from bench import envoys, machine, tools
+from bench import envoys, machine, tools, watched
 from bench.main import run
 from bench.result import LEAST_ROUNDS, Result, Target, pairs, rounds
 from lab.errors import LabError
@@ -52,8 +54,16 @@ class Load:
     cpu_us: float
 
 
-def measure(progress: Callable[[str], None]) -> list[Result]:
-    """Both parts."""
+def measure(progress: Callable[[str], None], parts: Sequence[str] = ()) -> list[Result]:
+    """Measure these parts, or all."""
+    known = {"metrics": _alone, "requests": watched.requests, "connections": watched.connections}
+    if unknown := set(parts) - known.keys():
+        raise LabError(f"no part is called {', '.join(sorted(unknown))}: there are {', '.join(known)}")
+    return [result for name, part in known.items() if not parts or name in parts for result in part(progress)]
+
+
+def _alone(progress: Callable[[str], None]) -> list[Result]:
+    """What needs no mesh."""
     chosen = machine.cpus()
     with tempfile.TemporaryDirectory(prefix="bench-observe-") as name, machine.awake(chosen):
         directory = Path(name)
@@ -219,4 +229,4 @@ def _running(argv: list[str], port: int) -> Iterator[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(measure))
+    sys.exit(run(partial(measure, parts=sys.argv[1:])))

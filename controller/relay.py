@@ -17,6 +17,7 @@ import grpc
 from controller.peers import NotAllowed, is_local, require, uris
 from meshapi import relay_pb2 as pb
 from meshapi import relay_pb2_grpc
+from meshapi.text import shown
 
 _log = logging.getLogger(__name__)
 
@@ -209,7 +210,7 @@ class _Line:
         if number not in self._waiting:
             return
         answer = self._waiting[number]
-        reply.error = "".join(c if c.isprintable() else "?" for c in reply.error[:MAX_ERROR])
+        reply.error = shown(reply.error, MAX_ERROR)
         if not (reply.document or reply.end):
             return  # nothing is said
         why = ""

@@ -206,10 +206,10 @@ class Lab:
         """SIGTERM a node's agent; return whether it ended by itself within `timeout` seconds."""
         return self._process(f"agent-{node}").stop(timeout)
 
-    def start_agent(self, node: str, timeout: float = READY_TIMEOUT_S) -> float:
-        """Start a node's agent, wait until it is ready, and return the seconds that took."""
+    def start_agent(self, node: str, options: Sequence[str] = (), timeout: float = READY_TIMEOUT_S) -> float:
+        """Start a node's agent, perhaps with more options, wait until it is ready, and return the seconds that took."""
         started = time.monotonic()
-        agent = self._remember(mesh.start_agent(self.topology.node(node)))
+        agent = self._remember(mesh.start_agent(self.topology.node(node), options))
         mesh.wait_agent(self.topology.node(node), agent, timeout)
         return time.monotonic() - started
 

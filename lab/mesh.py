@@ -67,12 +67,12 @@ def wait_controller(controller: Process, timeout: float) -> None:
     wait_ready(controller, accepts, timeout)
 
 
-def start_agent(node: Node) -> Process:
-    """Start a node's agent; `wait_agent` says when it is ready."""
+def start_agent(node: Node, options: Sequence[str] = ()) -> Process:
+    """Start a node's agent, perhaps with more options; `wait_agent` says when it is ready."""
     argv = [program("meshagent"), "run", "--node", node.name, "--controller", _CONTROLLER]
     argv += ["--tls-ca", str(paths.PKI / "ca.crt"), "--tls-cert", str(paths.PKI / f"{node.name}.crt")]
     argv += ["--tls-key", str(paths.PKI / f"{node.name}.key"), *agent_directories(node.name)]
-    argv += ["--metrics-address", node.gateways[0], "--metrics-port", str(METRICS_PORT)]
+    argv += ["--metrics-address", node.gateways[0], "--metrics-port", str(METRICS_PORT), *options]
     seat = Seat(paths.agent_cgroup(node.name), paths.node_netns(node))
     name = f"agent-{node.name}"
     return process.start(name, seat, argv, {}, Path("/"), paths.log(name))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agent.observation import clean
+from meshapi.text import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +35,7 @@ def as_text(document: dict[str, Any]) -> None:
     """Print one document of a trace."""
     lines = {"plan": _plan, "connection": _connection}.get(document["kind"], _notice)(document)
     for line in lines:
-        click.echo(clean(line))
+        click.echo(shown(line))
 
 
 @contextlib.contextmanager
@@ -45,15 +45,15 @@ def table() -> Iterator[Show]:
     from rich.live import Live  # noqa: PLC0415
 
     console = Console(highlight=False)
-    shown = Shown(console)
-    with Live(console=console, get_renderable=shown.table, refresh_per_second=8, vertical_overflow="visible") as live:
+    rows = Shown(console)
+    with Live(console=console, get_renderable=rows.table, refresh_per_second=8, vertical_overflow="visible") as live:
 
         def show(document: dict[str, Any]) -> None:
             if document["kind"] == "plan":
                 for line in _plan(document):
-                    live.console.print(clean(line), markup=False, soft_wrap=True)
+                    live.console.print(shown(line), markup=False, soft_wrap=True)
             else:
-                shown.take(document)
+                rows.take(document)
 
         yield show
 
@@ -95,14 +95,14 @@ class Shown:
             chosen.appendleft(row)
         for row in chosen:
             at = time.strftime("%H:%M:%S", time.localtime(row.get("beganNs", 0) / 1e9))
-            hops = Text(clean(_hops(row)))
+            hops = Text(shown(_hops(row)))
             if row["nextStep"]:
-                hops.append("\n").append(clean(row["nextStep"]), style="yellow")
-            table.add_row(at, Text(clean(row["outcome"]), style=_colour(row["outcome"])), Text(clean(_call(row))), hops)
+                hops.append("\n").append(shown(row["nextStep"]), style="yellow")
+            table.add_row(at, Text(shown(row["outcome"]), style=_colour(row["outcome"])), Text(shown(_call(row))), hops)
         foot = f"{self._count} shown, {self._missed} events missed"
         if self._error_ns:
             foot += f", clocks of the nodes agree within {_duration(self._error_ns)}"
-        table.caption = Text("\n".join(clean(line) for line in (*self._notices, foot)), style="dim")
+        table.caption = Text("\n".join(shown(line) for line in (*self._notices, foot)), style="dim")
         return table
 
 

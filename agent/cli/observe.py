@@ -17,10 +17,10 @@ import grpc
 
 from agent.cli import connection, live
 from agent.errors import NotFound
-from agent.observation import clean
 from agent.plan import qualified
 from meshapi import agent_pb2 as pb
 from meshapi import agent_pb2_grpc, relay_pb2, relay_pb2_grpc
+from meshapi.text import shown
 
 _LONGEST_ERROR = 500
 """Characters of what a node says went wrong."""
@@ -80,7 +80,7 @@ def told(target: str, tls: Mapping[str, Path | None], request: relay_pb2.AskRequ
             try:
                 for one in call:
                     if one.error:
-                        error = clean(one.error, _LONGEST_ERROR)
+                        error = shown(one.error, _LONGEST_ERROR)
                         failed.append(error if one.node in error else f"{one.node}: {error}")
                     else:
                         yield one.node, one.document

@@ -18,11 +18,13 @@ from agent.errors import NotFound
 from agent.report import CallRow, Change, camel
 from meshapi import admin_pb2, admin_pb2_grpc, proposal_pb2, proposal_pb2_grpc, relay_pb2
 from meshapi import agent_pb2 as pb
+from meshapi.text import shown
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _METHOD, _PATH = re.compile("[A-Z_]{0,32}"), re.compile(r"(?:\*|/[A-Za-z0-9._~/{}*-]{0,300})?")
 """What agents write."""
 _CHANGE, _CALL = ({camel(one.name) for one in fields(shape)} for shape in (Change, CallRow))
+_LONGEST_LINE = 4096
 _ORDER = ("newly denied", "newly allowed", "undecided")
 
 
@@ -158,7 +160,7 @@ def own_row(row: dict[str, Any], node: str, workloads: Mapping[str, Mapping[str,
             return None
         if not _shaped(row):
             return None
-        row = {name: _printable(value) if isinstance(value, str) else value for name, value in row.items()}
+        row = {name: shown(value) if isinstance(value, str) else value for name, value in row.items()}
         if "receivers" not in row:
             return row
         inbound = source != row["owner"]
@@ -243,18 +245,13 @@ def _propose(namespace: str, answers: Answers, output: str) -> None:
         click.echo(json.dumps({"kind": "notes", "notes": notes}))
         return
     nodes = ", ".join(sorted(summary["node"] for summary in answers.summaries))
-    click.echo(_printable(f"# What workloads of {namespace} were called for, recorded since {answers.since} on {nodes}."))
+    click.echo(shown(f"# What workloads of {namespace} were called for, recorded since {answers.since} on {nodes}.", _LONGEST_LINE))
     click.echo(
         "# ALLOW policies that are in force go on to allow what they do: 'meshagent policy try --delete' says what is lost without one."
     )
     for note in notes:
-        click.echo(_printable(f"# {note}"))
+        click.echo(shown(f"# {note}", _LONGEST_LINE))
     click.echo(resources.yaml([one.resource() for one in result.policies]), nl=False)
-
-
-def _printable(text: str) -> str:
-    """One line, whatever a node has sent."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _row(document: Mapping[str, Any]) -> CallRow:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar, cast, get_args
 
+from meshapi.text import shown
+
 KIND: Final = "graph"
 MOST_EDGES: Final = 1000
 """Of one node; the busiest. A document has then at most 1.5 MB, of the 2 that pass through the controller."""
@@ -227,7 +229,7 @@ class _Fields:
 
 def line(text: str) -> str:
     """A text as `decode` takes it: printable, and not too long."""
-    return "".join(c if c.isprintable() else " " for c in text)[:_MOST_TEXT]
+    return shown(text, _MOST_TEXT)
 
 
 def finite(value: float) -> float:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from agent.observation import LONGEST, Clock, Observation, clean, document, observed
+from agent.observation import LONGEST, Clock, Observation, document, observed
 from agent.report import Hop, encode
+from meshapi.text import shown
 
 GOOD = Observation(
     of="request", node="node-2", workload="default/far", caller="", target="10.77.2.22:8080", began_ns=23, method="GET", path="/items", status=200,
@@ -79,7 +80,8 @@ def test_text_of_others_has_no_control_characters_and_an_end() -> None:
         assert text.isprintable()
         assert len(text) <= 2048
     assert "evil" not in found.hops[0].detail
-    assert clean("a\nb\tc") == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}c"
+    assert shown("a\nb\tc") == "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}c"
+    assert shown("x" * 9999, 3) == "xxx"
 
 
 @pytest.mark.parametrize(("out", "back"), [(3, 3), (0, 6), (6, 0)])

@@ -81,7 +81,7 @@ def test_whatever_else_a_node_tells_is_left_out(node: str, row: dict[str, Any]) 
 def test_what_a_node_tells_is_one_line_without_control_characters() -> None:
     row = own_row(change(destination="shop/cart:80\x1b[2J\n  forged", rule="r\x1b]0;pwn\x07"), "node-1", WORKLOADS)
     assert row is not None
-    assert (row["destination"], row["rule"]) == ("shop/cart:80?[2J?  forged", "r?]0;pwn?")
+    assert (row["destination"], row["rule"]) == ("shop/cart:80\ufffd[2J\ufffd  forged", "r\ufffd]0;pwn\ufffd")
 
 
 def test_labels_are_those_that_the_controller_knows() -> None:
