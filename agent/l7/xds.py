@@ -9,7 +9,8 @@ Protocol: https://www.envoyproxy.io/docs/envoy/v1.37.0/api-docs/xds_protocol#inc
 - a cluster that no route names any more stays for LINGER_S: a request keeps the route that it was given, and looks for the cluster only when the filters are
   done with it, which for HTTP/2 may be many turns later (`max_requests_per_io_cycle`), and once more for each retry. Without its cluster it would fail;
 - a cluster that changes gets its endpoints once more: Envoy 1.40 makes it anew and waits for them, but does not ask for what it has subscribed to already
-  (15 s, https://www.envoyproxy.io/docs/envoy/v1.40.0/intro/arch_overview/upstream/cluster_manager#cluster-warming);
+  (15 s, https://www.envoyproxy.io/docs/envoy/v1.40.0/intro/arch_overview/upstream/cluster_manager#cluster-warming). So it does when they are under way
+  already, and when nobody wants the cluster any more: until Envoy has them it takes no other cluster, and then goes on without any;
 - a refused response of several resources is repeated in halves, so that one bad resource neither hides nor blocks the good ones, also among thousands;
 - a resource that Envoy refused alone is not sent again until its content changes: the last good one stays in force;
 - a change costs what it changes: what Envoy may lack is noted by name when it changes or is asked for, nothing looks through all resources;
@@ -105,7 +106,7 @@ class _Type:
 
     def lose(self, name: str) -> bool:
         """Envoy is to get this again, also if it is on its way: what comes before its reason does not count. True if Envoy had it, or was about to."""
-        return (self.known.pop(name, None) or self.sent.pop(name, None)) is not None
+        return {self.known.pop(name, None), self.sent.pop(name, None)} != {None}
 
 
 class XdsServer:
@@ -204,6 +205,8 @@ class XdsServer:
                     self._refused.pop((kind, name), None)
             differs = differs or bool(touched)
             if self._stream is not None and touched:
+                if kind == names.ENDPOINTS:
+                    self._stream.keep({name: old[name] for name in touched if name not in new})
                 self._stream.touch(kind, touched)
         if differs and self._changed_at is None:
             self._changed_at = time.monotonic()
@@ -365,10 +368,17 @@ class _Stream:
         """Clusters that Envoy may have taken, without having their endpoints: since when it was seen to lack them (seconds, the loop's time)."""
         self._unnamed: dict[str, float] = {}
         """Clusters that are to go, by when that is: seconds, the loop's time."""
+        self._leaving: dict[str, Resource] = {}
+        """Endpoints of clusters that are to go: Envoy may still wait for them."""
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     def wake(self) -> None:
         self._wakened.set()
+
+    def keep(self, endpoints: Mapping[str, Resource]) -> None:
+        """Nobody wants these any more, but as long as Envoy has their clusters it needs them."""
+        state = self.types.get(names.CLUSTER)
+        self._leaving.update((name, one) for name, one in endpoints.items() if state and (name in state.known or name in state.sent))
 
     def touch(self, kind: str, touched: Iterable[str]) -> None:
         """Look at these resources again: what is wanted, or what Envoy has, is not what it was."""
@@ -380,6 +390,9 @@ class _Stream:
         if kind == names.CLUSTER:
             for name in [name for name in self._unnamed if self._server.exists(kind, name)]:
                 del self._unnamed[name]
+        if kind == names.ENDPOINTS:
+            for name in [name for name in self._leaving if self._server.exists(kind, name)]:
+                del self._leaving[name]
 
     async def read(self, requests: AsyncIterator[discovery_pb2.DeltaDiscoveryRequest]) -> None:
         """Take requests until Envoy closes the stream."""
@@ -420,7 +433,7 @@ class _Stream:
             ) or "*" in request.resource_names_subscribe
             state = self.types[request.type_url] = _Type(wildcard, dict(request.initial_resource_versions))
             self._subscribe(request.type_url, state, request.resource_names_subscribe)
-            self.touch(request.type_url, [*self._server.all_names(request.type_url), *state.known])
+            self.touch(request.type_url, [*self._server.all_names(request.type_url), *state.known, *state.names])
             return
         if request.response_nonce and request.response_nonce == state.nonce:
             self._answer(request, state)
@@ -429,6 +442,8 @@ class _Stream:
                 state.wildcard = False
             state.names.discard(name)
             state.missing.discard(name)
+            if request.type_url == names.ENDPOINTS:
+                self._leaving.pop(name, None)
             if not state.wildcard:
                 state.known.pop(name, None)
         for name in request.resource_names_subscribe:
@@ -440,7 +455,13 @@ class _Stream:
     def _subscribe(self, kind: str, state: _Type, wanted: list[str]) -> None:
         named = set(wanted) - {"*"}
         state.names |= named
-        state.missing |= {name for name in named if not self._server.exists(kind, name)}
+        state.missing |= {name for name in named if not self._exists(kind, name)}
+
+    def _exists(self, kind: str, name: str) -> bool:
+        return self._server.exists(kind, name) or (kind == names.ENDPOINTS and name in self._leaving)
+
+    def _offered(self, kind: str, name: str) -> Resource | None:
+        return self._leaving.get(name) if kind == names.ENDPOINTS and name in self._leaving else self._server.offered(kind, name)
 
     def _answer(self, request: discovery_pb2.DeltaDiscoveryRequest, state: _Type) -> None:
         sent, removed = state.sent, state.removed
@@ -490,7 +511,7 @@ class _Stream:
         """Return True if Envoy has the endpoints of every cluster it took, but for those that have lacked them for WARM_PATIENCE_S."""
         taken, has = (state.known if (state := self.types.get(kind)) else {} for kind in (names.CLUSTER, names.ENDPOINTS))
         now = asyncio.get_running_loop().time()
-        lacking = (name for name in self._cold if name in taken and name not in has and self._server.offered(names.ENDPOINTS, name))
+        lacking = (name for name in self._cold if name in taken and name not in has and self._offered(names.ENDPOINTS, name))
         self._cold = {name: self._cold[name] or now for name in lacking}
         patient = [since for since in self._cold.values() if since is not None and now - since < WARM_PATIENCE_S]
         if patient:
@@ -512,7 +533,7 @@ class _Stream:
             if portion:
                 changed = portion
                 break
-        missing = tuple(sorted(name for name in state.missing if not self._server.exists(kind, name) and kind != names.SECRET))
+        missing = tuple(sorted(name for name in state.missing if not self._exists(kind, name) and kind != names.SECRET))
         state.missing.clear()
         if not changed and not missing and not first:
             return None
@@ -544,12 +565,13 @@ class _Stream:
         found: dict[str, Resource] = {}
         settled = []
         for name in state.dirty:
-            resource = self._server.offered(kind, name)
+            resource = self._offered(kind, name)
             if resource is None:
                 if name not in state.known or self._server.exists(kind, name):
                     settled.append(name)
             elif state.known.get(name) == resource.version:
-                settled.append(name)
+                if self._server.exists(kind, name):  # else it is to go, some time
+                    settled.append(name)
             elif state.wants(name):
                 found[name] = resource
         state.dirty.difference_update(settled)
@@ -563,6 +585,9 @@ class _Stream:
         state.greeted = True
         state.sent = {name: resource.version for name, resource in changed.items()}
         state.removed = removed
+        if kind == names.ENDPOINTS:
+            for name in removed:
+                self._leaving.pop(name, None)
         self._server.count(kind, len(changed))
         if kind == names.CLUSTER and (endpoints := self.types.get(names.ENDPOINTS)) is not None:
             again = [name for name in changed if name in state.known and endpoints.lose(name)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import stat
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -19,9 +20,9 @@ from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
 from agent.l7 import names, xds
 from agent.l7.envoy import Envoy, stop
 from agent.l7.resources import Resource, Resources, pack
-from agent.l7.snapshot import build
+from agent.l7.snapshot import Builder, build
 from agent.l7.xds import XdsServer
-from agent.model import Backend, HeaderEdit
+from agent.model import Backend, HeaderEdit, Snapshot
 from agent.traffic import Limits, TrafficPolicy
 from tests.unit.agent.l7 import harness
 
@@ -415,29 +416,69 @@ def test_a_new_service_is_never_answered_by_a_cluster_that_is_not_there_yet(tmp_
     assert set(statuses) == {200}
 
 
-def test_clusters_that_change_faster_than_envoy_takes_them_are_never_without_endpoints(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", [1, 2])
+def test_clusters_that_come_go_and_change_faster_than_envoy_takes_them_are_never_without_endpoints(tmp_path: Path, seed: int) -> None:
     """Else Envoy waits 15 s for endpoints that do not come, and everything after them with it; then it goes on without any."""
     [entry] = harness.free_ports(1)
+    chance = random.Random(seed)  # noqa: S311
+    backends = tuple(f"default/v{i}" for i in range(4))
+    services = [
+        harness.service("web", "127.0.0.1", entry),
+        *(harness.service(f"v{i}", f"10.96.0.{9 + i}", 80, waypoint=False) for i in range(4)),
+    ]
+    builder, statuses = Builder("", harness.TRUST_DOMAIN), set[int]()
 
-    def limited(target: int, limit: int) -> Resources:
-        services = [harness.service("web", "127.0.0.1", entry)]
-        pod = harness.workload("b", "127.0.0.1", backing={"default/web": {entry: target}})
-        policy = TrafficPolicy("default/web", (("default/web", entry),), limits=Limits(requests=limit))
-        snapshot = replace(harness.snapshot([CALLER, pod], services), traffic={policy.name: policy})
-        return harness.on_loopback(build(snapshot, [harness.local(CALLER)], trust_domain=harness.TRUST_DOMAIN), entry)
+    def model(targets: Sequence[int]) -> Snapshot:
+        """Two of four backends, one or two endpoints, limits of some kind or none."""
+        ready = targets[: chance.randint(1, len(targets))]
+        pods = [harness.workload(f"b{n}", "127.0.0.1", backing={name: {80: target} for name in backends}) for n, target in enumerate(ready)]
+        rule = harness.rule(*(Backend(name, 80, chance.randint(1, 4)) for name in chance.sample(backends, 2)))
+        limits = Limits(requests=chance.randint(1000, 2000), per_workload=chance.random() < 0.5)
+        policy = TrafficPolicy("default/p", tuple((name, 80) for name in backends), limits=limits)
+        traffic = {policy.name: policy} if chance.random() < 0.7 else {}
+        return replace(harness.snapshot([CALLER, *pods], services, [harness.route("r", rule, parent="web")]), traffic=traffic)
 
-    async def scenario() -> None:
+    async def scenario(targets: Sequence[int]) -> None:
+        def built() -> Resources:
+            return harness.on_loopback(builder.build(model(targets), [harness.local(CALLER)], ""), entry)
+
         async with harness.waypoint(harness.config(tmp_path)) as (server, _):
-            await harness.applied(server, limited(target, 1000))
-            for turn in range(1, 300):
-                server.set(limited(target, 1000 + turn))
-                await asyncio.sleep(turn % 11 / 1000)
-            assert await server.wait_acked(5), server.state
-            assert harness.request(entry).status == 200
+            await harness.applied(server, built())
+            done = asyncio.Event()
 
-    with harness.http_server("b", "127.0.0.1") as backend:
-        target = backend.server_address[1]
-        asyncio.run(scenario())
+            async def ask() -> None:
+                while not done.is_set():
+                    statuses.add((await asyncio.to_thread(harness.request, entry)).status)
+
+            asking = asyncio.create_task(ask())
+            try:
+                for _ in range(100):
+                    server.set(built())
+                    await asyncio.sleep(chance.uniform(0, 0.05))
+                assert await server.wait_acked(5), server._pending()
+            finally:
+                done.set()
+                await asking
+
+    with harness.http_server("b0", "127.0.0.1") as one, harness.http_server("b1", "127.0.0.1") as other:
+        asyncio.run(scenario([one.server_address[1], other.server_address[1]]))
+    assert statuses == {200}
+
+
+def test_endpoints_that_are_wanted_no_more_go_to_a_cluster_that_still_waits_for_them(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, some(cluster="a:1", endpoints="a:1")) as (server, client):
+            await client.send(names.CLUSTER)
+            cluster = await client.receive()
+            server.set(some(cluster="", endpoints=""))
+            await client.send(names.ENDPOINTS, subscribe=["a"])
+            endpoints = await client.receive()
+            assert got(endpoints) == ("ClusterLoadAssignment", {"a": "1"}, [])
+            await client.send(names.CLUSTER, nonce=cluster.nonce)
+            await client.send(names.ENDPOINTS, nonce=endpoints.nonce)
+            assert got(await client.receive()) == ("Cluster", {}, ["a"])
+
+    asyncio.run(scenario())
 
 
 def secret(version: str) -> dict[str, Resource]:
