@@ -231,14 +231,22 @@ class Revocation:
         return len(seen)
 
     def _close(self, namespace: Path, found: list[Forbidden]) -> Iterator[Forbidden]:
-        """Those that were closed."""
+        """Those that were closed; raises KernelRefused after all of them if one cannot be."""
         if not found:
             return
+        refused: KernelRefused | None = None
         destroyer = self._sockets.destroyer(namespace)
         try:
-            yield from (one for one in found if destroyer.destroy(one.socket))
+            for one in found:
+                try:
+                    if destroyer.destroy(one.socket):
+                        yield one
+                except KernelRefused as error:
+                    refused = error
         finally:
             destroyer.close()
+        if refused is not None:
+            raise refused
 
     def _who(self, address: bytes) -> str:
         rows = self._addresses.get(address)

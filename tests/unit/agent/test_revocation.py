@@ -6,18 +6,20 @@ import socket
 import struct
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from agent import addresses
 from agent.bpf.manifest import Direction, Redirect, Verdict
-from agent.bpf.sockets import LiveSocket, Record
+from agent.bpf.sockets import LiveSocket, Record, Sockets
 from agent.config import UNREAD_MARK, Config
 from agent.enrolment import Enrolled
+from agent.errors import KernelRefused
 from agent.ids import Ids
 from agent.model import Action, Delta, LocalWorkload, Mtls, Operation, Policy, PolicyRule, Snapshot, Source, Workload
-from agent.revocation import Forbidden, Judge, Rules, affects
+from agent.revocation import Forbidden, Judge, Revocation, Rules, affects
 
 POLICY = Policy("d/p", Action.ALLOW, (PolicyRule((Source(service_accounts=("d/friend",)),), (Operation(ports=(80,)),)),))
 L7 = Policy("d/l7", Action.ALLOW, (PolicyRule((), (Operation(methods=("GET",)),)),))
@@ -221,3 +223,29 @@ def test_connections_are_looked_at_only_after_changes_that_may_forbid_one(now: S
 
 def test_connections_are_looked_at_when_an_agent_starts() -> None:
     assert affects(None, SNAPSHOT)
+
+
+def test_a_connection_that_the_kernel_does_not_close_leaves_no_other_open() -> None:
+    """No kernel that runs here refuses one and closes the next: who asks it is played."""
+    asked: list[LiveSocket] = []
+
+    class Destroyer:
+        open = True
+
+        def destroy(self, found: LiveSocket) -> bool:
+            asked.append(found)
+            if len(asked) == 1:
+                raise KernelRefused("not this one")
+            return True
+
+        def close(self) -> None:
+            self.open = False
+
+    destroyer, revocation = Destroyer(), object.__new__(Revocation)
+    revocation._sockets = cast("Sockets", SimpleNamespace(destroyer=lambda _: destroyer))
+    live = LiveSocket(socket.AF_INET, 1, bytes(48), 0, 0, 0, 0, Record(*(0,) * len(Record._fields)), 0, APPLICATION)
+    closing = revocation._close(Path("/"), [Forbidden(live, name, "d/server", NO) for name in ("first", "second", "third")])
+    assert [next(closing).source, next(closing).source] == ["second", "third"]
+    with pytest.raises(KernelRefused, match="not this one"):
+        next(closing)
+    assert not destroyer.open
