@@ -200,13 +200,14 @@ class XdsServer:
                 continue
             touched = {name for name, resource in new.items() if old.get(name) is not resource}
             touched.update(name for name in old if name not in new)
+            if self._stream is not None and kind == names.ENDPOINTS:
+                gone = (name for name in touched if name not in new and self._refused.get((kind, name)) != old[name].version)
+                self._stream.keep({name: old[name] for name in gone})
             for name in touched:
                 if self._refused.get((kind, name), "") != self._version(kind, name):
                     self._refused.pop((kind, name), None)
             differs = differs or bool(touched)
             if self._stream is not None and touched:
-                if kind == names.ENDPOINTS:
-                    self._stream.keep({name: old[name] for name in touched if name not in new})
                 self._stream.touch(kind, touched)
         if differs and self._changed_at is None:
             self._changed_at = time.monotonic()
@@ -480,6 +481,8 @@ class _Stream:
         else:
             for name, version in sent.items():
                 self._server.refuse(request.type_url, name, version, request.error_detail.message)
+                if request.type_url == names.ENDPOINTS:
+                    self._leaving.pop(name, None)
             for name in removed:  # Envoy would not let go: asking again would not help
                 state.known.pop(name, None)
 
