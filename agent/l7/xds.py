@@ -48,11 +48,11 @@ ORDER = (names.CLUSTER, names.ENDPOINTS, names.LISTENER, names.SCOPE, names.ROUT
 WAITS_FOR = {
     names.CLUSTER: frozenset[str](),
     names.ENDPOINTS: frozenset[str](),  # Envoy answers for clusters only when it has their endpoints (seen with 1.40)
-    names.LISTENER: frozenset({names.CLUSTER, names.ENDPOINTS}),
-    names.SCOPE: frozenset({names.CLUSTER, names.ENDPOINTS}),  # a listener is not active before it has its routes
-    names.ROUTES: frozenset({names.CLUSTER, names.ENDPOINTS}),
+    names.LISTENER: frozenset({names.CLUSTER}),
+    names.SCOPE: frozenset({names.CLUSTER}),  # a listener is not active before it has its routes
+    names.ROUTES: frozenset({names.CLUSTER}),
 }
-"""What must be answered before a type goes out."""
+"""What must be answered before a type goes out. Not endpoints, which may change all the time: `_Stream._warm` says whether any are lacking."""
 ON_DEMAND = (names.SECRET, names.BUCKET)
 """Asked for by name, by what needs them; perhaps nothing does."""
 REMOVAL_ORDER = (names.SCOPE, names.LISTENER, names.ROUTES, names.CLUSTER, names.ENDPOINTS)
@@ -62,6 +62,12 @@ _T = TypeVar("_T")
 LINGER_S = 5.0
 """How long a cluster outlives the routes that named it."""
 STOP_GRACE_S = 0.2
+HELD = frozenset({names.ROUTES, names.CLUSTER, names.ENDPOINTS})
+"""Stays while Envoy goes on with an older version of what may name it."""
+LOST = "(lost)"
+"""In place of the version of what is under way but does not count."""
+UNSURE, NEW = "(unsure)", "(new)"
+"""What Envoy has of a resource that was refused together with others: this version or the one before; this version (which follows) or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +112,26 @@ class _Type:
 
     def lose(self, name: str) -> bool:
         """Envoy is to get this again, also if it is on its way: what comes before its reason does not count. True if Envoy had it, or was about to."""
-        return {self.known.pop(name, None), self.sent.pop(name, None)} != {None}
+        under_way = name in self.sent
+        if under_way:
+            self.sent[name] = LOST
+        return self.known.pop(name, None) is not None or under_way
+
+    def take(self, sent: Mapping[str, str], removed: Iterable[str]) -> None:
+        """Envoy has taken a response."""
+        self.known.update((name, version) for name, version in sent.items() if self.wants(name) and version != LOST)
+        for name in removed:
+            self.known.pop(name, None)
+
+    def split(self, sent: Mapping[str, str], removed: Iterable[str]) -> None:
+        """Envoy has refused a response of several resources, and may have taken the good ones: say them again in halves."""
+        every = sorted(sent)
+        half = len(every) // 2
+        self.portions[:0] = [frozenset(every[:half]), frozenset(every[half:])]
+        for name, version in sent.items():
+            if self.wants(name) and version != LOST:
+                self.known[name] = NEW + version if self.known.get(name, NEW).startswith(NEW) else UNSURE
+        self.missing.update(name for name in removed if self.wants(name))
 
 
 class XdsServer:
@@ -258,6 +283,11 @@ class XdsServer:
         """Note that resources of a type went out."""
         self._sent[kind.rpartition(".")[2]] += number
 
+    def behind(self) -> bool:
+        """Does Envoy run on an older version of something that names routes or clusters?"""
+        types = self._stream.types if self._stream is not None else {}
+        return any(kind in REMOVAL_ORDER[:3] and kind in types and name in types[kind].known for kind, name in self._refused)
+
     def exists(self, kind: str, name: str) -> bool:
         """Return True if this resource is wanted, refused or not."""
         return name in self._resources.get(kind, {})
@@ -272,7 +302,8 @@ class XdsServer:
         if "PRIVATE KEY" in reason:  # Envoy quotes what it refuses
             reason = "not shown, because it quotes a private key"
         self._nacks += 1
-        self._refused[kind, name] = version
+        if self._version(kind, name) == version:
+            self._refused[kind, name] = version
         self._last_nack = f"{kind.rpartition('.')[2]} {name}: {reason}"
         log.error("envoy refused a resource; the last good one stays in force", extra={"resource": name, "type": kind, "reason": reason})
 
@@ -291,7 +322,8 @@ class XdsServer:
             _hand_on(records(message, log_name), self._on_record)
 
     def connected(self, stream: _Stream) -> None:
-        """Make `stream` the one that counts: the newest."""
+        """Make `stream` the one that counts: the newest. It may be another Envoy's, or the reason why it refused something has gone: that is offered anew."""
+        self._refused.clear()
         self._stream = stream
         self.changed()
 
@@ -327,6 +359,8 @@ class XdsServer:
             state = self._stream.types.get(kind) if self._stream else None
             if state is None and kind in ON_DEMAND:
                 continue  # nobody has named one
+            if state is None and kind in {names.CLUSTER, names.LISTENER}:
+                yield kind, "(not asked for yet)"  # Envoy always does, and says what it has
             if state is not None and state.nonce:
                 yield kind, "(unanswered)"
             known = state.known if state is not None else {}
@@ -343,7 +377,8 @@ class XdsServer:
     def _leaves(self, kind: str, name: str, *, lingering: bool) -> bool:
         """Is Envoy to let go of this as soon as it can? With `lingering`: or at all."""
         lingers = not lingering and self._stream is not None and self._stream.lingers(kind, name)
-        return kind != names.SECRET and not lingers and not self.exists(kind, name)
+        held = not lingering and kind in HELD and self.behind()
+        return kind in REMOVAL_ORDER and not lingers and not held and not self.exists(kind, name)
 
     def _reachable(self, kind: str, name: str, *, outbound: bool) -> bool:
         if kind == names.ENDPOINTS:
@@ -432,7 +467,10 @@ class _Stream:
             wildcard = (
                 not request.resource_names_subscribe and request.type_url not in ON_DEMAND
             ) or "*" in request.resource_names_subscribe
-            state = self.types[request.type_url] = _Type(wildcard, dict(request.initial_resource_versions))
+            has = dict(request.initial_resource_versions)
+            if request.type_url == names.ENDPOINTS:  # it may have them, and wait for them: the cluster may have changed since
+                has = {}
+            state = self.types[request.type_url] = _Type(wildcard, has)
             self._subscribe(request.type_url, state, request.resource_names_subscribe)
             self.touch(request.type_url, [*self._server.all_names(request.type_url), *state.known, *state.names])
             return
@@ -456,10 +494,7 @@ class _Stream:
     def _subscribe(self, kind: str, state: _Type, wanted: list[str]) -> None:
         named = set(wanted) - {"*"}
         state.names |= named
-        state.missing |= {name for name in named if not self._exists(kind, name)}
-
-    def _exists(self, kind: str, name: str) -> bool:
-        return self._server.exists(kind, name) or (kind == names.ENDPOINTS and name in self._leaving)
+        state.missing |= {name for name in named if self._offered(kind, name) is None}
 
     def _offered(self, kind: str, name: str) -> Resource | None:
         return self._leaving.get(name) if kind == names.ENDPOINTS and name in self._leaving else self._server.offered(kind, name)
@@ -469,22 +504,23 @@ class _Stream:
         state.nonce, state.sent, state.removed = "", {}, ()
         self.touch(request.type_url, [*sent, *removed])
         if not request.HasField("error_detail"):
-            for name, version in sent.items():
-                if state.wants(name):
-                    state.known[name] = version
-            for name in removed:
-                state.known.pop(name, None)
+            state.take(sent, removed)
         elif len(sent) > 1:
-            every = sorted(sent)
-            half = len(every) // 2
-            state.portions[:0] = [frozenset(every[:half]), frozenset(every[half:])]
+            state.split(sent, removed)
         else:
-            for name, version in sent.items():
-                self._server.refuse(request.type_url, name, version, request.error_detail.message)
-                if request.type_url == names.ENDPOINTS:
-                    self._leaving.pop(name, None)
+            self._refused_alone(request.type_url, state, sent, request.error_detail.message)
             for name in removed:  # Envoy would not let go: asking again would not help
                 state.known.pop(name, None)
+
+    def _refused_alone(self, kind: str, state: _Type, sent: Mapping[str, str], reason: str) -> None:
+        for name, version in sent.items():
+            if version == LOST:
+                continue
+            if state.known.get(name) == NEW + version:
+                del state.known[name]
+            self._server.refuse(kind, name, version, reason)
+            if kind == names.ENDPOINTS:
+                self._leaving.pop(name, None)
 
     def _next(self) -> discovery_pb2.DeltaDiscoveryResponse | None:
         """Return the next response that may go out now, or None to wait for an answer or a change."""
@@ -506,7 +542,8 @@ class _Stream:
             return None
         for kind in REMOVAL_ORDER:
             state = self.types.get(kind)
-            if state is not None and (response := self._removal(kind, state)) is not None:
+            held = kind in HELD and self._server.behind()
+            if state is not None and not held and (response := self._removal(kind, state)) is not None:
                 return response
         return None
 
@@ -515,7 +552,10 @@ class _Stream:
         taken, has = (state.known if (state := self.types.get(kind)) else {} for kind in (names.CLUSTER, names.ENDPOINTS))
         now = asyncio.get_running_loop().time()
         lacking = (name for name in self._cold if name in taken and name not in has and self._offered(names.ENDPOINTS, name))
-        self._cold = {name: self._cold[name] or now for name in lacking}
+        refused = {
+            name for name in self._cold if self._server.exists(names.CLUSTER, name) and self._server.offered(names.CLUSTER, name) is None
+        }
+        self._cold = {name: self._cold[name] or now for name in lacking if name not in refused}
         patient = [since for since in self._cold.values() if since is not None and now - since < WARM_PATIENCE_S]
         if patient:
             self._wake_in("warm", min(patient) + WARM_PATIENCE_S - now)
@@ -536,7 +576,7 @@ class _Stream:
             if portion:
                 changed = portion
                 break
-        missing = tuple(sorted(name for name in state.missing if not self._exists(kind, name) and kind != names.SECRET))
+        missing = tuple(sorted(name for name in state.missing if self._offered(kind, name) is None and kind != names.SECRET))
         state.missing.clear()
         if not changed and not missing and not first:
             return None
@@ -593,7 +633,8 @@ class _Stream:
                 self._leaving.pop(name, None)
         self._server.count(kind, len(changed))
         if kind == names.CLUSTER and (endpoints := self.types.get(names.ENDPOINTS)) is not None:
-            again = [name for name in changed if name in state.known and endpoints.lose(name)]
+            again = [name for name in changed if endpoints.lose(name)]
+            endpoints.missing.update(name for name in again if self._offered(names.ENDPOINTS, name) is None)
             self.touch(names.ENDPOINTS, again)
         log.debug(
             "to envoy", extra={"type": kind.rpartition(".")[2], "nonce": state.nonce, "resources": list(changed), "removed": list(removed)}

@@ -185,6 +185,12 @@ def test_requests_over_one_connection_are_traced_one_by_one(lab: Lab) -> None:
         ),
         pytest.param(("frontend", "redis:99"), "service default/redis has no port 99; it has 6379", id="port"),
         pytest.param(("frontend", "redis:http"), "redis:http: http is no port number", id="no-number"),
+        pytest.param(
+            ("frontend", "rediss.default.svc.cluster.local"),
+            "no service has the DNS name rediss.default.svc.cluster.local: pods that look it up get what the resolver outside of the mesh says, mostly "
+            "NXDOMAIN; did you mean default/redis?",
+            id="dns-name",
+        ),
     ],
 )
 def test_a_name_that_does_not_exist_is_a_negative_answer_with_a_suggestion(lab: Lab, arguments: tuple[str, str], said: str) -> None:

@@ -25,7 +25,7 @@ from agent.quota import Quotas
 from agent.supervisor import Supervisor, run_forever
 from agent.tunnels import Tunnels
 from tests.tasks import beside, until
-from tests.unit.agent.l7.test_xds import Client
+from tests.unit.agent.l7.scripted import Client
 
 if TYPE_CHECKING:
     from agent.revocation import Revocation
@@ -188,6 +188,7 @@ def test_wireguard_lets_go_of_nothing_before_envoy_has_acknowledged_what_is_not_
                 await asyncio.sleep(0.2)
                 assert calls == ["prepare 1", "keep"]  # away
                 envoy = Client(channel)
+                await envoy.greet(names.LISTENER)
                 await envoy.send(names.CLUSTER)
                 first = await envoy.receive()
                 await asyncio.sleep(0.2)

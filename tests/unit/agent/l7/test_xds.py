@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import stat
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import grpc.aio
 import pytest
 from envoy.config.listener.v3 import listener_pb2
-from envoy.service.discovery.v3 import ads_pb2_grpc, discovery_pb2
 
 from agent.l7 import names, xds
 from agent.l7.envoy import Envoy, stop
@@ -25,6 +21,7 @@ from agent.l7.xds import XdsServer
 from agent.model import Backend, HeaderEdit, Snapshot
 from agent.traffic import Limits, TrafficPolicy
 from tests.unit.agent.l7 import harness
+from tests.unit.agent.l7.scripted import got, serving, some
 
 LINGER_S = 0.3
 
@@ -35,77 +32,11 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xds, "LINGER_S", LINGER_S)
 
 
-class Client:
-    """Half an Envoy: sends what the test says and returns what the server answers."""
-
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._call = ads_pb2_grpc.AggregatedDiscoveryServiceStub(channel).DeltaAggregatedResources()
-
-    async def send(
-        self,
-        kind: str,
-        *,
-        subscribe: Sequence[str] = (),
-        unsubscribe: Sequence[str] = (),
-        has: Mapping[str, str] | None = None,
-        nonce: str = "",
-        error: str = "",
-    ) -> None:
-        request = discovery_pb2.DeltaDiscoveryRequest(
-            type_url=kind,
-            resource_names_subscribe=subscribe,
-            resource_names_unsubscribe=unsubscribe,
-            initial_resource_versions=has or {},
-            response_nonce=nonce,
-        )
-        if error:
-            request.error_detail.message = error
-        await self._call.write(request)
-
-    async def receive(self) -> Any:
-        return await asyncio.wait_for(self._call.read(), 5)
-
-    async def silent(self, seconds: float = 0.1) -> bool:
-        """True if nothing comes. The read is not lost: it is the next `receive` that matters, so use this last."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._call.read(), seconds)
-            return False
-        return True
-
-
-@contextlib.asynccontextmanager
-async def serving(directory: Path, resources: Resources) -> AsyncIterator[tuple[XdsServer, Client]]:
-    server = XdsServer(directory / "xds.sock")
-    server.set(resources)
-    await server.start()
-    try:
-        async with grpc.aio.insecure_channel(f"unix:{directory / 'xds.sock'}") as channel:
-            yield server, Client(channel)
-    finally:
-        await server.stop()
-
-
-def some(**kinds: str) -> Resources:
-    """Resources of empty content: cluster="a:1 b:2" makes two of them with versions 1 and 2."""
-    types = {
-        "cluster": names.CLUSTER,
-        "endpoints": names.ENDPOINTS,
-        "listener": names.LISTENER,
-        "scope": names.SCOPE,
-        "routes": names.ROUTES,
-    }
-    return {types[kind]: {n: Resource(v, b"") for n, v in (entry.split(":") for entry in text.split())} for kind, text in kinds.items()}
-
-
-def got(response: Any) -> tuple[str, dict[str, str], list[str]]:
-    kind = response.type_url.rpartition(".")[2]
-    return kind, {r.name: r.version for r in response.resources}, list(response.removed_resources)
-
-
 def test_a_wildcard_gets_everything_then_differences_then_removals(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(tmp_path, some(cluster="a:1 b:1")) as (server, client):
             assert stat.S_IMODE((tmp_path / "xds.sock").stat().st_mode) == 0o600
+            await client.greet(names.LISTENER)
             await client.send(names.CLUSTER)
             first = await client.receive()
             assert got(first) == ("Cluster", {"a": "1", "b": "1"}, [])
@@ -137,8 +68,10 @@ def test_an_empty_wildcard_is_answered_because_envoy_waits(tmp_path: Path) -> No
 def test_a_cluster_outlives_the_routes_that_named_it_and_stays_if_it_is_named_again(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(tmp_path, some(cluster="a:1 b:1", endpoints="a:1 b:1")) as (server, client):
+            await client.greet(names.LISTENER)
             await client.send(names.CLUSTER, has={"a": "1", "b": "1"})
             await client.send(names.ENDPOINTS, subscribe=["a", "b"], has={"a": "1", "b": "1"})
+            await client.send(names.ENDPOINTS, nonce=(await client.receive()).nonce)
             assert await server.wait_acked(2)
             server.set(some(cluster="a:1", endpoints="a:1"))
             assert await server.wait_acked(2), "nobody waits for what only lingers"
@@ -160,10 +93,14 @@ def test_a_cluster_outlives_the_routes_that_named_it_and_stays_if_it_is_named_ag
 def test_a_client_that_comes_back_gets_only_what_it_lacks(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(tmp_path, some(cluster="a:1 b:2", endpoints="a:1")) as (server, client):
+            await client.greet(names.LISTENER)
             await client.send(names.CLUSTER, has={"a": "1", "b": "1", "gone": "1"})
             response = await client.receive()
             assert got(response) == ("Cluster", {"b": "2"}, [])
             await client.send(names.ENDPOINTS, subscribe=["a"], has={"a": "1"})
+            endpoints = await client.receive()
+            assert got(endpoints) == ("ClusterLoadAssignment", {"a": "1"}, []), "it may wait for them all the same"
+            await client.send(names.ENDPOINTS, nonce=endpoints.nonce)
             await client.send(names.CLUSTER, nonce=response.nonce)
             response = await client.receive()
             assert got(response) == ("Cluster", {}, ["gone"])
@@ -203,6 +140,20 @@ def test_routes_wait_for_the_endpoints_of_new_clusters(tmp_path: Path) -> None:
             assert got(endpoints)[0] == "ClusterLoadAssignment"
             await client.send(names.ENDPOINTS, nonce=endpoints.nonce)
             assert got(await client.receive())[0] == "RouteConfiguration"
+
+    asyncio.run(scenario())
+
+
+def test_routes_do_not_wait_for_endpoints_that_change_all_the_time(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, some(cluster="a:1 b:1", endpoints="a:1 b:1", routes="r:1")) as (server, client):
+            await client.send(names.CLUSTER, has={"a": "1", "b": "1"})
+            await client.send(names.ENDPOINTS, subscribe=["a", "b"])
+            await client.send(names.ROUTES, subscribe=["r"], has={"r": "1"})
+            assert (await client.take())[1] == {"a": "1", "b": "1"}
+            server.set(some(cluster="a:1 b:1", endpoints="a:2 b:1", routes="r:2"))
+            assert got(await client.receive()) == ("ClusterLoadAssignment", {"a": "2"}, [])
+            assert got(await client.receive()) == ("RouteConfiguration", {"r": "2"}, []), "and nobody has answered yet"
 
     asyncio.run(scenario())
 
@@ -258,6 +209,7 @@ def test_a_cluster_that_changes_while_its_endpoints_are_on_their_way_gets_them_a
 def test_a_refused_resource_is_isolated_surfaced_and_not_sent_again_until_it_changes(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(tmp_path, some(cluster="a:1 bad:1 c:1")) as (server, client):
+            await client.greet(names.LISTENER)
             await client.send(names.CLUSTER)
             together = await client.receive()
             await client.send(names.CLUSTER, nonce=together.nonce, error="one of them is wrong")
@@ -288,6 +240,7 @@ def test_two_bad_ones_among_thousands_are_found_in_a_few_steps(tmp_path: Path) -
 
     async def scenario() -> None:
         async with serving(tmp_path, many) as (server, client):
+            await client.greet(names.LISTENER)
             await client.send(names.CLUSTER)
             steps, taken = 0, set[str]()
             while len(taken) < 2001 or server.state.rejected < 2:
@@ -506,6 +459,7 @@ def test_a_secret_is_answered_when_it_exists_and_at_once_whatever_else_is_under_
 def test_a_secret_is_never_taken_back_and_what_envoy_kept_is_not_sent_again(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(tmp_path, some()) as (server, client):
+            await client.greet(names.CLUSTER, names.LISTENER)
             server.set_secrets(secret("1"))
             await client.send(names.SECRET, subscribe=["spiffe://m/a"], has={"spiffe://m/a": "1"})
             server.set_secrets({})
@@ -519,6 +473,7 @@ def test_a_secret_is_never_taken_back_and_what_envoy_kept_is_not_sent_again(tmp_
 def test_secrets_that_nobody_named_are_not_waited_for_and_do_not_show(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(tmp_path, some()) as (server, client):
+            await client.greet(names.CLUSTER, names.LISTENER)
             server.set_secrets({"spiffe://m/a": Resource("1", b"a private key")})
             await client.send(names.SECRET, subscribe=["spiffe://m/b"])
             assert await client.silent()
