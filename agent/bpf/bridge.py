@@ -1,9 +1,10 @@
 """C for the time in which links change over to programs with other maps: programs that find in the old map what is not yet in the new one.
 
 Two hooks cannot be switched at one moment, and a row that one hook has written into the old map is read by the other some microseconds later: mesh_sockops
-says who calls, mesh_sk_lookup wants to know it. Programs of this third set, made from the same source, write the new maps only, and copy there what
-they miss when they miss it. They leave it in the old map, too: a later hook of the same connection may still run the old program. `DataPath.attach`
-empties the old maps when none does. Used by the loader child.
+says who calls, mesh_sk_lookup wants to know it. Programs of this third set, made from the same source, write both maps, delete in both, and copy what they
+miss in the new one: the next hook of the same connection may run an old program or a new one. An old program that deletes does so in the old map only, so
+`DataPath.attach` switches the one that does, mesh_sockops, before any that copies; and it empties the old maps when no link runs an old program.
+Used by the loader child.
 """
 
 from __future__ import annotations
@@ -40,6 +41,17 @@ static __always_inline int {name}_drop({key} *key)
 {{
 	{name}_before.delete(key);
 	return {name}.delete(key);
+}}
+"""
+_PUT = """\
+static __always_inline int {name}_put({key} *key, {value} *row)
+{{
+	struct {name}_before before;
+
+	__builtin_memset(&before, 0, sizeof(before));
+{back}
+	{name}_before.update(key, &before);
+	return {name}.update(key, row);
 }}
 """
 _FIND_STORAGE = """\
@@ -92,12 +104,16 @@ def weave(text: str, names: list[str], old: Mapping[str, Any], new: Mapping[str,
         storage = new[name]["kind"] == SK_STORAGE
         added += [_struct(name, old[name]), _map(name, key, old[name])]
         template, target = (_FIND_STORAGE, "found->") if storage else (_FIND_ROW, "fresh.")
-        copies = _copies(old[name]["value"], new[name]["value"], target)
+        copies = _copies(old[name]["value"], new[name]["value"], target, "before->", "NULL")
         added.append(template.format(name=name, key=key, value=value, copies="\n".join(f"\t{line}" for line in copies)))
         if storage:
             programs = re.sub(rf"\b{name}\.sk_storage_get\((\w+), 0, 0\)", rf"{name}_find(\1)", programs)
             programs = programs.replace(f"{name}.sk_storage_delete(", f"{name}_drop(")
         else:
+            programs, written = re.subn(rf"\b{name}\.update\(", f"{name}_put(", programs)
+            if written:
+                back = _copies(new[name]["value"], old[name]["value"], "before.", "row->", f"{name}.update(key, row)")
+                added.append(_PUT.format(name=name, key=key, value=value, back="\n".join(f"\t{line}" for line in back)))
             programs = re.sub(rf"\b{name}\.lookup\(", f"{name}_find(", programs)
             programs = re.sub(rf"\b{name}\.delete\(", f"{name}_drop(", programs)
     return "\n".join([declarations, '#line 1 "bridge"', *added]) + programs
@@ -132,18 +148,18 @@ def _map(name: str, key: str, document: Mapping[str, Any]) -> str:
     return f'MESH_MAP("{kind}", {key}, struct {name}{SUFFIX}, {name}{SUFFIX}, {rows}, {flags});'
 
 
-def _copies(old: list[Any], new: list[Any], target: str) -> list[str]:
-    """Statements that fill the new record; a number that does not fit makes the row one that was not there."""
+def _copies(old: list[Any], new: list[Any], target: str, origin: str, unfit: str) -> list[str]:
+    """Statements that fill the record `target` from `origin`, of another layout; a number that does not fit ends it with `unfit`."""
     before = {name: form for name, _, form in old}
     lines = []
     for name, _, form in new:
         if name not in before or form.endswith("s") != before[name].endswith("s"):
             continue
-        place = f"{target}{name}" if name else "fresh"
-        source = f"before->{name or 'value'}"
+        place = f"{target}{name}" if name else target.rstrip(".")
+        source = f"{origin}{name or 'value'}"
         if form.endswith("s"):
             size = min(struct.calcsize(f"={form}"), struct.calcsize(f"={before[name]}"))
-            lines.append(f"__builtin_memcpy(&{place}, {source}, {size});")
+            lines.append(f"__builtin_memcpy(&{place}, &{source}, {size});")
             continue
         (_, size, count), (_, old_size, old_count) = _parts(form), _parts(before[name])
         for index in range(min(count, old_count)):
@@ -151,5 +167,5 @@ def _copies(old: list[Any], new: list[Any], target: str) -> list[str]:
             value = f"{source}[{index}]" if before[name][:-1] else source
             lines.append(f"{to} = {value};")
             if size < old_size:
-                lines += [f"if ({to} != {value})", "\treturn NULL;"]
+                lines += [f"if ({to} != {value})", f"\treturn {unfit};"]
     return lines

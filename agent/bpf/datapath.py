@@ -42,6 +42,8 @@ from agent.errors import EnvironmentUnfit, KernelRefused
 _log = logging.getLogger(__name__)
 
 _RECEIVER = next(p for p in PROGRAMS if p.where == "namespace")
+_DELETER = next(p for p in PROGRAMS if p.name == "mesh_sockops")
+"""It alone deletes what hooks of one connection write for each other."""
 _ACCELERATED = next(p for p in PROGRAMS if p.where == "accelerated")
 _SETTLE_S = 0.2
 """A program that was running when its link changed has ended by then, and a connect() that was between two hooks is past the second: that takes
@@ -147,7 +149,10 @@ class DataPath:
             return
         started = time.monotonic()
         carried = added = 0
-        if self._migrations and self._others_in_force() and self.pins.bridge.is_dir():
+        bridged = bool(self._migrations) and self._others_in_force() and self.pins.bridge.is_dir()
+        if bridged:
+            # No old program may delete a row, in the old map, of which others have made a copy in the new one (agent/bpf/bridge.py).
+            self._link(self.pins.bridge, _DELETER, self._links_dir / _DELETER.name, self._config.cgroup)
             self._link_all(self.pins.bridge, waypoint_cgroup)
             carried, added = self._empty_the_others()
         else:
@@ -156,7 +161,7 @@ class DataPath:
         self._link_all(self.pins.programs, waypoint_cgroup)
         if (self._links_dir / _ACCELERATED.name).exists():
             self.accelerate()  # even if nobody wants it any more: the old programs would keep the old maps
-        late = self._empty_the_others()
+        late = self._empty_the_others(carry=not bridged)
         fates = {
             name: fate.value for migration in reversed(self._migrations) for name, fate in migration.fates.items() if fate is not Fate.KEPT
         }
@@ -176,11 +181,15 @@ class DataPath:
             },
         )
 
-    def _empty_the_others(self) -> tuple[int, int]:
-        """Take over what other maps hold, which no link's program writes any more; returns numbers of rows and of counters."""
+    def _empty_the_others(self, *, carry: bool = True) -> tuple[int, int]:
+        """Take over what other maps hold, which no link's program reads any more; returns numbers of rows and of counters.
+
+        Without `carry` rows are only deleted: the new maps have had them, and may have used them up.
+        """
         if self._migrations:
             time.sleep(_SETTLE_S)
-        return sum(m.carry(take=True) for m in self._migrations), sum(m.add() for m in self._migrations)
+        rows = sum(m.carry(take=True) if carry else m.clear() for m in self._migrations)
+        return rows, sum(m.add() for m in self._migrations)
 
     def _link_all(self, programs: Path, waypoint_cgroup: Path) -> None:
         for cookie, path in self._namespaces.items():

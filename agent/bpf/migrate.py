@@ -175,6 +175,13 @@ class Migration:
         """Copy state that the new maps lack; `take` removes it from the old ones, which nobody else may write then. Returns the number of rows."""
         return sum(self._carry(old, new, take=take) for old, new in self._pairs[Fate.CARRIED])
 
+    def clear(self) -> int:
+        """Remove state from the old maps. Returns 0, which is how many rows have been copied."""
+        for old, _ in self._pairs[Fate.CARRIED]:
+            for key, _ in list(old.items()):
+                libbpf.delete(old.fd, key)
+        return 0
+
     def add(self) -> int:
         """Add counters to the new maps and take them out of the old ones, which nobody may write any more. Returns the number of rows."""
         return sum(_add(old, new) for old, new in self._pairs[Fate.ADDED])
@@ -189,29 +196,33 @@ class Migration:
     def _carry(old: Map, new: Map, *, take: bool) -> int:
         key_of, value_of = Converter(old.layout.key, new.layout.key), Converter(old.layout.value, new.layout.value)
         carried = lost = 0
-        for key, values in list(old.items()):
+        for key, _ in list(old.items()):
+            values = old.get(key)
+            if values is None:
+                continue  # used up since
             converted, value = key_of(key), value_of(values[0])
-            if converted is None or value is None or not _insert(new, converted, value):
+            inserted = None if converted is None or value is None else _insert(new, converted, value)
+            if inserted is None:
                 lost += 1
             else:
                 carried += 1
-            if take:
-                libbpf.delete(old.fd, key)
+            if take and not libbpf.delete(old.fd, key) and inserted and converted is not None:
+                libbpf.delete(new.fd, converted)  # used up while it was copied
         if lost:
             _log.warning("rows of an old map do not fit the new one", extra={"map": new.name, "rows": lost})
         return carried
 
 
-def _insert(table: Map, key: bytes, value: bytes) -> bool:
-    """Write a row unless there is one; False if it does not fit."""
+def _insert(table: Map, key: bytes, value: bytes) -> bool | None:
+    """Write a row; False if there was one, which is newer, None if it does not fit."""
     try:
         libbpf.insert(table.fd, key, value)
     except OSError as error:
         if error.errno == errno.EEXIST:
-            return True  # a newer one
+            return False
         if error.errno != errno.E2BIG:
             raise
-        return False
+        return None
     return True
 
 

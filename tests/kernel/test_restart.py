@@ -309,7 +309,9 @@ def test_at_each_step_of_a_change_over_who_may_gets_in_and_nobody_else(
     compile_from(monkeypatch, edited(tmp_path, "records"))
     node.open()
     found = seen_at_each_step(node, monkeypatch)
-    assert len(found) == 2 * (len(MODEL.workloads) + len([p for p in HOOKED if p.where != "namespace"]))
+    assert len(found) == 1 + 2 * (len(MODEL.workloads) + len([p for p in HOOKED if p.where != "namespace"])), (
+        "mesh_sockops before all others"
+    )
     assert {seen[1:] for seen in found} == {(f"ok {address_of('server-a')}", "EPERM", "ECONNREFUSED")}, found
 
 
@@ -350,6 +352,43 @@ def test_a_flow_written_by_the_old_programs_is_known_to_the_programs_between_and
     }
     node.datapath.attach(node.config.waypoint_cgroup)
     assert old.get(key) is None
+
+
+def test_at_each_step_of_a_change_over_a_connection_leaves_no_row_for_who_comes_after_it(
+    node: DataNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row says who calls from an address and a port: nobody may live on it who takes them later."""
+    old, link = node.datapath.maps["mesh_flow"], DataPath._link
+    compile_from(monkeypatch, edited(tmp_path, "records"))
+    node.open()
+    new, left = node.datapath.maps["mesh_flow"], list[tuple[str, int, int]]()
+
+    def step(programs: Path, program: Program, pin: Path, target: Path) -> None:
+        link(programs, program, pin, target)
+        assert node.connect("caller", address_of("server-a"), 8080) == f"ok {address_of('server-a')}"
+        left.append((f"{programs.name}/{pin.name}", len(list(old.items())), len(list(new.items()))))
+
+    monkeypatch.setattr(DataPath, "_link", staticmethod(step))
+    node.enforce(MODEL)
+    assert len(left) > len(HOOKED)
+    assert [step for step in left if step[1:] != (0, 0)] == []
+
+
+def test_programs_between_write_for_those_before_and_after_them(node: DataNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller outside is remembered at its first datagram; the answer may pass an old program."""
+    old = node.datapath.maps["mesh_flow"]
+    compile_from(monkeypatch, edited(tmp_path, "records"))
+    node.open()
+    node.enrolment.enforce(MODEL, frozenset())  # tables only
+    new = node.datapath.maps["mesh_flow"]
+    with files.closing(open_program(node.datapath.pins.bridge, "mesh_sk_lookup")) as program:
+        assert receive(program, 17, ("192.0.2.9", 1000), (address_of("other"), 5353))
+    rows = [[of.layout.value.unpack(values[0]) for _, values in of.items()] for of in (old, new)]
+    assert [[row["flags"] for row in found] for found in rows] == [[rows[1][0]["flags"]], [rows[1][0]["flags"]]]
+    assert rows[1][0]["added"] == 0
+    node.datapath.attach(node.config.waypoint_cgroup)
+    assert list(old.items()) == []
+    assert len(list(new.items())) == 1
 
 
 def test_a_program_that_the_verifier_refuses_leaves_the_previous_set_in_force(
