@@ -76,7 +76,7 @@ def connections(progress: Callable[[str], None]) -> list[Result]:
         looking: dict[str, Looking] = {
             "quiet": contextlib.nullcontext,
             "trace-other": partial(_tracing, bed, TRACES["trace-other"], seen=False),
-            "trace": partial(_tracing, bed, TRACES["trace"], seen=True),
+            "trace": partial(_tracing, bed, ("caller", f"server:{l4.HTTP}"), seen=True),
             "logs": partial(_telling, bed, {"connectionLogs": {"enabled": True}}),
         }
         found = rounds({name: partial(_under, context, once) for name, context in looking.items()}, ROUNDS, progress)
