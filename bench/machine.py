@@ -70,5 +70,11 @@ def busy_seconds(stat: str | None = None) -> float:
 
 def used_seconds(pids: Iterable[int]) -> float:
     """Return CPU seconds that all threads of these processes have used, to the nanosecond (Documentation/scheduler/sched-stats.rst)."""
-    tasks = [task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()]
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+    return sum(_used_ns(task) for pid in pids for task in list(Path(f"/proc/{pid}/task").iterdir())) / 1e9
+
+
+def _used_ns(task: Path) -> int:
+    try:
+        return int((task / "schedstat").read_text().split()[0])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0  # the thread has ended since its process was looked at
