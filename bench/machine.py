@@ -70,7 +70,7 @@ def busy_seconds(stat: str | None = None) -> float:
 
 def used_seconds(pids: Iterable[int]) -> float:
     """Return CPU seconds that all threads of these processes have used, to the nanosecond (Documentation/scheduler/sched-stats.rst)."""
-    return sum(_used_ns(task) for pid in pids for task in list(Path(f"/proc/{pid}/task").iterdir())) / 1e9
+    return sum(_used_ns(task) for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()) / 1e9
 
 
 def _used_ns(task: Path) -> int:

@@ -279,6 +279,21 @@ async def waypoint(
         await asyncio.to_thread(stop, settings.run_dir)
 
 
+@contextlib.asynccontextmanager
+async def agent(settings: Config, resources: Resources) -> AsyncIterator[tuple[XdsServer, Envoy]]:
+    """One life of an agent, which has these resources at first; it ends without ending Envoy."""
+    server, envoy = XdsServer(settings.xds_socket), Envoy(settings)
+    server.set(resources)
+    await server.start()
+    task = asyncio.create_task(envoy.run())
+    try:
+        yield server, envoy
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await server.stop()
+
+
 async def applied(server: XdsServer, resources: Resources) -> None:
     """Give Envoy the resources and wait until it has them all."""
     server.set(resources)

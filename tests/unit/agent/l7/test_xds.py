@@ -14,10 +14,9 @@ import pytest
 from envoy.config.listener.v3 import listener_pb2
 
 from agent.l7 import names, xds
-from agent.l7.envoy import Envoy, stop
+from agent.l7.envoy import stop
 from agent.l7.resources import Resource, Resources, pack
 from agent.l7.snapshot import Builder, build
-from agent.l7.xds import XdsServer
 from agent.model import Backend, HeaderEdit, Snapshot
 from agent.traffic import Limits, TrafficPolicy
 from tests.unit.agent.l7 import harness
@@ -280,18 +279,9 @@ def test_envoy_survives_the_agent_and_the_next_agent_changes_only_what_differs(t
     settings = harness.config(tmp_path)
 
     async def agent(resources: Resources) -> tuple[int | None, dict[str, int], set[str]]:
-        """One life of an agent; it ends without ending Envoy."""
-        server, envoy = XdsServer(settings.xds_socket), Envoy(settings)
-        server.set(resources)
-        await server.start()
-        task = asyncio.create_task(envoy.run())
-        try:
+        async with harness.agent(settings, resources) as (server, envoy):
             assert await server.wait_acked(20), server.state
             return envoy.state.pid, await envoy.stats("listener_manager|cluster_manager"), await envoy.listeners()
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            await server.stop()
 
     with harness.http_server("b", "127.0.0.1") as backend:
         try:

@@ -12,7 +12,7 @@ import pytest
 from envoy.config.listener.v3 import listener_pb2
 
 from agent.l7 import names, xds
-from agent.l7.envoy import Envoy, stop
+from agent.l7.envoy import stop
 from agent.l7.resources import Resources, pack
 from agent.l7.snapshot import build
 from agent.l7.xds import XdsServer
@@ -79,29 +79,18 @@ def test_a_cluster_that_changed_while_the_agent_was_away_is_used_soon(tmp_path: 
     settings, update = harness.config(tmp_path), xds._Stream._update
 
     async def scenario(target: int) -> None:
-        envoy, server = Envoy(settings), XdsServer(settings.xds_socket)
-        server.set(web(entry, target, 1000))
-        await server.start()
-        task = asyncio.create_task(envoy.run())
-        try:
-            assert await server.wait_acked(20)
-            with monkeypatch.context() as patched:
+        with monkeypatch.context() as patched:
+            async with harness.agent(settings, web(entry, target, 1000)) as (server, _):
+                assert await server.wait_acked(20)
                 if dies == "before the endpoints":
                     patched.setattr(
                         xds._Stream, "_update", lambda self, kind, state: None if kind == names.ENDPOINTS else update(self, kind, state)
                     )
                     server.set(web(entry, target, 1500))
                     await under_way(server, names.CLUSTER)
-                await server.stop()
-            server = XdsServer(settings.xds_socket)
-            server.set(web(entry, target, 1500))
-            await server.start()
+        async with harness.agent(settings, web(entry, target, 1500)) as (server, _):
             assert await server.wait_acked(QUICKLY_S), server._pending()
             assert (await asyncio.to_thread(harness.request, entry)).status == 200
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            await server.stop()
 
     with harness.http_server("b", "127.0.0.1") as backend:
         try:
