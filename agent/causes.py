@@ -6,6 +6,7 @@ Envoy's own words for a response: https://www.envoyproxy.io/docs/envoy/v1.40.0/c
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Final
 
 from agent.bpf.manifest import Close, Reason
@@ -34,15 +35,18 @@ CLOSED: Final = {
 """Next step by how a connection ended; of other ends there is none."""
 WAYPOINT_AWAY: Final = "the waypoint does not listen: see 'meshagent status'"
 NOT_LISTENING: Final = "the application does not accept connections on this port: is it running, and does it listen there?"
+UNCERTIFIED: Final = "the {own} has no certificate that is valid: see 'meshagent identity' on its node, and whether the controller answers"
 REQUEST: Final = "allow the request in this AuthorizationPolicy"
 TOKEN: Final = f"{REQUEST}, or send the token that it demands: 'Authorization: Bearer TOKEN'"
 _RBAC = re.compile(r"rbac_access_denied_matched_policy\[(.*)\]$")
+_UNSPECIFIC = "TLS_error"
 _TLS = (  # BoringSSL's names of errors and alerts (https://www.rfc-editor.org/rfc/rfc8446#section-6.2); an alert is about one's own certificate
     ("ALERT_CERTIFICATE_EXPIRED", "the {own}'s certificate has run out: see 'meshagent identity' on its node, and whether the controller answers"),
     ("certificate has expired", "the {other}'s certificate has run out: see 'meshagent identity' on its node, and whether the controller answers"),
     ("UNKNOWN_CA", "the {other} does not trust who signed the {own}'s certificate: see 'meshagent identity' on both nodes"),
     ("CERTIFICATE_VERIFY_FAILED", "the {other}'s certificate was not accepted: is it of somebody else, or of another authority? see 'meshagent identity'"),
-    ("TLS_error", "the two ends did not agree on TLS: see 'meshagent identity' on both nodes"),
+    ("Secret is not supplied", UNCERTIFIED),  # envoy source/common/tls/ssl_socket.cc, NotReadySslSocket
+    (_UNSPECIFIC, "the two ends did not agree on TLS: see 'meshagent identity' on both nodes"),
 )  # fmt: skip
 _DETAILS = (  # of a response that the waypoint made itself
     ("local_rate_limited", "a rate limit of the service was reached: see rateLimits in its TrafficPolicy, or call less often"),
@@ -64,6 +68,10 @@ _DETAILS = (  # of a response that the waypoint made itself
 )  # fmt: skip
 
 
+def _yes() -> bool:
+    return True
+
+
 def rule_of(details: str, allowing: str) -> str | None:
     """The policy rule that refused a request; `allowing` are the policies of which none allowed it."""
     found = _RBAC.search(details)
@@ -72,9 +80,9 @@ def rule_of(details: str, allowing: str) -> str | None:
     return f"{allowing}: no rule matches" if found[1] == "none" else found[1]
 
 
-def of_response(record: RequestRecord, endpoints: int | None, *, tokens: bool = False) -> str | None:
+def of_response(record: RequestRecord, endpoints: int | None, *, tokens: bool = False, certified: Callable[[], bool] = _yes) -> str | None:
     """The next step after a response that the waypoint made itself; None if the application answered. `endpoints` are ready, as far as is known; `tokens`: a
-    policy demands one.
+    policy demands one; `certified`: see `of_failure`.
     """
     details = record.response_code_details
     if _RBAC.search(details):
@@ -86,14 +94,22 @@ def of_response(record: RequestRecord, endpoints: int | None, *, tokens: bool = 
                 "see why they do, it takes them back by itself"
             )
         return DENIED[Reason.NO_BACKEND]
-    if step := of_failure(record.failure):
+    if step := of_failure(record.failure, certified=certified):
         return step
     if details == "via_upstream":
         return None
     return next((step for word, step in _DETAILS if word in details), None)
 
 
-def of_failure(failure: str, *, at_receiver: bool = False) -> str | None:
-    """The next step after a handshake that failed, from Envoy's words at one of its ends."""
+def of_failure(failure: str, *, at_receiver: bool = False, certified: Callable[[], bool] = _yes) -> str | None:
+    """The next step after a handshake that failed, from Envoy's words at one of its ends. `certified`: does that end have a certificate that is
+    valid? If not, the connection may break before it has heard of the other's alert.
+    """
     own, other = ("receiver", "caller") if at_receiver else ("caller", "receiver")
-    return next((step.format(own=own, other=other) for word, step in _TLS if word in failure), None)
+    found = next(((word, step) for word, step in _TLS if word in failure), None)
+    if found is None:
+        return None
+    word, step = found
+    if word == _UNSPECIFIC and not certified():
+        step = UNCERTIFIED
+    return step.format(own=own, other=other)

@@ -7,6 +7,7 @@ certificate proves the caller's identity besides. Owned by the supervisor's trac
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,8 @@ class Reception:
     pair: Pair
     node: str
     caller: Caller
+    certified: Callable[[str], bool] = lambda _: True
+    """Does a workload of this node have a certificate that is valid?"""
     found: asyncio.Queue[Any] = field(default_factory=lambda: asyncio.Queue(_REMEMBERED))
     missed: int = 0
 
@@ -166,7 +169,7 @@ class Reception:
                 duration_ns=record.duration_ns,
                 ended=True,
                 outcome="failed",
-                next_step=causes.of_failure(record.failure, at_receiver=True),
+                next_step=causes.of_failure(record.failure, at_receiver=True, certified=lambda: self.certified(record.workload)),
                 hops=(Hop("inbound", self.node, record.duration_ns, detail),),
             )
         )

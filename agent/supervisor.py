@@ -575,6 +575,11 @@ class Supervisor:
         """What was called lately."""
         return self._calls
 
+    def certified(self, workload: str) -> bool:
+        """Does a workload of this node have a certificate that is valid?"""
+        found = self.snapshot.workloads.get(workload)
+        return found is not None and found.identity(self._config.trust_domain) in self._identity.svids()
+
     async def tracing_armed(self) -> bool:
         """Wait until Envoy reports what the tracer asked for; False if it does not within two seconds."""
         return await self._xds.wait_acked(2.0)

@@ -131,6 +131,8 @@ class Watch:
     netns_path: str = ""
     endpoints: Callable[[str], int | None] = lambda _: None
     """How many ready endpoints stand behind a cluster; None: not known."""
+    certified: Callable[[], bool] = lambda: True
+    """Does the source have a certificate that is valid?"""
     found: asyncio.Queue[Found] = field(default_factory=lambda: asyncio.Queue(_REMEMBERED))
     missed: int = 0
     _open: OrderedDict[int, list[Event]] = field(default_factory=OrderedDict)
@@ -212,7 +214,7 @@ class Watch:
                 duration_ns=record.duration_ns,
                 ended=True,
                 outcome="failed" if failed else "",
-                next_step=causes.of_failure(record.failure),
+                next_step=causes.of_failure(record.failure, certified=self.certified),
                 hops=(Hop("tunnel", self.node, record.duration_ns, detail),),
             )
         )
@@ -264,7 +266,9 @@ class Watch:
         )
         next_step = None
         if not 0 < record.response_code < 400:
-            next_step = causes.of_response(record, self.endpoints(record.upstream_cluster), tokens=self.pair.tokens)
+            next_step = causes.of_response(
+                record, self.endpoints(record.upstream_cluster), tokens=self.pair.tokens, certified=self.certified
+            )
         outcome = str(record.response_code or "no response")
         return self._connection(self._destination(), hops, outcome, rule, next_step)
 

@@ -71,6 +71,9 @@ class Node(Protocol):
     def direct(self) -> Direct:
         """Who is reached without a tunnel, over WireGuard."""
 
+    def certified(self, workload: str) -> bool:
+        """Does a workload of this node have a certificate that is valid?"""
+
     async def tracing_armed(self) -> bool:
         """Wait until Envoy reports what the tracer asked for."""
 
@@ -140,6 +143,7 @@ class Tracing:
             _filter(request),
             local.netns_path if local else "",
             lambda cluster: self._endpoints(cluster, request.destination),
+            lambda: self._node.certified(source.name),
         )
         session = _Session(self._relay, request, source.name, watch, planned.destination, _places(snapshot, behind, asked))
         async with contextlib.AsyncExitStack() as stack:
@@ -170,7 +174,7 @@ class Tracing:
     def _reception(self, source: Workload, targets: frozenset[str], found: asyncio.Queue[Any] | None = None) -> Reception:
         pair = Pair(source.name, "", targets, plan.allowing(self._node.snapshot, targets), receiving=True)
         caller = Caller(source.identity(self._config.trust_domain), frozenset(source.addresses))
-        reception = Reception(pair, self._config.node, caller)
+        reception = Reception(pair, self._config.node, caller, self._node.certified)
         if found is not None:
             reception.found = found
         return reception

@@ -39,6 +39,8 @@ class Lab:
         self._state = State(topology, mesh)
         self.progress = progress
         """Called with each step that takes a while; may be replaced at any time."""
+        self.controller_options: Sequence[str] = ()
+        """More of `mesh-controller run`, for each start of the controller by this object."""
 
     @classmethod
     def attach(cls, progress: Progress = silent) -> Lab:
@@ -223,9 +225,9 @@ class Lab:
 
     def controller_start(self, timeout: float = READY_TIMEOUT_S) -> None:
         """Start the controller and wait until it serves."""
-        mesh.wait_controller(
-            self._remember(mesh.start_controller(identity=self.topology.identity, wireguard=self.topology.wireguard)), timeout
-        )
+        topology, options = self.topology, self.controller_options
+        controller = mesh.start_controller(identity=topology.identity, wireguard=topology.wireguard, options=options)
+        mesh.wait_controller(self._remember(controller), timeout)
 
     def metrics(self, node: str) -> str:
         """Return what a node's agent exposes at /metrics."""

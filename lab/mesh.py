@@ -42,8 +42,8 @@ def prepare(topology: Topology) -> None:
     pki.write(paths.PKI, [node.name for node in topology.nodes], CONTROLLER_ADDRESSES)
 
 
-def start_controller(*, identity: bool, wireguard: bool = False) -> Process:
-    """Start the controller, with a certificate authority or without, and perhaps with WireGuard; `wait_controller` says when it serves."""
+def start_controller(*, identity: bool, wireguard: bool = False, options: Sequence[str] = ()) -> Process:
+    """Start the controller, with a certificate authority or without, perhaps with WireGuard and more options; `wait_controller` says when it serves."""
     argv = [program("mesh-controller"), "run", "--directory", str(paths.RESOURCES), "--socket", str(paths.CONTROLLER_SOCKET)]
     argv += ["--listen", _CONTROLLER, "--tls-cert", str(paths.PKI / "controller.crt"), "--tls-key", str(paths.PKI / "controller.key")]
     argv += ["--tls-client-ca", str(paths.PKI / "ca.crt"), "--jwks-ca", str(paths.PKI / "ca.crt"), "--jwks-refresh", "1"]
@@ -53,6 +53,7 @@ def start_controller(*, identity: bool, wireguard: bool = False) -> Process:
         argv += ["--ca-directory", str(paths.CA)]
     if wireguard:
         argv += ["--encryption", "wireguard"]
+    argv += options
     seat = Seat(paths.controller_cgroup(), netns.path(paths.CONTROLLER_NETNS))
     return process.start("controller", seat, argv, {}, Path("/"), paths.log("controller"))
 

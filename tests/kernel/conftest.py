@@ -45,15 +45,17 @@ def node() -> Iterator[DataNode]:
 
 
 @pytest.fixture(scope="module")
-def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
+def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """The shop with its mesh and its resources applied. One a module, because there is one lab a machine and other modules make theirs.
 
     A module that says `IDENTITY = False` has it without a certificate authority: in plaintext between nodes; one that says `WIREGUARD = True`
-    with a controller that wants WireGuard between nodes.
+    with a controller that wants WireGuard between nodes. `controller_options(directory)` of a module says more options of the controller.
     """
     others = paths.AGENT_RUN.exists()  # of an agent or controller that is not the lab's
     identity, wireguard = getattr(request.module, "IDENTITY", True), getattr(request.module, "WIREGUARD", False)
     running = Lab(replace(topology.load(SHOP / "lab.yaml"), identity=identity, wireguard=wireguard))
+    if options := getattr(request.module, "controller_options", None):
+        running.controller_options = options(tmp_path_factory.mktemp("controller"))
     try:
         running.up()
     except StartFailed as error:

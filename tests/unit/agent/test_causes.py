@@ -49,6 +49,33 @@ def test_endpoints_that_are_ejected_are_told_from_none(endpoints: int | None, sa
     assert said in str(causes.of_response(record, endpoints))
 
 
+BROKEN = "TLS_error:|5:error:00000000:Broken_pipe:TLS_error_end"
+
+
+@pytest.mark.parametrize(
+    ("failure", "certified", "said"),
+    [
+        (BROKEN, True, "the two ends did not agree on TLS"),
+        (BROKEN, False, "the caller has no certificate that is valid"),
+        (
+            "TLS_error:|268435581:SSL routines:OPENSSL_internal:CERTIFICATE_VERIFY_FAILED: certificate has expired",
+            False,
+            "the receiver's certificate",
+        ),
+        ("TLS error: Secret is not supplied by SDS", True, "the caller has no certificate that is valid"),
+        ("delayed_connect_error:_Connection_refused", False, None),
+    ],
+)
+def test_a_handshake_that_broke_off_without_an_alert_is_explained_by_ones_own_certificate(
+    failure: str, certified: bool, said: str | None
+) -> None:
+    step = causes.of_failure(failure, certified=lambda: certified)
+    assert (step is None) if said is None else said in str(step)
+    if step is not None:
+        record = dataclasses.replace(RECORD, response_code=503, response_code_details="upstream_reset", failure=failure)
+        assert causes.of_response(record, 1, certified=lambda: certified) == step
+
+
 def test_a_policy_that_demands_a_token_is_said_to() -> None:
     record = dataclasses.replace(RECORD, response_code=403, response_code_details="rbac_access_denied_matched_policy[none]")
     assert "token" in str(causes.of_response(record, 1, tokens=True))
