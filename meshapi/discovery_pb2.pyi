@@ -430,6 +430,7 @@ class Workload(_message.Message):
     AWAITS_TUNNELS_FIELD_NUMBER: _builtins.int
     EGRESS_DENY_FIELD_NUMBER: _builtins.int
     AUTHENTICATIONS_FIELD_NUMBER: _builtins.int
+    POD_UID_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     name: _builtins.str
     service_account: _builtins.str
@@ -452,6 +453,8 @@ class Workload(_message.Message):
     """its agent has not said yet that tunnels end at it: PERMISSIVE is plaintext until then, STRICT is refused"""
     egress_deny: _builtins.bool
     """it may go to services and workloads of the mesh, and nowhere else"""
+    pod_uid: _builtins.str
+    """Kubernetes: its node's agent finds the network namespace by this, and network_namespace is empty"""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -496,10 +499,11 @@ class Workload(_message.Message):
         awaits_tunnels: _builtins.bool = ...,
         egress_deny: _builtins.bool = ...,
         authentications: _abc.Iterable[_builtins.str] | None = ...,
+        pod_uid: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceleration", b"acceleration", "addresses", b"addresses", "authentications", b"authentications", "awaits_tunnels", b"awaits_tunnels", "backing", b"backing", "egress_deny", b"egress_deny", "enrolled", b"enrolled", "labels", b"labels", "mtls", b"mtls", "mtls_ports", b"mtls_ports", "name", b"name", "namespace", b"namespace", "network_namespace", b"network_namespace", "node", b"node", "policies", b"policies", "ready", b"ready", "service_account", b"service_account", "weight", b"weight", "zone", b"zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceleration", b"acceleration", "addresses", b"addresses", "authentications", b"authentications", "awaits_tunnels", b"awaits_tunnels", "backing", b"backing", "egress_deny", b"egress_deny", "enrolled", b"enrolled", "labels", b"labels", "mtls", b"mtls", "mtls_ports", b"mtls_ports", "name", b"name", "namespace", b"namespace", "network_namespace", b"network_namespace", "node", b"node", "pod_uid", b"pod_uid", "policies", b"policies", "ready", b"ready", "service_account", b"service_account", "weight", b"weight", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
