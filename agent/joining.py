@@ -114,8 +114,10 @@ class Joiner:
         fact = _Fact(found, found.began_ns - (clock.ahead_ns if clock else 0), clock)
         key = _key(found)
         facts = self._facts.setdefault(key, deque(maxlen=_ALIKE))
-        if found.of == "tunnel":  # the newest says it all
-            for former in [one for one in facts if one.observation.node == found.node]:
+        if found.of == "tunnel" and (
+            found.caller or not found.outcome
+        ):  # the newest says it all; but requests try a tunnel each, until there is one
+            for former in [one for one in facts if one.observation.node == found.node and (found.caller or not one.observation.outcome)]:
                 facts.remove(former)
         facts.append(fact)
         self._kept.append((key, fact))
@@ -134,8 +136,8 @@ class Joiner:
             self._facts.pop(key, None)
 
     def _expects(self, seen: Seen) -> bool:
-        if seen.tunnelled and not seen.request:
-            return True  # at least what this node's end of the tunnel says
+        if seen.tunnelled and (not seen.request or _failed(seen)):
+            return True  # at least what this node's end of the tunnel says: of a request, why there was none
         return bool(seen.caller or seen.tunnelled) and (seen.workload in self.places or _address(seen.target) in self.places)
 
     def _complete(self, seen: Seen) -> bool:

@@ -135,6 +135,30 @@ def test_why_a_tunnel_failed_is_told_by_who_knows_it_better() -> None:
     assert (one.outcome, one.next_step) == ("failed", "the certificate has run out")
 
 
+def test_a_request_that_failed_waits_for_what_its_own_end_of_the_tunnel_says_also_if_the_other_node_is_away() -> None:
+    joining = joiner()
+    joining.forget("node-2")
+    assert taken(joining, request(response_code=200)) != [], "it did not fail"
+    assert taken(joining, request(response_code=503)) == []
+    why = Observation(
+        of="tunnel",
+        node="node-1",
+        workload="default/frontend",
+        caller="",
+        target=TARGET,
+        began_ns=int(100.2 * SECOND),
+        ended=True,
+        outcome="failed",
+        next_step="see its certificate",
+        hops=(Hop("tunnel", "node-1", 5),),
+    )
+    joining.take(why, 0.1)
+    joining.take(dataclasses.replace(why, began_ns=int(100.9 * SECOND), duration_ns=SECOND, next_step="of a later request"), 0.2)
+    (shown,) = [one for _, one in joining.finished(WAIT_S)]
+    assert shown.next_step == "see its certificate"
+    assert "tunnel" in [hop.at for hop in shown.hops]
+
+
 def test_a_request_has_what_its_tunnel_and_what_authorization_say_in_one_hop() -> None:
     (one,) = taken(joiner(), tunnel(caller="", ended=False, began_s=50), handled(), request())
     (inbound,) = (hop for hop in one.hops if hop.at == "inbound")
