@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 from ruamel.yaml import YAML
 
+from controller import statuses
 from controller.documents import path_text
 from controller.errors import Problem
 from controller.files import sync_directory, write_atomically
@@ -78,6 +79,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         """Do `work` with every document, then wait until the model says so. Shielded by its callers: a client that leaves stops nothing."""
         parsed = await asyncio.to_thread(_read, documents)
         async with self._mesh.change() as source:
+            if not isinstance(source, Source):
+                return [pb.ObjectResult(action="refused", message=_ELSEWHERE) for _ in parsed]
             done = iter(await asyncio.to_thread(work, source, [checked for checked, problem in parsed if problem is None]))
         results = [next(done) if problem is None else pb.ObjectResult(action="refused", message=str(problem)) for _, problem in parsed]
         for result in results:
@@ -93,18 +96,12 @@ class AdminService(admin_pb2_grpc.AdminServicer):
 
     def _shown(self, state: State, key: Key) -> dict[str, Any]:
         item = state.objects.get(key)
-        conditions = [condition.json() for condition in self._mesh.compiled.conditions.get(key, ())]
-        if key in state.refused:
-            reasons = "; ".join(str(problem) for problem in state.refused[key])
-            conditions = [condition for condition in conditions if condition["type"] != "Accepted"]
-            kept = "the last good version stays in force: " if item else ""
-            conditions.insert(0, {"type": "Accepted", "status": "False", "reason": "Invalid", "message": kept + reasons})
+        status = statuses.of(state, self._mesh.compiled, key)
         if item is not None:
             metadata = {"namespace": key.namespace, **item.metadata} if key.namespace else dict(item.metadata)
-            more = self._mesh.compiled.status.get(key, {})
-            return {**_public(item.data), "metadata": _public(metadata), "status": {"conditions": conditions, **more, "source": item.file}}
+            return {**_public(item.data), "metadata": _public(metadata), "status": {**status, "source": item.file}}
         metadata = {"name": key.name, "namespace": key.namespace} if key.namespace else {"name": key.name}
-        return {"apiVersion": kinds()[key.kind].api_version, "kind": key.kind, "metadata": metadata, "status": {"conditions": conditions}}
+        return {"apiVersion": kinds()[key.kind].api_version, "kind": key.kind, "metadata": metadata, "status": status}
 
 
 def _public(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,6 +112,7 @@ def _public(data: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
+_ELSEWHERE = "the objects of this mesh come from a Kubernetes API server: change them with kubectl"
 _LAST_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 
 

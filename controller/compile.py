@@ -11,11 +11,11 @@ import ipaddress
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from controller import authentication, conditions, externals, protocols, routes, telemetry, traffic
+from controller import authentication, conditions, endpoints, externals, protocols, routes, telemetry, traffic
 from controller.conflicts import virtual_addresses, workload_addresses
 from controller.durations import milliseconds
 from controller.gateways import CONTROLLER, Ingress
@@ -86,6 +86,8 @@ class _World:
     authority: bool
     services: dict[str, Object] = field(default_factory=dict)
     workloads: list[Object] = field(default_factory=list)
+    slices: Mapping[str, list[Object]] = field(default_factory=dict)  # service -> EndpointSlices of it
+    ports: dict[tuple[str, str], list[pb.PortMapping]] = field(default_factory=dict)  # service, workload -> where the service leads there
     members: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # namespace -> workloads
     enrolled: set[str] = field(default_factory=set)  # workloads in the mesh
     backing: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # service -> workloads
@@ -123,7 +125,8 @@ def compile_model(
     RequestAuthentications name by URI. `egress` is "allow" or "deny", for namespaces that do not say.
     """
     world, out = _World(objects, authority, keys=keys or {}, egress=egress), Compiled()
-    _index_backing(world)
+    world.slices = endpoints.by_service(world.of("EndpointSlice"))
+    _index_backing(world, out)
     _index_policies(world, out)
     _index_authentications(world, out)
     _index_mtls(world, out)
@@ -172,26 +175,64 @@ def _selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
     return all(labels.get(name) == value for name, value in selector.items())
 
 
-def _index_backing(world: _World) -> None:
-    world.workloads = world.of("Workload")
+def _index_backing(world: _World, out: Compiled) -> None:
+    pods = world.of("Pod")
+    world.workloads = [*_apart(world, out), *(pod for pod in pods if not pod.spec.get("hostNetwork"))]
     by_label: dict[tuple[str, str, str], list[Object]] = defaultdict(list)
     for workload in world.workloads:
         world.members[workload.key.namespace].append(workload)
-        if workload.spec.get("networkNamespace") and _inherited(world, workload, MODE_LABEL) != "none":
+        if _is_enrolled(world, workload):
             world.enrolled.add(workload.key.qualified)
+    for workload in (*world.workloads, *(pod for pod in pods if pod.spec.get("hostNetwork"))):
         for name, value in workload.labels.items():
             by_label[workload.key.namespace, name, value].append(workload)
+    standins = endpoints.StandIns(world.workloads)
     for service in world.of("Service"):
-        world.services[service.key.qualified] = service
-        selector = service.spec.get("selector")
-        if not selector:
-            continue
-        # Only workloads with the rarest of the wanted labels can match: not every service against every workload.
-        candidates = min((by_label.get((service.key.namespace, name, value), []) for name, value in selector.items()), key=len)
-        for workload in candidates:
-            if _selects(selector, workload.labels):
-                world.backing[service.key.qualified].append(workload)
-                world.backed[workload.key.qualified].append(service)
+        name = service.key.qualified
+        world.services[name] = service
+        for holder, mapped in _endpoints(world, service, by_label, standins):
+            ports = [
+                pb.PortMapping(service_port=port["port"], target_port=target, protocol=port.get("protocol", "TCP"))
+                for port in sorted(service.spec["ports"], key=lambda one: (one["port"], one.get("protocol", "TCP")))
+                if (target := mapped(port)) is not None
+            ]
+            if ports and world.ports.setdefault((name, holder.key.qualified), ports) is ports:
+                world.backing[name].append(holder)
+                world.backed[holder.key.qualified].append(service)
+    world.workloads += standins.made()
+
+
+def _endpoints(
+    world: _World, service: Object, by_label: Mapping[tuple[str, str, str], list[Object]], standins: endpoints.StandIns
+) -> Iterator[tuple[Object, endpoints.Targets]]:
+    """Yield who stands behind a service, and how its ports are mapped there."""
+    selector = service.spec.get("selector")
+    if not selector:
+        yield from standins.of_slices(world.slices.get(service.key.qualified, ()))
+        return
+    # Only workloads with the rarest of the wanted labels can match: not every service against every workload.
+    candidates = min((by_label.get((service.key.namespace, name, value), []) for name, value in selector.items()), key=len)
+    for workload in candidates:
+        if _selects(selector, workload.labels) and (holder := standins.holder(workload)) is not None:
+            yield holder, endpoints.targets_at(workload)
+
+
+def _apart(world: _World, out: Compiled) -> list[Object]:
+    """The Workloads that no Pod has the name of."""
+    found = []
+    for item in world.of("Workload"):
+        if Key("Pod", item.key.namespace, item.key.name) in world.objects:
+            message = "a Pod of its namespace has its name, which would be one workload in policies, metrics and traces: rename it"
+            out.conditions[item.key].append(Condition("Accepted", False, "NameTaken", message))
+        else:
+            found.append(item)
+    return found
+
+
+def _is_enrolled(world: _World, workload: Object) -> bool:
+    """Is it in the mesh? A Workload is there to be, unless it says otherwise; a Pod is if it, or its Namespace, says so."""
+    mode = _inherited(world, workload, MODE_LABEL)
+    return mode == "mesh" if workload.key.kind == "Pod" else bool(workload.spec.get("networkNamespace")) and mode != "none"
 
 
 def _index_policies(world: _World, out: Compiled) -> None:
@@ -236,8 +277,12 @@ def _index_authentications(world: _World, out: Compiled) -> None:
 
 def _token_ports(world: _World, workload: str) -> set[int]:
     """Target ports of a workload that its RequestAuthentications are about: what its services do not declare to speak something else than HTTP."""
-    ports = (port for service in world.backed[workload] for port in service.spec["ports"])
-    return {_target(port) for port in ports if _may_be_http(port)}
+    found = set()
+    for service in world.backed[workload]:
+        http = {port["port"] for port in service.spec["ports"] if _may_be_http(port)}
+        mapped = world.ports[service.key.qualified, workload]
+        found |= {one.target_port for one in mapped if one.protocol == "TCP" and one.service_port in http}
+    return found
 
 
 def _may_be_http(port: Mapping[str, Any]) -> bool:
@@ -367,7 +412,7 @@ def _unenforced(world: _World, selected: set[str], where: str) -> Condition | No
         False,
         "NotEnrolled" if len(outside) == len(selected) else "PartlyEnrolled",
         f"nothing enforces it for {_names(outside)}: not in the mesh; "
-        f"to enroll them give them spec.networkNamespace and no label {MODE_LABEL}: none",
+        f"to enroll a Pod label it, or its Namespace, {MODE_LABEL}: mesh; a Workload needs spec.networkNamespace and no label {MODE_LABEL}: none",
     )
 
 
@@ -384,6 +429,7 @@ def _inherited(world: _World, workload: Object, label: str) -> str:
 def _workload(world: _World, out: Compiled, workload: Object) -> pb.Workload:
     spec, name = workload.spec, workload.key.qualified
     namespace = world.objects.get(Key("Namespace", "", workload.key.namespace))
+    node = world.objects.get(Key("Node", "", spec["node"]))
     enrolled = name in world.enrolled
     policies = {policy.key.qualified for policy in world.policies[name]}
     if enrolled and namespace and namespace.labels.get(DEFAULT_POLICY_LABEL) == "deny":
@@ -402,11 +448,12 @@ def _workload(world: _World, out: Compiled, workload: Object) -> pb.Workload:
         labels=dict(workload.labels),
         addresses=workload_addresses(workload),
         network_namespace=spec.get("networkNamespace", ""),
+        pod_uid=spec.get("podUid", "") if enrolled else "",
         enrolled=enrolled,
         ready=spec.get("ready", True),
-        backing=[_backing(service) for service in world.backed[name]],
+        backing=[pb.Backing(service=found, ports=world.ports[found, name]) for found in (one.key.qualified for one in world.backed[name])],
         policies=sorted(policies),
-        zone=spec.get("zone") or workload.labels.get(ZONE_LABEL, ""),
+        zone=spec.get("zone") or workload.labels.get(ZONE_LABEL) or (node.labels.get(ZONE_LABEL, "") if node else ""),
         weight=spec.get("weight", 1),
         acceleration="" if acceleration == "disabled" else acceleration,
         mtls=_MODES[mtls],
@@ -433,19 +480,16 @@ def _mtls(world: _World, workload: Object) -> tuple[str, dict[int, str]]:
     return mode, {port: found for port, found in wished.items() if found not in {"UNSET", mode}}
 
 
-def _backing(service: Object) -> pb.Backing:
-    ports = {(port["port"], port.get("protocol", "TCP")): _target(port) for port in service.spec["ports"]}
-    return pb.Backing(
-        service=service.key.qualified,
-        ports=[
-            pb.PortMapping(service_port=port, target_port=target, protocol=protocol) for (port, protocol), target in sorted(ports.items())
-        ],
+def _targets(world: _World, service: Object, port: Mapping[str, Any]) -> set[int]:
+    """Where a port of a service leads: one target port, or by a name several, as its workloads have it."""
+    target = port.get("targetPort") or port["port"]
+    if isinstance(target, int) and service.spec.get("selector"):
+        return {target}
+    name, slot = service.key.qualified, (port["port"], port.get("protocol", "TCP"))
+    mapped = (one for holder in world.backing[name] for one in world.ports[name, holder.key.qualified])
+    return {one.target_port for one in mapped if (one.service_port, one.protocol) == slot} or (
+        {target} if isinstance(target, int) else set()
     )
-
-
-def _target(port: Mapping[str, Any]) -> int:
-    target: int = port.get("targetPort", port["port"])
-    return target
 
 
 def _service(world: _World, name: str, service: Object) -> pb.Service:
@@ -457,7 +501,7 @@ def _service(world: _World, name: str, service: Object) -> pb.Service:
     named.update(item.key.qualified for workload in world.backing[name] for item in world.authentications[workload.key.qualified])
     ports = []
     for port in service.spec["ports"]:
-        waypoint, reason = _level(world.routes[name], policies, service, port)
+        waypoint, reason = _level(world.routes[name], policies, service, port, _targets(world, service, port))
         if not waypoint and named and _may_be_http(port):
             waypoint, reason = True, f"RequestAuthentication {min(named)}"
         if not waypoint and port.get("protocol", "TCP") == "TCP" and (policy := world.traffic.get((name, port["port"]))):
@@ -507,8 +551,10 @@ def _not_at_the_waypoint(service: Object, ports: Iterable[pb.ServicePort]) -> Co
     return Condition("BalancedAsWished", False, "BalancedByRequest", message)
 
 
-def _level(routes: Iterable[tuple[int, str]], policies: Iterable[Object], service: Object, port: Mapping[str, Any]) -> tuple[bool, str]:
-    """Decide whether a port is L7, and say why in words."""
+def _level(
+    routes: Iterable[tuple[int, str]], policies: Iterable[Object], service: Object, port: Mapping[str, Any], targets: Iterable[int]
+) -> tuple[bool, str]:
+    """Decide whether a port, which leads to `targets`, is L7, and say why in words."""
     if port.get("protocol", "TCP") != "TCP":
         return False, "UDP is never L7"
     app_protocol = protocols.declared(port)
@@ -518,7 +564,7 @@ def _level(routes: Iterable[tuple[int, str]], policies: Iterable[Object], servic
         if wanted == port["port"] or (wanted == 0 and (is_http or not app_protocol)):
             return True, route
     for policy in policies:
-        if any(_rule_needs_request(rule, _target(port)) for rule in policy.spec.get("rules", [])):
+        if any(_rule_needs_request(rule, target) for rule in policy.spec.get("rules", []) for target in targets):
             return True, f"AuthorizationPolicy {policy.key.qualified} has HTTP rules"
     if service.annotations.get(WAYPOINT_ANNOTATION) == "true":
         if is_http:
@@ -654,11 +700,11 @@ def _route(resolver: routes.Resolver, out: Compiled, route: Object, found: route
         conditions.append(Condition("ResolvedRefs", False, routes.reason(wrong), routes.texts(sorted(wrong))))
     else:
         conditions.append(Condition("ResolvedRefs", True, "ResolvedRefs", "every backend is known"))
-    if found.ingress.status:
+    if said_of_parents := [*found.status, *found.ingress.status]:
         out.status[route.key] = {
             "parents": [
                 {"parentRef": dict(reference), "controllerName": CONTROLLER, "conditions": [said.json(), conditions[-1].json()]}
-                for reference, said in found.ingress.status
+                for reference, said in said_of_parents
             ]
         }
     if route.spec.get("hostnames") and (found.parents or not found.ingress.status):

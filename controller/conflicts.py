@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from controller.documents import Path
 from controller.errors import Problem
-from controller.objects import Key, Object
+from controller.objects import WORKLOADS, Key, Object
 
 Claim = tuple[str, str, int]
 Claims = dict[Claim, Object]
+_PRECEDENCE = {"Pod": 0, "ExternalService": 2}
 
 
 def _canonical(text: str) -> str:
@@ -32,7 +33,7 @@ def virtual_addresses(service: Object) -> list[str]:
 
 
 def workload_addresses(workload: Object) -> list[str]:
-    """Return the canonical addresses of a Workload."""
+    """Return the canonical addresses of a Workload or Pod; of a Pod that was not started yet there are none."""
     return [_canonical(address) for address in workload.spec["addresses"]]
 
 
@@ -45,7 +46,7 @@ def _claims(item: Object) -> Iterator[tuple[Claim, Path, str]]:
                 yield (address, port.get("protocol", "TCP"), port["port"]), path, f"{address} port {port['port']}"
             # A workload at this address could never be reached by its own address.
             yield (address, "host", 0), path, address
-    elif item.key.kind == "Workload":
+    elif item.key.kind in WORKLOADS and not item.spec.get("hostNetwork"):
         for index, address in enumerate(workload_addresses(item)):
             yield (address, "host", 0), ("spec", "addresses", index), address
     elif item.key.kind == "ExternalService":
@@ -61,7 +62,7 @@ def _conflict(item: Object, claims: Claims) -> Problem | None:
         holder = claims.get(claim)
         if holder is None or holder.key == item.key:
             continue
-        if claim[1] == "host" and holder.key.kind == item.key.kind != "Workload":
+        if claim[1] == "host" and holder.key.kind == item.key.kind not in WORKLOADS:
             continue
         return item.problem(path, f"{words} already belongs to {holder.key}")
     return None
@@ -74,10 +75,10 @@ def resolve(candidates: Iterable[Object], in_force: Mapping[Key, Object]) -> tup
     conflict itself.
     """
 
-    def rank(item: Object) -> tuple[bool, int]:
+    def rank(item: Object) -> tuple[int, int]:
         held = in_force.get(item.key)
-        # What is in the mesh comes before what somebody says of the outside, whoever was there first.
-        return item.key.kind == "ExternalService", 2 if held is None else 0 if held.data == item.data else 1
+        # What is in the mesh comes before what somebody says of the outside, whoever was there first; and a pod before what somebody says of its address.
+        return _PRECEDENCE.get(item.key.kind, 1), 2 if held is None else 0 if held.data is item.data or held.data == item.data else 1
 
     accepted: dict[Key, Object] = {}
     problems: dict[Key, Problem] = {}

@@ -11,7 +11,7 @@ class ControllerError(Exception):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Problem:
-    """One thing wrong in one place; str() is the line that people see: FILE:LINE KIND/NAME FIELD.PATH: what is wrong."""
+    """One thing wrong in one place; str() is the line that people see: FILE:LINE KIND/NAME FIELD.PATH: what is wrong. What is in no file has no line."""
 
     file: str
     line: int
@@ -22,7 +22,7 @@ class Problem:
 
     def __str__(self) -> str:
         """Leave out what is not known (a file that is no YAML has no kind)."""
-        head = f"{self.file}:{self.line}"
+        head = f"{self.file}:{self.line}" if self.line else self.file
         if self.kind:
             head += f" {self.kind}/{self.name or '?'}"
         if self.field:

@@ -17,9 +17,10 @@ from controller.errors import ControllerError, Problem
 from controller.identity.cli import ca, token
 from controller.identity.options import Given, identity_options, identity_settings
 from controller.jwks import REFRESH_S
+from controller.objects import ROOT_NAMESPACE
 from controller.page.settings import PageSettings, page_options
 from controller.schema import read_or_problems
-from controller.server import Controller, ServerTls, Settings
+from controller.server import Controller, Kubernetes, ServerTls, Settings
 from controller.source import Source
 
 _PATH: Final = click.Path(path_type=Path)
@@ -35,7 +36,16 @@ main.add_command(token)
 
 
 @main.command()
-@click.option("--directory", type=_PATH, required=True, help="Directory of YAML files; watched.")
+@click.option("--directory", type=_PATH, help="Directory of YAML files; watched.")
+@click.option("--kubernetes", is_flag=True, help="Read the API server instead: by default the one of the pod that this runs in.")
+@click.option("--kubeconfig", type=_PATH, help="For --kubernetes: the file that says where it is and who we are.")
+@click.option("--context", metavar="NAME", default="", help="For --kubeconfig: the context; empty = the file's current one.")
+@click.option(
+    "--namespace",
+    metavar="NAME",
+    default=ROOT_NAMESPACE,
+    help="For --kubernetes: the controller's own, with the Lease of the one that writes status.",
+)
 @click.option("--socket", type=_PATH, default=Path("/run/meshagent/controller.sock"), help="Unix socket for local agents and commands.")
 @click.option("--listen", metavar="HOST:PORT", default="", help="TCP address for agents on other nodes; mutual TLS only.")
 @click.option("--tls-cert", type=_PATH, help="Server certificate, PEM.")
@@ -71,7 +81,11 @@ main.add_command(token)
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False), default="info", help="What is logged."
 )
 def run(  # noqa: PLR0913, PLR0917 - one parameter per option
-    directory: Path,
+    directory: Path | None,
+    kubernetes: bool,
+    kubeconfig: Path | None,
+    context: str,
+    namespace: str,
     socket: Path,
     listen: str,
     tls_cert: Path | None,
@@ -89,7 +103,11 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per option
     identity: Given,
     page: PageSettings | None,
 ) -> None:
-    """Serve the resources of a directory to agents until SIGTERM."""
+    """Serve the resources of a directory, or of a Kubernetes API server, to agents until SIGTERM."""
+    if (directory is None) != kubernetes:
+        raise click.UsageError("give --directory DIR or --kubernetes: one source and no other")
+    if (kubeconfig and not kubernetes) or (context and not kubeconfig):
+        raise click.UsageError("--kubeconfig belongs to --kubernetes, and --context to --kubeconfig")
     authority = identity_settings(identity)
     if authority is None and len({option is None for option in (tls_cert, tls_key, tls_client_ca)}) > 1:
         raise click.UsageError("--tls-cert, --tls-key and --tls-client-ca belong together: give all three or none")
@@ -116,6 +134,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per option
         wireguard,
         egress,
         quota_redis,
+        Kubernetes(kubeconfig, context, namespace) if kubernetes else None,
         page,
     )
     try:

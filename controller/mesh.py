@@ -1,6 +1,6 @@
 """From source to publication: reload, compile, encode, publish, one at a time. Run by `controller.main`, called by `controller.admin`.
 
-The only owner of the Source: whoever changes files in the directory does it within `change`, so that what was staged is what is written.
+The only owner of the source: whoever changes files in its directory does it within `change`, so that what was staged is what is written.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Final
-
-from watchfiles import Change, awatch
 
 from controller import metrics
 from controller.authentication import uris
@@ -27,21 +24,13 @@ from controller.objects import Key, Object
 from controller.readiness import Readiness
 from controller.schema import kinds
 from controller.snapshot import Publication, Snapshot, encode
-from controller.source import Source, State
+from controller.source import Origin, State
 from controller.wireguard import NodeKeys
 
 _log = logging.getLogger(__name__)
 
-RESCAN_MS: Final = 5000  # for what inotify does not tell: network file systems, targets of links
 SETTLE_S: Final = 0.25  # how soon a file that seems half written is read again
 EXPIRY_S: Final = 30.0  # how often certificates of gateways are compared with the clock
-DEBOUNCE_MS: Final = 50  # an editor's or kubectl's burst of writes is one change
-
-
-def _relevant(_change: Change, path: str) -> bool:
-    """Ignore our own and editors' temporary files; `..data` is how a mounted ConfigMap changes."""
-    name = Path(path).name
-    return name.startswith("..") or not (name.startswith((".", "#")) or name.endswith(("~", ".tmp", ".swp")))
 
 
 class Mesh:
@@ -52,7 +41,7 @@ class Mesh:
 
     def __init__(
         self,
-        source: Source,
+        source: Origin,
         *,
         authority: bool,
         readiness: Readiness | None = None,
@@ -74,6 +63,9 @@ class Mesh:
         self._lock = asyncio.Lock()
         self._reported: frozenset[Problem] = frozenset()
         self._unreadable = ""
+        self._published = False
+        self.looked: Callable[[], None] = lambda: None
+        """Called after the source was looked at, and what has changed there is in force."""
         self._unsettled = asyncio.Event()
 
     @property
@@ -82,21 +74,22 @@ class Mesh:
         return self.source.state
 
     async def start(self) -> None:
-        """Read and publish the directory for the first time. Raises ControllerError if it cannot be read."""
+        """Read and publish the source for the first time. Raises ControllerError if it cannot be read."""
         async with self._lock:
             await asyncio.to_thread(self.source.start)
-            await self._publish(time.time_ns())
+            if self.source.ready:
+                await self._publish(time.time_ns())
         if self.source.unsettled:
             self._unsettled.set()
 
     async def reload(self) -> None:
-        """Bring into force what is on disk now. A directory that cannot be read leaves everything as it is."""
+        """Bring into force what the source says now. One that cannot be read leaves everything as it is."""
         async with self.change():
             pass
 
     @asynccontextmanager
-    async def change(self) -> AsyncIterator[Source]:
-        """Let the caller stage and write files; when it leaves, what is on disk is in force."""
+    async def change(self) -> AsyncIterator[Origin]:
+        """Let the caller change the source; when it leaves, what that says is in force."""
         async with self._lock:
             seen, before = time.time_ns(), self.source.state
             try:
@@ -112,16 +105,21 @@ class Mesh:
                     self._unreadable = ""
                     if self.source.unsettled:
                         self._unsettled.set()
-                    if state.objects != before.objects or state.problems != before.problems:
+                    if not self.source.ready:
+                        self._report(state)
+                    elif state.objects != before.objects or state.problems != before.problems or not self._published:
                         await self._publish(seen)
+                self.looked()
 
     async def remark(self) -> None:
         """Publish again who has tunnels, and the keys of nodes; all else is as it was."""
         async with self._lock:
+            if not self._published:
+                return
             self._publish_if_new(await asyncio.to_thread(self._encoded, time.time_ns()))
 
     async def watch(self) -> None:
-        """Follow the directory for ever. Raises ControllerError if it cannot be watched."""
+        """Follow the source for ever. Raises ControllerError if it cannot be watched."""
         tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._settle())]
         tasks.append(asyncio.create_task(self.readiness.run(self.remark)))
         tasks.append(asyncio.create_task(self.keys.follow(self._republish)))
@@ -144,23 +142,8 @@ class Mesh:
             await self.reload()
 
     async def _follow(self) -> None:
-        await self.reload()  # what changed between start and the first event
-        try:
-            async for _ in awatch(
-                self.source.directory,
-                watch_filter=_relevant,
-                debounce=DEBOUNCE_MS,
-                step=10,
-                rust_timeout=RESCAN_MS,
-                yield_on_timeout=True,
-                recursive=True,
-                ignore_permission_denied=True,
-            ):
-                await self.reload()
-        except OSError as error:
-            raise ControllerError(
-                f"cannot watch {self.source.directory}: {error}; raise fs.inotify.max_user_watches or check the path"
-            ) from error
+        async for _ in self.source.follow():
+            await self.reload()
 
     async def _retire_certificates(self) -> None:
         """Take certificates of gateways into force when they begin to hold, and out of it when they run out: nothing else changes then."""
@@ -172,6 +155,8 @@ class Mesh:
 
     async def _republish(self) -> None:
         async with self._lock:
+            if not self._published:
+                return
             await self._publish(time.time_ns())
 
     async def follow_keys(self, keys: NodeKeys) -> None:
@@ -182,6 +167,7 @@ class Mesh:
 
     async def _publish(self, changed_at_ns: int) -> None:
         started = time.monotonic()
+        self._published = True
         state = self.source.state
         self.keys.want(uris(item for key, item in sorted(state.objects.items()) if key.kind == "RequestAuthentication"))
         self.compiled = await asyncio.to_thread(self.compile, state.objects)

@@ -13,6 +13,8 @@ NACKS = Counter("mesh_controller_discovery_nacks", "discovery responses that age
 OBJECTS = Gauge("mesh_controller_objects", "objects in force", ["kind"], registry=REGISTRY)
 PROBLEMS = Gauge("mesh_controller_problems", "things wrong in the source directory now", registry=REGISTRY)
 RELOAD_SECONDS = Gauge("mesh_controller_reload_seconds", "how long the last reload of the source took", registry=REGISTRY)
+STATUS_WRITES = Counter("mesh_controller_status_writes", "statuses written to the API server", registry=REGISTRY)
+STATUS_FAILURES = Counter("mesh_controller_status_failures", "statuses and events that could not be written", registry=REGISTRY)
 ISSUED = Counter("mesh_controller_identities_issued", "certificates and tokens issued: node, workload, jwt", ["kind"], registry=REGISTRY)
 REFUSED = Counter("mesh_controller_identities_refused", "certificates and tokens refused, and why", ["reason"], registry=REGISTRY)
 REVOKED = Gauge("mesh_controller_revoked_certificates", "revoked certificates that have not run out", registry=REGISTRY)

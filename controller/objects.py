@@ -21,6 +21,8 @@ DRY_RUN_ANNOTATION = "meshagent.io/dry-run"
 ZONE_LABEL = "topology.kubernetes.io/zone"
 ROOT_NAMESPACE = "meshagent-system"
 """A PeerAuthentication for the whole of this namespace is one for the whole mesh."""
+WORKLOADS = frozenset({"Workload", "Pod"})
+"""Kinds whose objects send and receive traffic: `spec` of a Pod has the shape of a Workload's (`controller.kubernetes.shapes`)."""
 HTTP_FIELDS = frozenset({"methods", "notMethods", "paths", "notPaths", "hosts", "notHosts"})
 """Fields of an AuthorizationPolicy's operation that only a request can answer."""
 HTTP_SOURCE_FIELDS = frozenset({"requestPrincipals", "notRequestPrincipals"})

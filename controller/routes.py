@@ -17,7 +17,7 @@ from typing import Any, Final
 from controller import protocols
 from controller.durations import milliseconds
 from controller.gatewaychecks import kind_of
-from controller.gateways import Attachment
+from controller.gateways import Attachment, Said
 from controller.objects import CALLER_MATCH_GROUP, Key, Object
 from meshapi import discovery_pb2 as pb
 
@@ -37,6 +37,8 @@ class Attached:
 
     parents: list[tuple[str, int]] = field(default_factory=list)
     wrong: list[tuple[str, str]] = field(default_factory=list)
+    status: list[tuple[Mapping[str, Any], Said]] = field(default_factory=list)
+    """For each parentRef that is a Service, whether it is accepted."""
     ingress: Attachment = field(default_factory=Attachment)
     """The same of gateways."""
 
@@ -73,13 +75,17 @@ class _Attachments:
         ports = parent_ports(self._services, name, reference)
         if isinstance(ports, str):
             own.wrong.append(("NoMatchingParent", ports))
+            own.status.append((reference, Said("Accepted", False, "NoMatchingParent", ports)))
             return
-        open_ports = []
+        open_ports, refusals = [], []
         for port in ports:
             if wrong := self._refusal(route, name, port, scope):
-                own.wrong.append(wrong)
+                refusals.append(wrong)
             else:
                 open_ports.append(port["port"])
+        own.wrong += refusals
+        said = ("Accepted", "in force") if open_ports else (refusals[0][0], texts(refusals))
+        own.status.append((reference, Said("Accepted", bool(open_ports), *said)))
         count = sum(max(1, len(rule.get("matches", ()))) for rule in route.spec.get("rules", [{}]))
         for port in open_ports:
             self._holders.setdefault((name, port, scope), route)

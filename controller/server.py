@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import grpc
 from cryptography import x509
@@ -22,12 +22,14 @@ from prometheus_client import start_http_server
 
 from controller import metrics
 from controller.admin import AdminService
+from controller.compile import Compiled
 from controller.discovery import DiscoveryService
 from controller.errors import ControllerError
 from controller.gatewayservice import GatewayService
 from controller.identity.plane import Files, IdentityPlane, IdentitySettings
 from controller.jwks import REFRESH_S, Keys
 from controller.mesh import Mesh
+from controller.objects import ROOT_NAMESPACE
 from controller.page.page import Page
 from controller.page.settings import PageSettings
 from controller.proposals import Proposals
@@ -37,6 +39,9 @@ from controller.relay import Relay
 from controller.source import Source
 from controller.wireguard import NodeKeys
 from meshapi import admin_pb2_grpc, discovery_pb2, gateway_pb2_grpc, identity_pb2_grpc, proposal_pb2_grpc, relay_pb2_grpc
+
+if TYPE_CHECKING:
+    from controller.kubernetes.part import KubernetesPart
 
 _log = logging.getLogger(__name__)
 
@@ -66,11 +71,21 @@ class ServerTls:
 
 
 @dataclass(frozen=True, slots=True)
+class Kubernetes:
+    """How an API server is found; by default as pods find it."""
+
+    kubeconfig: Path | None = None
+    context: str = ""
+    namespace: str = ROOT_NAMESPACE
+    """The controller's own: the Lease by which one of several writes status is there."""
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """Everything that `mesh-controller run` can be told."""
 
-    directory: Path
-    """Directory of YAML files: the source."""
+    directory: Path | None
+    """Directory of YAML files: the source. None: it is the API server that `kubernetes` describes."""
     socket: Path
     """Unix socket for local agents and the command line."""
     listen: str = ""
@@ -95,6 +110,8 @@ class Settings:
     """"allow" or "deny": may workloads go where nobody declared anything, if their Namespace does not say?"""
     quota_redis: str = field(default="", repr=False)
     """URL of the Redis that holds the counts of global limits for several controllers; empty = memory. It may hold a password."""
+    kubernetes: Kubernetes | None = None
+    """The API server that is the source, in place of `directory`."""
     page: PageSettings | None = None
     """Where the page with the graph is served, and to whom; None = nowhere."""
 
@@ -109,14 +126,19 @@ class Controller:
         self._keys: NodeKeys | None = None
         if settings.wireguard and authority is not None:
             self._keys = NodeKeys(authority, lambda: self.identity.ca.barred() if self.identity else ())
+        self._kubernetes: KubernetesPart | None = None
+        if settings.directory is None:
+            self._kubernetes = _kubernetes(settings.kubernetes or Kubernetes(), lambda: self.mesh.compiled)
         self.mesh = Mesh(
-            Source(settings.directory),
+            self._kubernetes.source if self._kubernetes is not None else Source(settings.directory or Path()),
             authority=authority is not None,
             readiness=Readiness(authority),
             keys=Keys(settings.socket.with_name(KEYS), settings.jwks_ca, settings.jwks_refresh_s),
             node_keys=self._keys,
             egress=settings.egress,
         )
+        if self._kubernetes is not None:
+            self.mesh.looked = self._kubernetes.changed
         reports = ReportService(self.mesh.readiness, self.mesh.nodes, settings.trust_domain)
         self.discovery = DiscoveryService(self.mesh.publication, settings.trust_domain, reports, self._keys)
         self.quotas = QuotaPart(self.mesh, authority or settings.socket.parent, settings.quota_redis, settings.trust_domain, self._clock)
@@ -132,7 +154,7 @@ class Controller:
     async def start(self) -> None:
         """Take the lock, read the source, bind. Raises ControllerError for everything that an operator can put right."""
         settings = self.settings
-        if not settings.directory.is_dir():
+        if settings.directory is not None and not settings.directory.is_dir():
             raise ControllerError(f"{settings.directory} is not a directory: make it, or give another --directory")
         self._lock = _lock(settings.socket)
         files = _files(settings.tls or ServerTls())
@@ -189,6 +211,8 @@ class Controller:
         tasks.append(asyncio.create_task(forever("quotas", self.quotas.run()), name="quotas"))
         if self._keys is not None:
             tasks.append(asyncio.create_task(forever("keys", self.mesh.follow_keys(self._keys)), name="keys"))
+        if self._kubernetes is not None:
+            tasks.append(asyncio.create_task(forever("kubernetes", self._kubernetes.run()), name="kubernetes"))
         stop = asyncio.create_task(stopping.wait(), name="stop")
         try:
             done, _ = await asyncio.wait({*tasks, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -212,6 +236,9 @@ class Controller:
             await self.identity.stop(STOP_GRACE_S)
             self.identity = None
         self._stop_metrics()
+        if self._kubernetes is not None:
+            await self._kubernetes.stop()
+        await self.mesh.source.close()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -250,6 +277,12 @@ class Controller:
             thread.join()
 
         self._stop_metrics = stop
+
+
+def _kubernetes(found: Kubernetes, compiled: Callable[[], Compiled]) -> KubernetesPart:
+    from controller.kubernetes.part import KubernetesPart  # noqa: PLC0415  the module says why
+
+    return KubernetesPart(found.kubeconfig, found.context, found.namespace, compiled)
 
 
 def _lock(socket: Path) -> IO[str]:

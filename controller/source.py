@@ -13,10 +13,12 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
+
+from watchfiles import Change, awatch
 
 from controller.conflicts import resolve
 from controller.documents import MAX_FILE_BYTES
@@ -30,6 +32,8 @@ LAST_GOOD: Final = ".meshagent-last-good.yaml"
 APPLIED: Final = "applied"
 SETTLED_NS: Final = 1_000_000_000  # a file that shrank is believed when it is this old
 NAMES_SHOWN: Final = 10
+RESCAN_MS: Final = 5000  # for what inotify does not tell: network file systems, targets of links
+DEBOUNCE_MS: Final = 50  # an editor's burst of writes is one change
 
 Signature = tuple[int, int, int]
 # In place of a signature, where there is none: never equal to that of a file that can be read.
@@ -56,13 +60,45 @@ class State:
     problems: tuple[Problem, ...] = ()
 
 
+def _relevant(_change: Change, path: str) -> bool:
+    """Ignore our own and editors' temporary files; `..data` is how a mounted ConfigMap changes."""
+    name = Path(path).name
+    return name.startswith("..") or not (name.startswith((".", "#")) or name.endswith(("~", ".tmp", ".swp")))
+
+
 def is_resource_file(path: Path) -> bool:
     """True for *.yaml and *.yml that no editor or tool hides or backs up."""
     return path.suffix in SUFFIXES and not path.name.startswith((".", "#", "~"))
 
 
+class Origin(Protocol):
+    """What `controller.mesh` needs of a source: `Source`, or `controller.kubernetes.source.KubernetesSource`. All but `follow` and `close` may block."""
+
+    state: State
+    unsettled: bool
+    """Load again soon."""
+
+    @property
+    def ready(self) -> bool:
+        """Is the state something that was read? Before that nothing is published."""
+
+    def start(self) -> State:
+        """Read what there is to read at once. Raises ControllerError."""
+
+    def load(self) -> State:
+        """Return the state that follows from what there is now. Raises ControllerError."""
+
+    def follow(self) -> AsyncIterator[None]:
+        """Yield, for ever, whenever `load` may have something new to say."""
+
+    async def close(self) -> None:
+        """Give up what it holds."""
+
+
 class Source:
     """Holds the parsed files and the state that follows from them."""
+
+    ready: Final = True
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -94,6 +130,27 @@ class Source:
         self.state = self._evaluate(self._files)
         self._remember()
         return self.state
+
+    async def follow(self) -> AsyncIterator[None]:
+        """Follow the directory for ever; yields when `load` may have something new to say. Raises ControllerError if it cannot be watched."""
+        yield  # what changed between start and the first event
+        try:
+            async for _ in awatch(
+                self.directory,
+                watch_filter=_relevant,
+                debounce=DEBOUNCE_MS,
+                step=10,
+                rust_timeout=RESCAN_MS,
+                yield_on_timeout=True,
+                recursive=True,
+                ignore_permission_denied=True,
+            ):
+                yield
+        except OSError as error:
+            raise ControllerError(f"cannot watch {self.directory}: {error}; raise fs.inotify.max_user_watches or check the path") from error
+
+    async def close(self) -> None:
+        """There is nothing to give up."""
 
     def stage(self, changes: Mapping[Path, str | None]) -> State:
         """Return the state that would follow if these files held these texts (None: did not exist); nothing is changed."""

@@ -156,7 +156,10 @@ def conditions(model: Compiled, kind: str, name: str) -> list[tuple[str, str, st
 def test_a_policy_says_whom_it_selects_but_cannot_be_enforced_for() -> None:
     enforced = compiled(SHOP + policy("{selector: {matchLabels: {app: cart}}}"))
     assert conditions(enforced, "AuthorizationPolicy", "p") == [("Accepted", "Accepted", "in force")]
-    hint = "not in the mesh; to enroll them give them spec.networkNamespace and no label meshagent.io/mode: none"
+    hint = (
+        "not in the mesh; to enroll a Pod label it, or its Namespace, meshagent.io/mode: mesh; "
+        "a Workload needs spec.networkNamespace and no label meshagent.io/mode: none"
+    )
     nowhere = compiled(SHOP + policy("{selector: {matchLabels: {app: other}}}"))
     assert conditions(nowhere, "AuthorizationPolicy", "p") == [
         ("Accepted", "Accepted", "valid"),

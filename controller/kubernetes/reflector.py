@@ -1,0 +1,255 @@
+"""One kind of the API server's objects, followed for ever: a list, then a watch from where it ended. Used by `controller.kubernetes.source`.
+
+https://kubernetes.io/docs/reference/using-api/api-concepts/#efficient-detection-of-changes. A watch goes on from the last resource version that was seen,
+bookmarks included; when the server remembers that no more (410), everything is listed again. Until a list is complete the store stays as it was, so an API
+server that is away for an hour changes nothing. Events that lie are seen through: one that is not newer than what was last said of its
+object changes nothing, so that neither duplicates nor the late end of an object that was made again meanwhile do
+(versions are numbers that grow: https://kubernetes.io/docs/reference/using-api/api-concepts/#resource-versions).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+import msgspec
+
+from controller.errors import Problem
+from controller.kubernetes.api import Api, ApiError, TooLarge, Unreachable
+from controller.kubernetes.shapes import Kind, Seen
+from controller.objects import Key
+
+_log = logging.getLogger(__name__)
+
+PAGE: Final = 500
+WATCH_S: Final = 300
+"""How long a watch is asked for, at least; at most twice as long, so that watches of many controllers do not end together."""
+SILENCE_S: Final = 30.0
+"""How much longer than that it may say nothing."""
+FIRST_BACKOFF_S: Final = 0.8  # client-go's
+MAX_BACKOFF_S: Final = 30.0
+STEADY_S: Final = 120.0
+"""After so long without a failure the next one is the first again."""
+SHORTEST_S: Final = 1.0
+"""A watch that ends sooner is a failure, whoever ended it."""
+REMEMBERED: Final = 4096
+"""Objects that are gone, by which an event that comes too late is known."""
+ABSENT_S: Final = 30.0
+"""How often a kind that the API server does not know is asked for again: its CRD may come."""
+
+
+class _ListMeta(msgspec.Struct):
+    resource_version: str = msgspec.field(name="resourceVersion", default="")
+    next_page: str | None = msgspec.field(name="continue", default=None)
+
+
+class _Page(msgspec.Struct):
+    metadata: _ListMeta
+    items: list[msgspec.Raw] | None = None
+
+
+class _Event(msgspec.Struct):
+    type: str
+    object: msgspec.Raw
+
+
+class _Status(msgspec.Struct):
+    code: int = 0
+    reason: str = ""
+    message: str = ""
+
+
+class _Bookmark(msgspec.Struct):
+    metadata: _ListMeta
+
+
+_page = msgspec.json.Decoder(_Page)
+_event = msgspec.json.Decoder(_Event)
+_status = msgspec.json.Decoder(_Status)
+_bookmark = msgspec.json.Decoder(_Bookmark)
+
+
+class Reflector:
+    """See the module. `store` is only changed on the event loop, and by whole assignments or single items: `dict(store)` is a copy at any time."""
+
+    def __init__(self, api: Api, kind: Kind, changed: Callable[[], None]) -> None:
+        """`changed` is called after every change of `store` or `problem`."""
+        self._api, self.kind, self._changed = api, kind, changed
+        self.store: dict[Key, Seen] = {}
+        self.synced = False
+        """Has there been a whole list, or the word that there is no such kind?"""
+        self.problem: Problem | None = None
+        """Why nothing newer is known."""
+        self.absent = False
+        """The API server does not know this kind."""
+        self.lists = 0
+        self.events = 0
+        self.ignored = 0
+        """Events that were duplicates, came too late, or were about somebody else."""
+        self._failures = 0
+        self._version = ""
+        self._gone: OrderedDict[Key, Seen] = OrderedDict()
+
+    async def run(self) -> None:
+        """Follow for ever."""
+        version = ""
+        while True:
+            began = time.monotonic()
+            try:
+                if not version:
+                    version = await self._list()
+                version = await self._watch(version)
+                if time.monotonic() - began < SHORTEST_S:
+                    await self._pause()
+                else:
+                    self._failures = 0
+            except ApiError as error:
+                version = "" if error.code in {400, 404, 410} else version
+                if error.code == 410:  # it has been too long, or the server was restored from a backup: nothing is wrong
+                    if time.monotonic() - began > STEADY_S:
+                        self._failures = 0
+                    await self._pause()
+                    continue
+                await self._refused(error)
+            except (Unreachable, TooLarge, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+                if time.monotonic() - began > STEADY_S:
+                    self._failures = 0
+                self._fail(f"no news of it: {str(error)[:300] or type(error).__name__}; what was known stays in force")
+                if not isinstance(error, Unreachable):
+                    version = ""
+                await self._pause()
+
+    async def _refused(self, error: ApiError) -> None:
+        if error.code == 404:
+            self.absent = True
+            self._replace({})
+            self._synced("")
+            await asyncio.sleep(ABSENT_S)
+            return
+        if error.code in {401, 403}:
+            self._fail(
+                f"the API server does not let the controller read it ({error}): see the ClusterRole of the controller's service account; "
+                "what was known stays in force"
+            )
+        else:
+            self._fail(f"no news of it: {error}; what was known stays in force")
+        await self._pause()
+
+    async def _pause(self) -> None:
+        self._failures += 1
+        longest = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(self._failures - 1, 10))
+        await asyncio.sleep(longest * (0.5 + random.random() / 2))  # noqa: S311 - spreads load, keeps no secret
+
+    async def _list(self) -> str:
+        """Replace the store by what there is; return the version of the whole."""
+        found: dict[Key, Seen] = {}
+        size, params = PAGE, dict(self.kind.selector)
+        while True:
+            try:
+                page = _page.decode(await self._api.get(self.kind.path, {**params, "limit": str(size)}))
+            except TooLarge:
+                if size == 1:
+                    raise
+                size = max(1, size // 8)
+                continue
+            for raw in page.items or ():
+                if (seen := self.kind.read(bytes(raw))) is not None:
+                    found[seen.key] = seen
+            if not page.metadata.next_page:
+                break
+            params["continue"] = page.metadata.next_page
+        self.lists += 1
+        self.absent = False
+        self._replace(found)
+        self._synced(page.metadata.resource_version)
+        return page.metadata.resource_version
+
+    def _replace(self, found: dict[Key, Seen]) -> None:
+        """Take what was listed; objects that are as they were stay the same in memory, which makes the two states quick to compare."""
+        before = self.store
+        self.store = {
+            key: replace(seen, object=old.object) if (old := before.get(key)) is not None and old.same(seen) else seen
+            for key, seen in found.items()
+        }
+
+    def _synced(self, version: str) -> None:
+        if not self.synced or self.problem is not None:
+            _log.info("following the API server", extra={"kind": self.kind.kind, "objects": len(self.store), "version": version})
+        self.synced, self.problem = True, None
+        self._changed()
+
+    async def _watch(self, version: str) -> str:
+        """Take events until the server ends the watch; return the version to go on from."""
+        seconds = WATCH_S * (1 + random.random())  # noqa: S311 - as above
+        params = {**self.kind.selector, "resourceVersion": version, "allowWatchBookmarks": "true", "timeoutSeconds": str(int(seconds))}
+        self._version = version
+        try:
+            async with self._api.watch(self.kind.path, params, seconds + SILENCE_S) as lines:
+                self._working()
+                async for line in lines:
+                    self._take(_event.decode(line))
+        except Unreachable:
+            if self._version == version:
+                raise
+            _log.info("a watch broke off", extra={"kind": self.kind.kind})  # it had said something: go on from there at once
+        return self._version
+
+    def _working(self) -> None:
+        if self.problem is not None:
+            _log.info("the API server answers again", extra={"kind": self.kind.kind})
+            self.problem = None
+            self._changed()
+
+    def _take(self, event: _Event) -> None:
+        if event.type == "ERROR":
+            status = _status.decode(event.object)
+            raise ApiError(status.code, status.reason[:80], status.message[:400])
+        if event.type == "BOOKMARK":
+            self._version = _bookmark.decode(event.object).metadata.resource_version or self._version
+            return
+        self.events += 1
+        seen = self.kind.read(bytes(event.object))
+        if seen is None:
+            return
+        held = self.store.get(seen.key)
+        known = held or self._gone.get(seen.key)
+        if known is not None and not seen.after(known):
+            self.ignored += 1
+            return
+        self._version = seen.version or self._version
+        if event.type == "DELETED":
+            self._gone[seen.key] = seen
+            if len(self._gone) > REMEMBERED:
+                self._gone.popitem(last=False)
+            if self.store.pop(seen.key, None) is None:
+                return
+        elif event.type in {"ADDED", "MODIFIED"}:
+            same = held is not None and held.same(seen)  # somebody wrote its status, for instance
+            self.store[seen.key] = replace(seen, object=held.object) if held is not None and same else seen
+            self._gone.pop(seen.key, None)
+            if same:
+                return
+        else:
+            self.ignored += 1
+            return
+        self._changed()
+
+    def _fail(self, message: str) -> None:
+        problem = Problem("api-server", 0, message, self.kind.kind, "*")
+        if problem != self.problem:
+            self.problem = problem
+            self._changed()
+
+
+def counts(reflectors: Mapping[str, Reflector]) -> dict[str, dict[str, Any]]:
+    """How each of them is doing, for status and metrics."""
+    return {
+        name: {"synced": one.synced, "objects": len(one.store), "lists": one.lists, "events": one.events, "ignored": one.ignored}
+        for name, one in reflectors.items()
+    }

@@ -1,0 +1,226 @@
+"""Following one kind: what is listed, watched, missed, repeated and made up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from controller.kubernetes import api, reflector
+from controller.kubernetes.reflector import Reflector
+from controller.kubernetes.shapes import followed
+from controller.objects import Key
+from tests.tasks import beside, until
+from tests.unit.controller.kubernetes.apiserver import Scripted, Watch, listed, namespace, scripted
+
+pytestmark = pytest.mark.anyio
+PATH = "/api/v1/namespaces"
+KIND = next(kind for kind in followed() if kind.kind == "Namespace")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for back-off here."""
+    monkeypatch.setattr(reflector, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(reflector, "MAX_BACKOFF_S", 0.02)
+    monkeypatch.setattr(reflector, "ABSENT_S", 0.01)
+
+
+@asynccontextmanager
+async def following(tmp_path: Path, *pages: dict[str, Any] | int) -> AsyncIterator[tuple[Scripted, Reflector]]:
+    async with scripted(tmp_path) as (server, connection):
+        server.pages[PATH] = list(pages)
+        found = Reflector(connection, KIND, lambda: None)
+        async with beside(found.run()):
+            yield server, found
+
+
+async def opened(server: Scripted) -> Watch:
+    return await asyncio.wait_for(server.watches.get(), 10)
+
+
+def names(found: Reflector) -> set[str]:
+    return {key.name for key in found.store}
+
+
+def labels(found: Reflector, name: str) -> Any:
+    item = found.store[Key("Namespace", "", name)].object
+    assert item is not None
+    return item.labels
+
+
+async def test_a_list_of_several_pages_is_one_list_and_the_watch_begins_where_it_ended(tmp_path: Path) -> None:
+    async with following(tmp_path, listed("5", namespace("a", "1"), more="x"), listed("5", namespace("b", "2"))) as (server, found):
+        watch = await opened(server)
+        assert names(found) == {"a", "b"}
+        assert found.synced
+        assert watch.version == "5"
+        assert [params.get("continue") for path, params in server.asked if "watch" not in params] == [None, "x"]
+        assert server.asked[-1][1]["allowWatchBookmarks"] == "true"
+
+
+async def test_events_change_the_store(tmp_path: Path) -> None:
+    async with following(tmp_path, listed("5", namespace("a", "1"))) as (server, found):
+        watch = await opened(server)
+        await watch.send("ADDED", namespace("b", "6"))
+        await watch.send("MODIFIED", namespace("a", "7", x="1"))
+        await until(lambda: found.events == 2)
+        assert (names(found), labels(found, "a")) == ({"a", "b"}, {"x": "1"})
+        await watch.send("DELETED", namespace("a", "8"))
+        await until(lambda: names(found) == {"b"})
+
+
+async def test_a_watch_that_ends_goes_on_from_its_last_event_or_bookmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reflector, "SHORTEST_S", 0.0)
+    async with following(tmp_path, listed("5")) as (server, found):
+        watch = await opened(server)
+        await watch.send("ADDED", namespace("b", "6"))
+        await until(lambda: found.events)
+        watch.end()
+        watch = await opened(server)
+        assert watch.version == "6"
+        await watch.send("BOOKMARK", {"metadata": {"resourceVersion": "90"}})
+        watch.end()
+        assert (await opened(server)).version == "90"
+        assert found.lists == 1
+
+
+@pytest.mark.parametrize("way", ["event", "answer"])
+async def test_a_version_that_is_too_old_is_listed_again_and_what_went_meanwhile_is_gone(tmp_path: Path, way: str) -> None:
+    pages: list[dict[str, Any] | int] = [
+        listed("5", namespace("a", "1"), namespace("b", "2")),
+        listed("50", namespace("b", "2"), namespace("c", "40")),
+    ]
+    if way == "answer":
+        pages.insert(1, 410)  # a list may be refused so too: its pages took too long
+    async with following(tmp_path, *pages) as (server, found):
+        watch = await opened(server)
+        held = found.store[Key("Namespace", "", "b")].object
+        await watch.send("ERROR", {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old resource version"})
+        assert (await opened(server)).version == "50"
+        assert names(found) == {"b", "c"}
+        assert found.store[Key("Namespace", "", "b")].object is held, "what is as it was stays the same object"
+        assert found.problem is None
+
+
+async def test_an_event_twice_and_one_that_comes_too_late_change_nothing(tmp_path: Path) -> None:
+    async with following(tmp_path, listed("5", namespace("a", "5", x="5"))) as (server, found):
+        watch = await opened(server)
+        await watch.send("MODIFIED", namespace("a", "9", x="9"))
+        await watch.send("MODIFIED", namespace("a", "9", x="again"))
+        await watch.send("MODIFIED", namespace("a", "7", x="7"))
+        await watch.send("DELETED", namespace("a", "8"))
+        await until(lambda: found.events == 4)
+        assert labels(found, "a") == {"x": "9"}
+        assert found.ignored == 3
+
+
+async def test_the_late_end_of_one_that_was_made_again_ends_nothing_and_what_is_gone_stays_gone(tmp_path: Path) -> None:
+    async with following(tmp_path, listed("5", namespace("a", "5", "old"))) as (server, found):
+        watch = await opened(server)
+        await watch.send("ADDED", namespace("a", "9", "new"))
+        await watch.send("DELETED", namespace("a", "8", "old"))
+        await until(lambda: found.events == 2)
+        assert found.store[Key("Namespace", "", "a")].uid == "new"
+        await watch.send("DELETED", namespace("a", "12", "new"))
+        await watch.send("MODIFIED", namespace("a", "11", "new"))
+        await until(lambda: found.events == 4)
+        assert names(found) == set()
+
+
+async def test_an_api_server_that_is_away_changes_nothing_and_is_taken_up_again(tmp_path: Path) -> None:
+    async with following(tmp_path, listed("5", namespace("a", "1"))) as (server, found):
+        watch = await opened(server)
+        server.pages[PATH] = [503]
+        await watch.send("ERROR", {"kind": "Status", "code": 410})
+        await until(lambda: found.problem)
+        assert found.problem is not None
+        assert "503" in found.problem.message
+        assert "what was known stays in force" in found.problem.message
+        assert (names(found), found.synced) == ({"a"}, True)
+        server.pages[PATH] = [listed("9", namespace("b", "8"))]
+        await opened(server)
+        assert names(found) == {"b"}
+        assert not found.problem
+
+
+async def test_a_kind_that_the_server_does_not_know_is_empty_and_one_that_may_not_be_read_is_not(tmp_path: Path) -> None:
+    async with following(tmp_path, 404) as (server, found):
+        await until(lambda: found.synced)
+        assert (found.absent, found.problem) == (True, None)
+        server.pages[PATH] = [listed("3", namespace("a", "1"))]
+        await opened(server)
+        assert (found.absent, names(found)) == (False, {"a"})
+    async with following(tmp_path, 403) as (server, found):
+        await until(lambda: found.problem)
+        assert not found.synced
+        assert found.problem is not None
+        assert "see the ClusterRole of the controller's service account" in str(found.problem)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{\n",
+        b'{"type":"ADDED"}\n',
+        b'{"type":"ADDED","object":7}\n',
+        b"\xff\xfe\n",
+        b'{"type":"ADDED","object":' + b"[" * 9000 + b"\n",
+        b"x" * 5000,
+    ],
+    ids=["torn", "no-object", "number", "bytes", "deep", "endless"],
+)
+async def test_nonsense_in_a_watch_is_reported_and_everything_is_listed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: bytes
+) -> None:
+    monkeypatch.setattr(api, "MAX_LINE", 4000)
+    async with following(tmp_path, listed("5", namespace("a", "1"))) as (server, found):
+        watch = await opened(server)
+        await watch.raw(line)
+        await opened(server)
+        assert names(found) == {"a"}
+
+
+async def test_an_object_that_is_not_understood_is_refused_alone(tmp_path: Path) -> None:
+    broken = {"metadata": {"name": "bad", "namespace": "n", "uid": "u", "resourceVersion": "3"}, "spec": []}
+    kind = next(one for one in followed() if one.kind == "Pod")
+    async with scripted(tmp_path) as (server, connection):
+        pod = {"metadata": {"name": "good", "namespace": "n", "uid": "u"}, "spec": {}}
+        server.pages["/api/v1/pods"] = [listed("5", pod, broken)]
+        found = Reflector(connection, kind, lambda: None)
+        async with beside(found.run()):
+            await opened(server)
+            assert names(found) == {"good", "bad"}
+            (problem,) = found.store[Key("Pod", "n", "bad")].problems
+            assert "is not understood" in problem.message
+
+
+async def test_a_page_that_is_too_large_is_asked_for_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "MAX_PAGE", 3000)
+    large = listed("5", *(namespace(f"n{number}", "1", x="y" * 60) for number in range(40)))
+    assert len(json.dumps(large)) > 3000
+    async with following(tmp_path, large, listed("6", namespace("a", "1"))) as (server, found):
+        await opened(server)
+        assert names(found) == {"a"}
+        assert [int(params["limit"]) for _, params in server.asked if "limit" in params] == [reflector.PAGE, reflector.PAGE // 8]
+
+
+async def test_a_watch_that_is_closed_at_once_again_and_again_does_not_spin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reflector, "FIRST_BACKOFF_S", 0.2)
+    monkeypatch.setattr(reflector, "MAX_BACKOFF_S", 0.2)
+    async with following(tmp_path, listed("5")) as (server, found):
+
+        async def close_all() -> None:
+            while True:
+                (await server.watches.get()).end()
+
+        closing = asyncio.create_task(close_all())
+        await asyncio.sleep(1.0)
+        closing.cancel()
+        assert 2 <= len(server.asked) <= 12
+        assert found.lists == 1

@@ -1,0 +1,228 @@
+"""What is in force of what an API server says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from controller.compile import Compiled, compile_model
+from controller.kubernetes import reflector
+from controller.kubernetes.shapes import followed
+from controller.kubernetes.source import KubernetesSource
+from controller.mesh import Mesh
+from controller.objects import Key, Object
+from meshapi import discovery_pb2 as pb
+from tests.tasks import beside, until
+from tests.unit.controller.kubernetes.apiserver import Scripted, listed, scripted
+
+pytestmark = pytest.mark.anyio
+UID = "0fe7fc41-8d9c-4d6c-8c9f-d9f0a5b8e0a{}"
+PATHS = {kind.kind: kind.path for kind in followed()}
+KINDS = {kind.kind: kind for kind in followed()}
+
+
+def meta(name: str, version: str = "1", namespace: str = "shop", **more: Any) -> dict[str, Any]:
+    return {"name": name, "namespace": namespace, "uid": UID.format(len(name) % 10), "resourceVersion": version, **more}
+
+
+def pod(name: str, *addresses: str, labels: dict[str, str] | None = None, ready: bool = True, **more: Any) -> dict[str, Any]:
+    found = meta(name, **{key: more.pop(key) for key in ("creationTimestamp", "deletionTimestamp", "uid") if key in more})
+    conditions = [{"type": "Ready", "status": "True" if ready else "False"}]
+    return {
+        "metadata": {**found, "labels": labels or {}},
+        "spec": {"nodeName": "node-1", "serviceAccountName": name, **more},
+        "status": {"podIPs": [{"ip": address} for address in addresses], "conditions": conditions},
+    }
+
+
+def service(name: str, address: str, selector: dict[str, str] | None, *ports: dict[str, Any]) -> dict[str, Any]:
+    return {"metadata": meta(name), "spec": {"clusterIP": address, "selector": selector, "ports": list(ports) or [{"port": 80}]}}
+
+
+def policy(name: str, version: str, action: str) -> dict[str, Any]:
+    api_version, kind = "meshagent.io/v1alpha1", "AuthorizationPolicy"
+    return {"apiVersion": api_version, "kind": kind, "metadata": meta(name, version), "spec": {"action": action, "rules": [{}]}}
+
+
+def compiled(**items: Any) -> Compiled:
+    """The model of these objects, by kind."""
+    found: dict[Key, Object] = {}
+    for kind, several in items.items():
+        for item in several:
+            seen = KINDS[kind].read(json.dumps(item).encode())
+            assert seen is not None
+            assert not seen.problems
+            if seen.object is not None:
+                found[seen.key] = seen.object
+    return compile_model(found, authority=True)
+
+
+MESH = {"metadata": {"name": "shop", "labels": {"meshagent.io/mode": "mesh"}}}
+
+
+def workload(model: Compiled, name: str) -> pb.Workload:
+    return model.entities[f"workload/{name}"].workload
+
+
+@pytest.mark.parametrize(
+    ("namespace", "labels", "enrolled"),
+    [
+        ({}, {}, False),
+        ({"meshagent.io/mode": "mesh"}, {}, True),
+        ({"meshagent.io/mode": "mesh"}, {"meshagent.io/mode": "none"}, False),
+        ({}, {"meshagent.io/mode": "mesh"}, True),
+        ({"meshagent.io/mode": "none"}, {"meshagent.io/mode": "mesh"}, True),
+    ],
+)
+def test_a_pod_is_enrolled_where_a_label_of_it_or_its_namespace_says_so(
+    namespace: dict[str, str], labels: dict[str, str], enrolled: bool
+) -> None:
+    model = compiled(Namespace=[{"metadata": {"name": "shop", "labels": namespace}}], Pod=[pod("cart", "10.1.0.5", labels=labels)])
+    found = workload(model, "shop/cart")
+    assert (found.enrolled, bool(found.pod_uid), found.network_namespace) == (enrolled, enrolled, "")
+
+
+def test_a_pod_in_the_hosts_network_is_no_workload_and_stands_behind_its_services_as_its_node() -> None:
+    pods = [pod(name, "192.0.2.1", labels={"app": "proxy"}, hostNetwork=True) for name in ("a", "bb")]
+    pods.append(pod("ccc", "192.0.2.1", labels={"app": "proxy"}, hostNetwork=True, ready=False))
+    model = compiled(Namespace=[MESH], Pod=pods, Service=[service("proxy", "10.96.0.9", {"app": "proxy"})])
+    assert [name for name in model.entities if name.startswith("workload/")] == ["workload/(node)/node-1"]
+    node = workload(model, "(node)/node-1")
+    assert (node.enrolled, list(node.addresses), [one.service for one in node.backing]) == (False, ["192.0.2.1"], ["shop/proxy"])
+
+
+def test_a_named_port_leads_where_each_pod_has_it() -> None:
+    def ports(number: int) -> list[dict[str, Any]]:
+        return [{"ports": [{"name": "web", "containerPort": number}]}]
+
+    pods = [
+        pod("a", "10.1.0.1", labels={"app": "x"}, containers=ports(8080)),
+        pod("bb", "10.1.0.2", labels={"app": "x"}, containers=ports(9090)),
+        pod("ccc", "10.1.0.3", labels={"app": "x"}),
+    ]
+    model = compiled(Namespace=[MESH], Pod=pods, Service=[service("x", "10.96.0.9", {"app": "x"}, {"port": 80, "targetPort": "web"})])
+    targets = {
+        name: [port.target_port for one in workload(model, f"shop/{name}").backing for port in one.ports] for name in ("a", "bb", "ccc")
+    }
+    assert targets == {"a": [8080], "bb": [9090], "ccc": []}
+
+
+def test_a_service_without_a_selector_leads_where_its_endpoint_slices_say() -> None:
+    item = {
+        "metadata": meta("db-1", labels={"kubernetes.io/service-name": "db"}),
+        "ports": [{"name": "", "port": 5432}],
+        "endpoints": [{"addresses": ["203.0.113.7"], "zone": "z1"}, {"addresses": ["10.1.0.1"]}],
+    }
+    model = compiled(Namespace=[MESH], Pod=[pod("a", "10.1.0.1")], Service=[service("db", "10.96.0.9", None)], EndpointSlice=[item])
+    outside = workload(model, "(address)/203.0.113.7")
+    assert (outside.enrolled, outside.zone, outside.node) == (False, "z1", "")
+    assert [(one.service, one.ports[0].target_port) for one in outside.backing] == [("shop/db", 5432)]
+    assert [one.service for one in workload(model, "shop/a").backing] == ["shop/db"]
+
+
+def test_a_pod_is_in_the_zone_of_its_node() -> None:
+    node = {"metadata": {"name": "node-1", "labels": {"topology.kubernetes.io/zone": "z1"}}}
+    assert workload(compiled(Node=[node], Pod=[pod("a", "10.1.0.1")]), "shop/a").zone == "z1"
+
+
+def test_a_workload_with_the_name_of_a_pod_or_its_address_does_not_take_its_place() -> None:
+    def vm(name: str, address: str) -> dict[str, Any]:
+        spec = {"node": "vm-1", "addresses": [address], "networkNamespace": "x"}
+        return {"apiVersion": "meshagent.io/v1alpha1", "kind": "Workload", "metadata": meta(name), "spec": spec}
+
+    model = compiled(Pod=[pod("a", "10.1.0.1")], Workload=[vm("a", "10.9.9.9")])
+    assert workload(model, "shop/a").node == "node-1"
+    assert [one.reason for one in model.conditions[Key("Workload", "shop", "a")]] == ["NameTaken"]
+
+
+def everything(server: Scripted, **items: list[Any]) -> None:
+    for kind, path in PATHS.items():
+        server.pages[path] = [listed("100", *items.get(kind, []))]
+
+
+async def test_nothing_is_in_force_before_every_kind_has_been_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reflector, "MAX_BACKOFF_S", 0.02)
+    async with scripted(tmp_path) as (server, api):
+        everything(server, Namespace=[MESH], Pod=[pod("a", "10.1.0.1")])
+        server.pages[PATHS["AuthorizationPolicy"]] = [403]
+        source = KubernetesSource(api)
+        mesh = Mesh(source, authority=False)
+        await mesh.start()
+        async with beside(mesh.watch()):
+            await until(lambda: mesh.state.problems)
+            assert "see the ClusterRole" in str(mesh.state.problems[0])
+            assert not mesh.publication.current.serial
+            server.pages[PATHS["AuthorizationPolicy"]] = [listed("100", policy("p", "5", "DENY"))]
+            await until(lambda: mesh.publication.current.serial)
+            assert {"workload/shop/a", "policy/shop/p"} <= mesh.compiled.entities.keys()
+            assert mesh.state.problems == ()
+
+
+async def test_a_refused_version_keeps_the_last_good_one_and_what_is_deleted_goes(tmp_path: Path) -> None:
+    async with scripted(tmp_path) as (server, api):
+        everything(server, AuthorizationPolicy=[policy("p", "5", "DENY")])
+        source = KubernetesSource(api)
+        mesh = Mesh(source, authority=False)
+        async with beside(mesh.watch()):
+            await until(lambda: "policy/shop/p" in mesh.compiled.entities)
+            watches = [await server.watches.get() for _ in PATHS]
+            path = [path for path, params in server.asked if "watch" in params].index(PATHS["AuthorizationPolicy"])
+            await watches[path].send("MODIFIED", policy("p", "6", "DENI"))
+            await until(lambda: mesh.state.refused)
+            assert mesh.compiled.entities["policy/shop/p"].policy.action == pb.Policy.DENY
+            await watches[path].send("DELETED", policy("p", "7", "DENI"))
+            await until(lambda: "policy/shop/p" not in mesh.compiled.entities)
+            assert mesh.state.problems == ()
+
+
+@pytest.mark.parametrize("later", [False, True])
+async def test_an_address_that_two_pods_have_is_the_newer_ones(tmp_path: Path, later: bool) -> None:
+    old = pod("old", "10.1.0.1", "fd00::1", deletionTimestamp="x", creationTimestamp="2026-01-01T00:00:09Z")
+    new = pod("new-1", "10.1.0.1", creationTimestamp="2026-01-01T00:00:05Z")
+    async with scripted(tmp_path) as (server, api):
+        everything(server, Pod=[old, new] if later else [new, old])
+        source = KubernetesSource(api)
+        mesh = Mesh(source, authority=False)
+        async with beside(mesh.watch()):
+            await until(lambda: mesh.publication.current.serial)
+        assert list(workload(mesh.compiled, "shop/new-1").addresses) == ["10.1.0.1"]
+        assert list(workload(mesh.compiled, "shop/old").addresses) == ["fd00::1"]
+        assert mesh.state.problems == ()
+
+
+async def test_a_workload_that_claims_the_address_of_a_pod_is_refused_even_if_it_came_first(tmp_path: Path) -> None:
+    spec = {"node": "vm-1", "addresses": ["10.1.0.1"]}
+    vm = {"apiVersion": "meshagent.io/v1alpha1", "kind": "Workload", "metadata": meta("vm"), "spec": spec}
+    async with scripted(tmp_path) as (server, api):
+        everything(server, Workload=[vm])
+        source = KubernetesSource(api)
+        mesh = Mesh(source, authority=False)
+        async with beside(mesh.watch()):
+            await until(lambda: "workload/shop/vm" in mesh.compiled.entities)
+            watches = [await server.watches.get() for _ in PATHS]
+            path = [path for path, params in server.asked if "watch" in params].index(PATHS["Pod"])
+            await watches[path].send("ADDED", pod("a", "10.1.0.1"))
+            await until(lambda: "workload/shop/a" in mesh.compiled.entities)
+        assert "workload/shop/vm" not in mesh.compiled.entities
+        assert "10.1.0.1 already belongs to Pod shop/a" in str(mesh.state.problems[0])
+
+
+async def test_a_burst_of_changes_is_few_reloads(tmp_path: Path) -> None:
+    async with scripted(tmp_path) as (server, api):
+        everything(server)
+        source = KubernetesSource(api)
+        mesh = Mesh(source, authority=False)
+        async with beside(mesh.watch()):
+            await until(lambda: mesh.publication.current.serial)
+            watches = [await server.watches.get() for _ in PATHS]
+            path = [path for path, params in server.asked if "watch" in params].index(PATHS["Pod"])
+            before = mesh.publication.current.serial
+            for number in range(200):
+                await watches[path].send("ADDED", pod(f"p{number}", f"10.1.1.{number}", uid=UID.format(1)))
+            await until(lambda: "workload/shop/p199" in mesh.compiled.entities)
+            await asyncio.sleep(0.1)
+            assert mesh.publication.current.serial - before < 40
