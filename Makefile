@@ -4,7 +4,7 @@ PY := .venv/bin/python
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=MESH_REQUIRE_KERNEL,KEEP)
 PROTOS := $(wildcard meshapi/*.proto)
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-unit test-kernel test-kernels check generate pictures lock bench bench-l4 bench-l7 bench-fairness bench-mtls bench-identity bench-agent bench-hooks bench-maps bench-observe bench-scale clean
+.PHONY: help setup setup-dev demo test test-unit test-kernel test-kernels test-kubernetes check generate pictures lock bench bench-l4 bench-l7 bench-fairness bench-mtls bench-identity bench-agent bench-hooks bench-maps bench-observe bench-scale bench-kubernetes clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test-kernel: setup-dev ## kernel tests only: root, real eBPF
 test-kernels: ## kernel tests on Debian's stock kernels, emulated: about half an hour (KERNELS="6.1 6.12 newest 5.10", ARGS=--help)
 	@scripts/setup kernels
 	$(ROOT) $(PY) -m tests.kernel.kernels $(KERNELS) $(ARGS)
+
+test-kubernetes: setup-dev ## the controller against a real API server: etcd and kube-apiserver from KUBEBUILDER_ASSETS, or built once by Go
+	assets=$$(scripts/kubernetes) && $(ROOT) env MESH_KUBERNETES_ASSETS=$$assets $(PY) -m pytest tests/kubernetes
 
 check: setup-dev ## ruff, strict mypy, import contracts, generated code up to date
 	.venv/bin/ruff format --check .
@@ -81,6 +84,9 @@ bench-maps: setup-dev ## 100,000 endpoints from their bytes into the kernel, and
 
 bench-observe: setup-dev ## what metrics, traces, logs and the record of calls cost, and a scrape with 10,000 series of requests
 	@$(ROOT) $(PY) -m bench.observe
+
+bench-kubernetes: setup-dev ## 50,000 pods listed and watched by the controller (ARGS=--help)
+	@assets=$$(scripts/kubernetes) && $(PY) -m tests.kubernetes.scale --assets $$assets $(ARGS)
 
 bench-scale: setup-dev ## 250 workloads, 2,000 L7 services and 500 routes on one node: Envoy's configuration, its changes, memory
 	@$(ROOT) $(PY) -m bench.scale

@@ -1,0 +1,222 @@
+"""The controller's source against a real API server: what is applied is in force, also through its absence and the end of its memory."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from controller.errors import ControllerError
+from controller.kubernetes import reflector
+from controller.kubernetes.api import Api
+from controller.kubernetes.source import KubernetesSource
+from controller.mesh import Mesh
+from meshapi import discovery_pb2 as pb
+from tests.kubernetes.controlplane import ControlPlane
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """asyncio, as everywhere."""
+    return "asyncio"
+
+
+@asynccontextmanager
+async def following(plane: ControlPlane, user: str = "admin") -> AsyncIterator[Mesh]:
+    """The mesh of a controller that reads the API server as a user."""
+    source = KubernetesSource(Api.connect(plane.kubeconfig(user)))
+    mesh = Mesh(source, authority=False)
+    await mesh.start()
+    task = asyncio.create_task(mesh.watch())
+    try:
+        yield mesh
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await source.close()
+
+
+async def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Wait for what has no event to await."""
+    for _ in range(int(seconds / 0.02)):
+        if condition():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("it did not happen in time")
+
+
+def namespace(name: str, mode: str = "mesh") -> dict[str, Any]:
+    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": {"meshagent.io/mode": mode}}}
+
+
+def pod(space: str, name: str, node: str = "node-1", **labels: str) -> dict[str, Any]:
+    containers = [{"name": "app", "image": "app", "ports": [{"name": "web", "containerPort": 8080}]}]
+    spec = {"nodeName": node, "serviceAccountName": name, "containers": containers, "terminationGracePeriodSeconds": 0}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": space, "labels": labels}, "spec": spec}
+
+
+def service(space: str, name: str) -> dict[str, Any]:
+    spec = {"selector": {"app": name}, "ports": [{"port": 80, "targetPort": "web"}]}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": space}, "spec": spec}
+
+
+def policy(space: str, name: str) -> dict[str, Any]:
+    spec = {"action": "DENY", "rules": [{"from": [{"source": {"namespaces": ["elsewhere"]}}]}]}
+    metadata = {"name": name, "namespace": space}
+    return {"apiVersion": "meshagent.io/v1alpha1", "kind": "AuthorizationPolicy", "metadata": metadata, "spec": spec}
+
+
+def running(plane: ControlPlane, space: str, name: str, *addresses: str) -> None:
+    """Say of a pod what a kubelet says of one that runs."""
+    status = {
+        "phase": "Running",
+        "podIP": addresses[0],
+        "podIPs": [{"ip": address} for address in addresses],
+        "conditions": [{"type": "Ready", "status": "True"}],
+    }
+    plane.set_status("pod", space, name, status)
+
+
+def found(mesh: Mesh, name: str) -> pb.Workload | None:
+    entity = mesh.compiled.entities.get(f"workload/{name}")
+    return entity.workload if entity is not None else None
+
+
+async def test_what_is_applied_is_in_force(plane: ControlPlane) -> None:
+    plane.apply(namespace("shop"), pod("shop", "cart", app="cart"), service("shop", "cart"), policy("shop", "none-from-elsewhere"))
+    async with following(plane) as mesh:
+        await until(lambda: found(mesh, "shop/cart"))
+        cart = found(mesh, "shop/cart")
+        assert cart is not None
+        assert (cart.enrolled, cart.ready, list(cart.addresses), len(cart.pod_uid)) == (True, False, [], 36)
+        assert "policy/shop/none-from-elsewhere" in mesh.compiled.entities
+        await asyncio.to_thread(running, plane, "shop", "cart", "10.1.0.5", "fd00::5")
+        await until(lambda: (now := found(mesh, "shop/cart")) and now.ready)
+        cart = found(mesh, "shop/cart")
+        assert cart is not None
+        assert list(cart.addresses) == ["10.1.0.5", "fd00::5"]
+        assert [(one.service, one.ports[0].target_port) for one in cart.backing] == [("shop/cart", 8080)]
+        await asyncio.to_thread(plane.kubectl, "delete", "pod", "cart", "-n", "shop", "--force", "--grace-period=0")
+        await until(lambda: found(mesh, "shop/cart") is None)
+        assert mesh.state.problems == ()
+
+
+async def test_a_label_enrols_and_lets_go_of_pods_that_run(plane: ControlPlane) -> None:
+    plane.apply(namespace("later", "none"), pod("later", "app"))
+    async with following(plane) as mesh:
+        await until(lambda: (now := found(mesh, "later/app")) and not now.enrolled)
+        await asyncio.to_thread(plane.kubectl, "label", "namespace", "later", "meshagent.io/mode=mesh", "--overwrite")
+        await until(lambda: (now := found(mesh, "later/app")) and now.enrolled)
+        await asyncio.to_thread(plane.kubectl, "label", "pod", "-n", "later", "app", "meshagent.io/mode=none")
+        await until(lambda: (now := found(mesh, "later/app")) and not now.enrolled)
+
+
+async def test_an_api_server_that_is_killed_changes_nothing_and_is_taken_up_where_it_was(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reflector, "MAX_BACKOFF_S", 1.0)
+    plane.apply(namespace("away"), pod("away", "app"))
+    async with following(plane) as mesh:
+        await until(lambda: found(mesh, "away/app"))
+        version, entities = mesh.publication.current.version, set(mesh.compiled.entities)
+        await asyncio.to_thread(plane.stop)
+        await until(lambda: mesh.state.problems)
+        assert "what was known stays in force" in str(mesh.state.problems[0])
+        assert (mesh.publication.current.version, set(mesh.compiled.entities)) == (version, entities)
+        await asyncio.to_thread(plane.start)
+        await asyncio.to_thread(plane.apply, pod("away", "second"))
+        await until(lambda: found(mesh, "away/second"))
+        await until(lambda: not mesh.state.problems)
+
+
+async def test_versions_that_etcd_has_forgotten_are_listed_again(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reflector, "MAX_BACKOFF_S", 1.0)
+    plane.apply(namespace("compacted"), pod("compacted", "before"))
+    async with following(plane) as mesh:
+        await until(lambda: found(mesh, "compacted/before"))
+        source = mesh.source
+        assert isinstance(source, KubernetesSource)
+        lists = source.reflectors["Pod"].lists
+        await asyncio.to_thread(plane.stop)
+        await asyncio.to_thread(_compact, plane)
+        await asyncio.to_thread(plane.start)
+        await asyncio.to_thread(plane.apply, pod("compacted", "after"))
+        await until(lambda: found(mesh, "compacted/after"), 60)
+        assert source.reflectors["Pod"].lists > lists
+        assert found(mesh, "compacted/before") is not None
+
+
+def _compact(plane: ControlPlane) -> None:
+    """Write something else into etcd until its revision has moved on, then have it forget everything before (its gRPC gateway, JSON)."""
+
+    def call(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", plane.etcd_port, timeout=30)
+        try:
+            connection.request("POST", path, json.dumps(body))
+            answer: dict[str, Any] = json.loads(connection.getresponse().read())
+        finally:
+            connection.close()
+        return answer
+
+    for _ in range(50):
+        revision = call("/v3/kv/put", {"key": "eA==", "value": "eA=="})["header"]["revision"]
+    call("/v3/kv/compaction", {"revision": revision, "physical": True})
+
+
+async def test_a_user_who_may_not_read_policies_gets_nothing_into_force_and_is_told_why(plane: ControlPlane) -> None:
+    rule = {"apiGroups": ["*"], "resources": ["*"], "verbs": ["list", "watch"]}
+    most = [{**rule, "apiGroups": ["", "discovery.k8s.io", "gateway.networking.k8s.io"]}]
+    some = {"apiGroups": ["meshagent.io"], "resources": ["workloads"], "verbs": ["list", "watch"]}
+    role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": "less"}, "rules": [*most, some]}
+    binding = {
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRoleBinding",
+        "metadata": {"name": "less"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "less"},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "less"}],
+    }
+    plane.apply(role, binding)
+    async with following(plane, "less") as mesh:
+        await until(lambda: any(problem.kind == "AuthorizationPolicy" for problem in mesh.state.problems))
+        told = next(str(problem) for problem in mesh.state.problems if problem.kind == "AuthorizationPolicy")
+        assert "does not let the controller read it (403 Forbidden" in told
+        assert "see the ClusterRole" in told
+        assert not mesh.publication.current.serial
+
+
+async def test_a_crd_that_comes_later_is_followed_when_it_comes(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reflector, "ABSENT_S", 0.5)
+    plane.apply(namespace("early"))
+    plane.kubectl("delete", "crd", "telemetries.meshagent.io")
+    async with following(plane) as mesh:
+        source = mesh.source
+        assert isinstance(source, KubernetesSource)
+        await until(lambda: source.ready)
+        assert "Telemetry" in source.absent()
+        assert mesh.state.problems == ()
+        await asyncio.to_thread(plane.install_crds)
+        spec = {"tracing": {"sampling": 1}}
+        metadata = {"name": "t", "namespace": "early"}
+        await asyncio.to_thread(
+            plane.apply, {"apiVersion": "meshagent.io/v1alpha1", "kind": "Telemetry", "metadata": metadata, "spec": spec}
+        )
+        await until(lambda: "telemetry/early/t" in mesh.compiled.entities or mesh.state.refused)
+        assert mesh.state.problems == ()
+
+
+def test_a_kubeconfig_that_is_not_there_or_says_nothing_is_a_sentence(plane: ControlPlane) -> None:
+    missing = plane.directory / "missing"
+    empty = plane.directory / "empty.kubeconfig"
+    empty.write_text("{}")
+    for path in (missing, empty, plane.directory / "ca.crt"):
+        with pytest.raises(ControllerError, match="cannot use --kubeconfig"):
+            Api.connect(path)
+    with pytest.raises(ControllerError, match="so this runs in no pod of Kubernetes; give --kubeconfig"):
+        Api.connect()
