@@ -65,8 +65,8 @@ main.add_command(token)
     default="allow",
     help="May workloads go where nobody declared anything? The annotation meshagent.io/egress of a Namespace goes first.",
 )
-@click.option("--metrics-address", default="127.0.0.1", help="Address of /metrics.")
-@click.option("--metrics-port", type=click.IntRange(0, 65535), default=0, help="Port of /metrics; 0 = off.")
+@click.option("--metrics-address", default="127.0.0.1", help="Address of /metrics, /healthz and /readyz.")
+@click.option("--metrics-port", type=click.IntRange(0, 65535), default=0, help="Their port; 0 = off.")
 @page_options
 @click.option("--jwks-ca", type=_PATH, help="Authorities besides the system's that may vouch for the servers in jwksUri, PEM.")
 @click.option("--jwks-refresh", type=click.FloatRange(1, 86400), default=REFRESH_S, help="Seconds after which jwksUri is asked again.")

@@ -18,14 +18,13 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from prometheus_client import start_http_server
 
-from controller import metrics
 from controller.admin import AdminService
 from controller.compile import Compiled
 from controller.discovery import DiscoveryService
 from controller.errors import ControllerError
 from controller.gatewayservice import GatewayService
+from controller.health import HealthServer
 from controller.identity.plane import Files, IdentityPlane, IdentitySettings
 from controller.jwks import REFRESH_S, Keys
 from controller.mesh import Mesh
@@ -95,9 +94,9 @@ class Settings:
     trust_domain: str = "mesh.local"
     """SPIFFE trust domain: what client certificates must belong to."""
     metrics_address: str = "127.0.0.1"
-    """Address of /metrics."""
+    """Address of /metrics, /healthz and /readyz."""
     metrics_port: int = 0
-    """Port of /metrics; 0 = no metrics endpoint."""
+    """Their port; 0 = they are not served."""
     identity: IdentitySettings | None = None
     """The certificate authority; None = certificates come from elsewhere, as files."""
     jwks_ca: Path | None = None
@@ -149,7 +148,7 @@ class Controller:
         self.page = Page(settings.page, self.relay, lambda: self.mesh.compiled.entities) if settings.page is not None else None
         self._server: grpc.aio.Server | None = None
         self._lock: IO[str] | None = None
-        self._stop_metrics: Callable[[], None] = lambda: None
+        self._health: HealthServer | None = None
 
     async def start(self) -> None:
         """Take the lock, read the source, bind. Raises ControllerError for everything that an operator can put right."""
@@ -235,7 +234,9 @@ class Controller:
         if self.identity is not None:
             await self.identity.stop(STOP_GRACE_S)
             self.identity = None
-        self._stop_metrics()
+        if self._health is not None:
+            await asyncio.to_thread(self._health.stop)
+            self._health = None
         if self._kubernetes is not None:
             await self._kubernetes.stop()
         await self.mesh.source.close()
@@ -265,18 +266,20 @@ class Controller:
     def _start_metrics(self) -> None:
         address, port = self.settings.metrics_address, self.settings.metrics_port
         try:
-            http, thread = start_http_server(port, addr=address, registry=metrics.REGISTRY)
+            self._health = HealthServer(address, port, self._waiting)
         except OSError as error:
             raise ControllerError(
                 f"cannot listen on {address}:{port} for metrics: {error.strerror}; give another --metrics-port"
             ) from error
 
-        def stop() -> None:
-            http.shutdown()
-            http.server_close()
-            thread.join()
-
-        self._stop_metrics = stop
+    def _waiting(self) -> str:
+        """Why there is nothing to serve yet; "" if there is. Called by any thread."""
+        if self._server is None:
+            return "starting"
+        if self.mesh.publication.current.serial:
+            return ""
+        problems = self.mesh.state.problems
+        return f"nothing has been published yet: {problems[0] if problems else 'the source is being read'}"
 
 
 def _kubernetes(found: Kubernetes, compiled: Callable[[], Compiled]) -> KubernetesPart:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -157,3 +159,77 @@ def test_a_page_that_strangers_could_open_keeps_the_controller_from_starting(tmp
     code, text = run("--directory", str(directory), "--page-token-file", str(tmp_path / "t"))
     assert code == 2
     assert "--page-token-file without --page-listen: there is no page" in text
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port: int = held.getsockname()[1]
+        return port
+
+
+def http_get(port: int, path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def test_health_is_served_beside_metrics(tmp_path: Path, directory: Path) -> None:
+    (directory / "a.yaml").write_text(SHOP)
+    port = free_port()
+    with start(tmp_path, directory, "--metrics-port", str(port)) as process:
+        serving(process)
+        answers = {path: http_get(port, path) for path in ("/healthz", "/readyz", "/metrics", "/")}
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert (answers["/healthz"], answers["/readyz"], answers["/"][0]) == ((200, "ok\n"), (200, "ok\n"), 404)
+    assert "mesh_controller_objects" in answers["/metrics"][1]
+    assert process.returncode == 0
+
+
+def test_a_controller_whose_api_server_is_away_serves_nothing_and_says_so(tmp_path: Path) -> None:
+    port, closed = free_port(), free_port()
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text(
+        f"{{clusters: [{{name: c, cluster: {{server: 'http://127.0.0.1:{closed}'}}}}], users: [{{name: u, user: {{token: secret-token}}}}],"
+        " contexts: [{name: x, context: {cluster: c, user: u}}], current-context: x}"
+    )
+    argv = [
+        *COMMAND,
+        "run",
+        "--kubernetes",
+        "--kubeconfig",
+        str(kubeconfig),
+        "--socket",
+        str(tmp_path / "c.sock"),
+        "--metrics-port",
+        str(port),
+    ]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process:
+        serving(process)
+        for _ in range(600):
+            ready = http_get(port, "/readyz")
+            if "no news" in ready[1]:
+                break
+            time.sleep(0.05)
+        alive = http_get(port, "/healthz")
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    assert ready[0] == 503
+    assert "nothing has been published yet: api-server" in ready[1]
+    assert alive == (200, "ok\n")
+    assert process.returncode == 0
+    assert "secret-token" not in log
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--directory", "x", "--kubernetes"), (), ("--directory", "x", "--kubeconfig", "y"), ("--kubernetes", "--context", "z")],
+)
+def test_there_is_one_source(arguments: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(main, ["run", *arguments])
+    assert result.exit_code == 2
+    assert "--kubernetes" in result.stderr
