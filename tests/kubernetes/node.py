@@ -1,0 +1,271 @@
+"""A real node of the control plane: kubelet, and Debian's containerd, runc and CNI plugins, on this machine. Nothing of it is left when `running` ends.
+
+containerd and kubelet have a mount namespace of their own, in which cgroup2 is at /sys/fs/cgroup: so it works where the machine itself has the hybrid layout.
+There the controllers of limits belong to cgroup v1 and cannot be had, so containers are made without limits (`_RUNC`); and where the right to make a process
+less likely to be ended for want of memory is missing (CAP_SYS_RESOURCE), containerd is told not to try. All else is as on any node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.kubernetes.controlplane import ControlPlane, Failed
+
+PACKAGES = ("containerd", "runc", "containernetworking-plugins", "busybox-static")
+PAUSE, BOX = "registry.test/pause:1", "registry.test/box:1"
+APPLETS = ("sh", "httpd", "wget", "sleep", "nc", "ip", "cat", "touch", "ls", "true")
+START_S = 60.0
+_CNI_PLUGINS = Path("/usr/lib/cni")
+_PAUSE = """
+#include <signal.h>
+#include <unistd.h>
+static void end(int number) { (void)number; _exit(0); }
+int main(void) { signal(SIGTERM, end); signal(SIGINT, end); for (;;) pause(); }
+"""
+_ENTER = 'umount -l /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup; exec "$@"'
+_RUNC = """#!/usr/bin/python3 -S
+import json, os, sys
+arguments = sys.argv[1:]
+if "create" in arguments:
+    path = os.path.join(arguments[arguments.index("--bundle") + 1], "config.json")
+    config = json.load(open(path))
+    held = config["linux"].get("resources", {})
+    config["linux"]["resources"] = {name: held[name] for name in ("devices",) if name in held}
+    json.dump(config, open(path, "w"))
+os.execv(%r, ["runc", *arguments])
+"""
+_CONTAINERD = """
+version = 2
+root = "{0}/containerd"
+state = "{0}/containerd-state"
+[grpc]
+  address = "{0}/containerd.sock"
+[plugins."io.containerd.grpc.v1.cri"]
+  restrict_oom_score_adj = true
+  sandbox_image = "{1}"
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "{2}"
+    conf_dir = "{0}/cni"
+  [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+    runtime_type = "io.containerd.runc.v2"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+      BinaryName = "{0}/runc"
+"""
+
+
+@dataclass(slots=True)
+class Node:
+    """A running one."""
+
+    plane: ControlPlane
+    name: str
+    directory: Path
+    cgroup2: Path
+    """The machine's cgroup2 tree, with kubepods below it."""
+    _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self) -> None:
+        """Start containerd with its images, then kubelet; return when the node is ready."""
+        self._prepare()
+        self.start_containerd()
+        self.start_kubelet()
+
+    def start_containerd(self) -> None:
+        """Start containerd, and give it the images of tests."""
+        self._run("containerd", ["containerd", "-c", str(self.directory / "containerd.toml")])
+        deadline = time.monotonic() + START_S
+        while self.ctr("version", check=False).returncode:
+            self._alive("containerd", deadline)
+        for image in sorted(self.directory.glob("*.tar")):
+            self.ctr("images", "import", str(image))
+
+    def start_kubelet(self) -> None:
+        """Start kubelet, and wait until its node is ready."""
+        kubeconfig = self.plane.kubeconfig(f"system:node:{self.name}", "system:nodes", "system:masters")
+        argv = [str(self.plane.assets / "kubelet"), "--config", str(self.directory / "kubelet.json"), "--kubeconfig", str(kubeconfig)]
+        argv += ["--hostname-override", self.name, "--root-dir", str(self.directory / "kubelet"), "--cert-dir", str(self.directory / "pki")]
+        self._run("kubelet", argv)
+        deadline = time.monotonic() + START_S
+        while not self._ready():
+            self._alive("kubelet", deadline)
+
+    def stop(self) -> None:
+        """End everything, pods too."""
+        self._end("kubelet", signal.SIGKILL)
+        if "containerd" in self._processes:
+            for task in self.ctr("tasks", "list", "-q", check=False).stdout.split():
+                self.ctr("tasks", "delete", "--force", task, check=False)
+            for container in self.ctr("containers", "list", "-q", check=False).stdout.split():
+                self.ctr("containers", "delete", container, check=False)
+        self._end("containerd", signal.SIGTERM)
+        for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
+            point = line.split()[4]
+            if point.startswith(f"{self.directory}/"):
+                subprocess.run(["umount", "-l", point], check=False)
+        self._remove_cgroups()
+
+    def ctr(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Ask containerd."""
+        command = ["ctr", "-a", str(self.directory / "containerd.sock"), "-n", "k8s.io", *argv]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if check and run.returncode:
+            raise Failed(f"ctr {' '.join(argv)}: {run.stderr}")
+        return run
+
+    def log(self, name: str) -> str:
+        """The end of what kubelet or containerd says."""
+        return (self.directory / f"{name}.log").read_text(errors="replace")[-4000:]
+
+    def _ready(self) -> bool:
+        said = self.plane.kubectl("get", "node", self.name, "-o", "jsonpath={.status.conditions[?(@.type=='Ready')].status}", check=False)
+        return said == "True"
+
+    def _alive(self, name: str, deadline: float) -> None:
+        if self._processes[name].poll() is not None or time.monotonic() > deadline:
+            raise Failed(f"{name} does not start: {self.log(name)}")
+        time.sleep(0.2)
+
+    def _run(self, name: str, argv: Sequence[str]) -> None:
+        enter = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _ENTER, "sh"]
+        path = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
+        with (self.directory / f"{name}.log").open("ab") as log:
+            self._processes[name] = subprocess.Popen(
+                [*enter, *argv], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={"PATH": path, "HOME": str(self.directory)}
+            )
+
+    def _end(self, name: str, number: signal.Signals) -> None:
+        process = self._processes.pop(name, None)
+        if process is not None:
+            process.send_signal(number)
+            process.wait(30)
+
+    def _prepare(self) -> None:
+        missing = [name for name in ("containerd", "runc", "busybox") if shutil.which(name, path="/usr/bin:/usr/sbin:/bin") is None]
+        if missing:
+            raise Failed(f"{', '.join(missing)} not found: apt-get install --no-install-recommends {' '.join(PACKAGES)}")
+        self._remove_cgroups()
+        (self.directory / "cni").mkdir(parents=True)
+        runc = self.directory / "runc"
+        runc.write_text(_RUNC % str(shutil.which("runc", path="/usr/sbin:/usr/bin")))
+        runc.chmod(0o755)
+        (self.directory / "containerd.toml").write_text(_CONTAINERD.format(self.directory, PAUSE, _CNI_PLUGINS))
+        ranges = [[{"subnet": "10.244.0.0/24"}], [{"subnet": "fd44::/112"}]]
+        ipam = {
+            "type": "host-local",
+            "dataDir": str(self.directory / "addresses"),
+            "ranges": ranges,
+            "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+        }
+        network = {"cniVersion": "1.0.0", "name": "test", "plugins": [{"type": "ptp", "ipam": ipam}]}
+        (self.directory / "cni" / "10-test.conflist").write_text(json.dumps(network))
+        kubelet = {
+            "apiVersion": "kubelet.config.k8s.io/v1beta1",
+            "kind": "KubeletConfiguration",
+            "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
+            "authorization": {"mode": "AlwaysAllow"},
+            "address": "127.0.0.1",
+            "port": 0,
+            "healthzPort": 0,
+            "cgroupDriver": "cgroupfs",
+            "cgroupsPerQOS": True,
+            "enforceNodeAllocatable": [],
+            "failSwapOn": False,
+            "containerRuntimeEndpoint": f"unix://{self.directory}/containerd.sock",
+            "localStorageCapacityIsolation": False,
+            "podLogsDir": str(self.directory / "logs"),
+            "resolvConf": "",
+            "imageGCHighThresholdPercent": 100,
+        }
+        (self.directory / "kubelet.json").write_text(json.dumps(kubelet))
+        source, pause = self.directory / "pause.c", self.directory / "pause"
+        source.write_text(_PAUSE)
+        subprocess.run(["cc", "-static", "-O2", "-o", str(pause), str(source)], check=True)
+        image(self.directory / "pause.tar", PAUSE, {"/pause": pause}, ["/pause"])
+        busybox = Path(str(shutil.which("busybox", path="/bin:/usr/bin")))
+        image(self.directory / "box.tar", BOX, {"/bin/busybox": busybox}, ["/bin/sh"], {f"/bin/{name}": "busybox" for name in APPLETS})
+
+    def _remove_cgroups(self) -> None:
+        """kubelet refuses to take over cgroups whose limits it cannot write."""
+        top = self.cgroup2 / "kubepods"
+        for _ in range(100):
+            for folder in sorted((path for path in [top, *top.rglob("*")] if path.is_dir()), reverse=True):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            if not top.exists():
+                return
+            time.sleep(0.05)
+        raise Failed(f"{top} cannot be removed: processes of an earlier node are in it")
+
+
+def image(target: Path, name: str, files: dict[str, Path], entrypoint: Sequence[str], links: dict[str, str] | None = None) -> None:
+    """Write an OCI image layout as an archive (https://github.com/opencontainers/image-spec/blob/main/image-layout.md)."""
+    layer = io.BytesIO()
+    with tarfile.open(fileobj=layer, mode="w") as archive:
+        for folder in ("bin", "etc", "tmp", "proc", "sys", "dev", "run"):
+            entry = tarfile.TarInfo(folder)
+            entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+            archive.addfile(entry)
+        for path, link in (links or {}).items():
+            entry = tarfile.TarInfo(path.lstrip("/"))
+            entry.type, entry.linkname = tarfile.SYMTYPE, link
+            archive.addfile(entry)
+        for path, source in files.items():
+            entry = tarfile.TarInfo(path.lstrip("/"))
+            entry.size, entry.mode = source.stat().st_size, 0o755
+            with source.open("rb") as content:
+                archive.addfile(entry, content)
+    digest = _digest(layer.getvalue())
+    config = json.dumps(
+        {
+            "architecture": "amd64",
+            "os": "linux",
+            "config": {"Entrypoint": list(entrypoint), "Env": ["PATH=/bin"]},
+            "rootfs": {"type": "layers", "diff_ids": [digest]},
+        }
+    ).encode()
+    kind = "application/vnd.oci.image"
+    layers = [{"mediaType": f"{kind}.layer.v1.tar", "digest": digest, "size": len(layer.getvalue())}]
+    described = {"mediaType": f"{kind}.config.v1+json", "digest": _digest(config), "size": len(config)}
+    manifest = json.dumps({"schemaVersion": 2, "mediaType": f"{kind}.manifest.v1+json", "config": described, "layers": layers}).encode()
+    named = {
+        "mediaType": f"{kind}.manifest.v1+json",
+        "digest": _digest(manifest),
+        "size": len(manifest),
+        "annotations": {"io.containerd.image.name": name},
+    }
+    index = json.dumps({"schemaVersion": 2, "manifests": [named]}).encode()
+    blobs = {f"blobs/{_digest(one).replace(':', '/')}": one for one in (layer.getvalue(), config, manifest)}
+    whole = {"oci-layout": b'{"imageLayoutVersion": "1.0.0"}', "index.json": index, **blobs}
+    with tarfile.open(target, "w") as archive:
+        for path, data in whole.items():
+            entry = tarfile.TarInfo(path)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+
+
+def _digest(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+@contextmanager
+def running(plane: ControlPlane, directory: Path, cgroup2: Path, name: str = "node-1") -> Iterator[Node]:
+    """A node that is ready."""
+    found = Node(plane, name, directory, cgroup2)
+    try:
+        found.start()
+        yield found
+    finally:
+        found.stop()
