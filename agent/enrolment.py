@@ -1,7 +1,8 @@
 """Brings kernel and namespaces to what a snapshot says about this node: who is enrolled, what the tables hold, where the receiver's check is linked.
 
 Owned by the supervisor, which calls it from one worker thread at a time. Nothing here knows Envoy. What has not changed is not looked at: a change that
-concerns no namespace of this node costs one stat(2) for each of its workloads, besides the tables.
+concerns no namespace of this node costs one stat(2) for each of its workloads, besides the tables. A pod of Kubernetes is found by its UID
+(`agent.pods`), and then it is bound to the namespace of its sandbox until that process ends: that costs not even a stat(2).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from agent.config import Config
 from agent.errors import MeshError
 from agent.ids import Ids
 from agent.model import NO_DIRECT, Direct, LocalWorkload, Snapshot, Workload
+from agent.pods import NOT_FOUND, Pod, Pods
 from agent.watch import Watch
 
 _log = logging.getLogger(__name__)
@@ -48,12 +50,20 @@ class _Local:
     """A workload of this node: where its namespace should be, and what was found there last."""
 
     workload: Workload
-    path: str
+    place: str
+    """The path of its namespace, or the UID of its pod."""
+    pod: Pod | None
+    """Of a pod of Kubernetes: where it was found last."""
     mark: tuple[int, int] = _FAILED
     bound: Namespace | None = None
     reason: str = ""
     """Why it is missing."""
     loopback: bool = False
+
+    @property
+    def path(self) -> str:
+        """Where its namespace is, or was found last."""
+        return self.place if self.pod is None else self.pod.path
 
 
 class Enrolment:
@@ -66,6 +76,9 @@ class Enrolment:
         self.tables = Tables(datapath.maps, ids, config.trust_domain, config.node)
         self.acceleration = Acceleration(datapath)
         self.watch = Watch()
+        self._pods = Pods(config.cgroup)
+        self._followed: object = None
+        """What was to be watched when that was said last."""
         self._base: Snapshot | None = None
         self._local: dict[str, _Local] = {}
         """The enrolled workloads of this node in `_base`, by name."""
@@ -117,32 +130,69 @@ class Enrolment:
             touched = self._local.keys() | {w.name for w in snapshot.workloads.values() if w.node == self._config.node}
         for name in touched:
             workload = snapshot.workloads.get(name)
-            if workload is None or workload.node != self._config.node or not workload.enrolled or not workload.network_namespace:
+            if workload is None or workload.node != self._config.node or not workload.enrolled or not _place(workload):
                 self._local.pop(name, None)
                 continue
-            path = str(netns.resolve(workload.network_namespace))
+            place = _place(workload)
             known = self._local.get(name)
-            if known is None or known.path != path:
-                self._local[name] = _Local(workload, path)
+            if known is None or known.place != place:
+                self._local[name] = _Local(workload, place, NOT_FOUND if workload.pod_uid else None)
                 continue
+            if known.workload is not workload and known.bound is not None:
+                effective = _effective(workload, known.bound.addresses)
+                known.bound = replace(known.bound, local=replace(known.bound.local, workload=effective))
             known.workload = workload
-            if known.bound is not None and known.bound.local.workload is not workload:
-                known.bound = replace(known.bound, local=replace(known.bound.local, workload=workload))
-        self.watch.follow(local.path for local in self._local.values())
+
+    def _follow(self, *, again: bool = False) -> None:
+        """Have everything watched that leads to the namespaces; `again`: also if it is what it was, because some of it may have been replaced."""
+        leading = [(local.place, local.pod.directory if local.pod is not None else None) for local in self._local.values()]
+        wanted = (leading, self._pods.kubepods)
+        if wanted == self._followed and not again:
+            return
+        self._followed = wanted
+        names: set[str] = set()
+        events = []
+        for local in self._local.values():
+            if local.pod is None:
+                names.add(local.place)
+                continue
+            names.update(self._pods.names(local.place))
+            if local.pod.directory:
+                events.append(local.pod.events)
+        self.watch.follow(names, events)
+
+    def _take_names(self) -> bool:
+        """True after something came or went that leads to a namespace; then what came is watched, too."""
+        if not self.watch.take_named():
+            return False
+        if any(local.pod is not None for local in self._local.values()):
+            self._pods.check()
+        self._follow(again=True)
+        return True
+
+    def _mark(self, local: _Local, changed: set[int]) -> tuple[int, int]:
+        """What tells the namespace that is there now from any other; GONE if there is none that may be enrolled."""
+        if local.pod is None:
+            return netns.mark(local.place)
+        if local.bound is not None and local.mark != _FAILED and local.bound.local.netns_cookie not in changed:
+            return local.mark  # `watch` would tell of the end of its sandbox
+        local.pod = self._pods.find(local.place, local.pod)
+        return netns.GONE if local.pod.reason else local.pod.mark
 
     def _sorted(self) -> list[tuple[str, _Local]]:
         return sorted(self._local.items())
 
     def _bind(self) -> list[Namespace]:
         """Bind each workload of this node to the namespace that exists now; one that cannot be looked at keeps the binding it has."""
-        self.watch.take_named()
         changed = self.watch.take_changed()
+        if not self._take_names():
+            self._follow()
         self._linked -= changed
         bound: dict[int, Namespace] = {}
         # Those that are as they were come first: a newcomer never takes a namespace from the workload that has it.
         fresh = []
         for _, local in self._sorted():
-            mark = netns.mark(local.path)
+            mark = self._mark(local, changed)
             if local.bound is None or mark != local.mark or local.bound.local.netns_cookie in changed:
                 fresh.append((local, mark))
             else:
@@ -151,26 +201,27 @@ class Enrolment:
             self._look(local, mark, bound)
             if local.bound is not None:
                 bound[local.bound.local.netns_cookie] = local.bound
+        self._follow()  # also what pods have that were found just now
         return list(bound.values())
 
     def _look(self, local: _Local, mark: tuple[int, int], bound: dict[int, Namespace]) -> None:
         source = Path(local.path)
         before, local.reason = local.bound, ""
         if mark == netns.GONE:
-            local.bound, local.mark, local.reason = None, mark, _absence(source)
+            local.bound, local.mark, local.reason = None, mark, _absence(source) if local.pod is None else local.pod.reason
             return
         try:
             seen = netns.look(source)
             try:
                 path = self._hold(source, seen.cookie, bound)
+                process = local.pod.open() if local.pod is not None else None
             except BaseException:
                 os.close(seen.notices)
                 raise
-            self.watch.add(seen.cookie, seen.notices)
+            self.watch.add(seen.cookie, seen.notices, process)
             local.loopback = seen.loopback
-            local.bound, local.mark = Namespace(LocalWorkload(local.workload, seen.cookie, str(path)), seen.addresses), mark
-            if self._held is not None:
-                self._held.add(seen.cookie)
+            effective = _effective(local.workload, seen.addresses)
+            local.bound, local.mark = Namespace(LocalWorkload(effective, seen.cookie, str(path)), seen.addresses), mark
         except (OSError, MeshError) as error:
             local.reason, local.mark = str(error), _FAILED
             # What another workload has meanwhile is not kept.
@@ -179,7 +230,10 @@ class Enrolment:
     def _hold(self, source: Path, cookie: int, bound: dict[int, Namespace]) -> Path:
         if cookie in bound:
             raise FileExistsError(f"network namespace {source} already belongs to workload {bound[cookie].local.workload.name}")
-        return netns.hold(source, cookie, self._config.netns_dir)
+        path = netns.hold(source, cookie, self._config.netns_dir)
+        if self._held is not None:
+            self._held.add(cookie)
+        return path
 
     def _link(self, local: LocalWorkload) -> None:
         if local.netns_cookie in self._linked:
@@ -204,21 +258,23 @@ class Enrolment:
     def namespaces_changed(self, snapshot: Snapshot) -> bool:
         """True if a namespace of this node's workloads came, went, was replaced or changed its addresses since `enforce`, or if it is time to try again.
 
-        Called when `watch` has news, and now and then in any case: a bind mount raises no event, and /proc/PID/ns cannot be watched.
+        Called when `watch` has news, and now and then in any case: a bind mount raises no event, and /proc/PID/ns cannot be watched. For each path that
+        costs one stat(2), for each pod that is enrolled nothing; one that is not found has its few places looked at, not the cgroup tree.
         """
         if self._again or snapshot is not self._base:
             return True
         self.watch.drain()
-        named = self.watch.take_named()
-        if named or not self.watch.complete:
-            self.watch.follow(local.path for local in self._local.values())
+        if not self._take_names() and not self.watch.complete:
+            self.watch.retry()
         if self.watch.news:
             return True
         failed = False
         for local in self._local.values():
-            if local.mark == _FAILED:
-                failed = True
-            elif netns.mark(local.path) != local.mark:
+            failed = failed or local.mark == _FAILED
+            if local.pod is None:
+                if local.mark not in {_FAILED, netns.mark(local.place)}:
+                    return True
+            elif (local.bound is None or local.mark == _FAILED) and self._pods.find(local.place, local.pod) != local.pod:
                 return True
         return failed and time.monotonic() >= self._retry_at
 
@@ -229,6 +285,16 @@ class Enrolment:
     def close(self) -> None:
         """Close the descriptors; what is in force stays."""
         self.watch.close()
+
+
+def _place(workload: Workload) -> str:
+    """Where its namespace is to be found: the UID of a pod, or a path; "" if nobody said."""
+    return workload.pod_uid or (str(netns.resolve(workload.network_namespace)) if workload.network_namespace else "")
+
+
+def _effective(workload: Workload, addresses: tuple[str, ...]) -> Workload:
+    """The workload as its node knows it: a pod runs before the kubelet reports its addresses (status.podIPs), and until then it has those of its namespace."""
+    return workload if workload.addresses or not addresses else replace(workload, addresses=addresses)
 
 
 def _deaf(local: _Local) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import ipaddress
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -89,6 +90,8 @@ class Workload:
     """RequestAuthentications that select it, sorted."""
     egress_deny: bool = False
     """It may go to services and workloads of the mesh, and nowhere else."""
+    pod_uid: str = ""
+    """Of a pod of Kubernetes: its node's agent finds the network namespace by this (`agent.pods`), and `network_namespace` is empty."""
 
     def mtls_of(self, port: int) -> Mtls:
         """The mode of a port that it listens on."""
@@ -502,7 +505,7 @@ Entity = Workload | Service | Route | Policy | TrafficPolicy | Authentication | 
 def decode(entity: bytes, node: str | None = None) -> Entity:
     """Turn an encoded meshapi `Entity` into its dataclass.
 
-    If `node` is given, workloads of other nodes have no network namespace: only their own agent enters it, and 100,000 paths are 7 MB.
+    If `node` is given, workloads of other nodes have no network namespace and no UID: only their own agent looks there, and 100,000 paths are 7 MB.
     Raises ValueError for bytes that are no Entity, or one of a kind that this version does not know: what a newer controller says must
     not be dropped silently.
     """
@@ -526,6 +529,7 @@ _texts: Shared[tuple[str, ...], tuple[str, ...]] = Shared(tuple)
 
 
 def _workload(m: pb.Workload, node: str | None) -> Workload:
+    pod_uid = _pod_uid(m)
     return Workload(
         name=f"{m.namespace}/{m.name}",
         service_account=_text(m.service_account),
@@ -545,7 +549,19 @@ def _workload(m: pb.Workload, node: str | None) -> Workload:
         awaits_tunnels=m.awaits_tunnels,
         authentications=_texts(tuple(m.authentications)),
         egress_deny=m.egress_deny,
+        pod_uid=pod_uid if node in {None, m.node} else "",
     )
+
+
+_POD_UID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}")
+"""RFC 4122, section 3, in lower case as the API server makes them; of static pods the kubelet makes an MD5 (pkg/kubelet/config/common.go, applyDefaults)."""
+
+
+def _pod_uid(m: pb.Workload) -> str:
+    """A UID becomes part of a path below the cgroup mount: nothing else may."""
+    if m.pod_uid and not _POD_UID.fullmatch(m.pod_uid):
+        raise ValueError(f"workload {m.namespace}/{m.name} has a pod UID {m.pod_uid[:300]!r} that is none")
+    return m.pod_uid
 
 
 def _make_mtls_ports(ports: tuple[tuple[int, int], ...]) -> tuple[tuple[int, Mtls], ...]:

@@ -70,7 +70,7 @@ class Judge:
         """`who` names the workload that the kernel knows at an address; "" for nobody. `waypoint` is the inode of Envoy's cgroup."""
         snapshot, enrolled = rules.snapshot, rules.enrolled
         self._snapshot = snapshot
-        self._local = {local.workload.name for local in enrolled.local}
+        self._local = {local.workload.name: local.workload for local in enrolled.local}
         self._config = config
         self._ids = ids
         self._who = who
@@ -130,7 +130,7 @@ class Judge:
             return Caller(addresses=(addresses.text(address),))
         if workload.node == self._config.node and workload.name not in self._local:  # as in agent.bpf.tables: nobody vouches for it
             return Caller(addresses=workload.addresses)
-        return Caller.of(workload, self._config.trust_domain)
+        return Caller.of(self._local.get(workload.name, workload), self._config.trust_domain)
 
     def _decide(self, target: Workload, caller: Caller, port: int) -> Decision:
         key = (target.name, caller, port)
@@ -292,6 +292,7 @@ def _standing(workload: Workload | None) -> object:
         workload.addresses,
         workload.enrolled,
         workload.network_namespace,
+        workload.pod_uid,
         workload.mtls,
         workload.mtls_ports,
     )

@@ -1,8 +1,9 @@
-"""News about network namespaces without polling: of files that name them (inotify) and of their addresses (netlink), behind one descriptor.
+"""News about network namespaces without polling: of files and cgroups that lead to them (inotify), of processes in them and of their addresses.
 
-Owned by `agent.enrolment`; the supervisor's event loop waits for `fileno`. Everything hangs on one epoll instance, so that a namespace may be added in
-the worker thread while the loop waits. A bind mount raises no event (fsnotify knows no mounts): the file made for it does, right before the mount, so
-that for a moment after one `eager` is True and the caller looks often.
+Owned by `agent.enrolment`; the supervisor's event loop waits for `fileno`, behind which is all of it. Everything hangs on one epoll instance, so that a
+namespace may be added in the worker thread while the loop waits. A bind mount raises no event (fsnotify knows no mounts): the file made for it does,
+right before the mount, so that for a moment after one `eager` is True and the caller looks often. So it is with a cgroup, in which a process comes to be
+a moment later, and with that process, which may join its namespace only then.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import threading
 import time
 from collections.abc import Iterable
 
-_IN_CREATE, _IN_DELETE, _IN_MOVED = 0x100, 0x200, 0x40 | 0x80  # include/uapi/linux/inotify.h
+_IN_MODIFY, _IN_CREATE, _IN_DELETE, _IN_MOVED = 0x2, 0x100, 0x200, 0x40 | 0x80  # include/uapi/linux/inotify.h
 _IN_IGNORED, _IN_Q_OVERFLOW = 0x8000, 0x4000
 _IN_ONLYDIR = 0x1000000
+_NAMES = _IN_CREATE | _IN_DELETE | _IN_MOVED | _IN_ONLYDIR
 _EVENT = struct.Struct("=iIII")
 _READ = 1 << 16
 EAGER_S = 0.2
-"""How long after a name appeared its namespace may be mounted there."""
+"""How long after a name appeared its namespace may be mounted there, or its process started."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -40,8 +42,12 @@ class Watch:
             raise OSError(code, f"watch directories: {os.strerror(code)}; see the sysctl fs.inotify.max_user_instances")
         self._epoll.register(self._inotify, select.EPOLLIN)
         self._paths: frozenset[str] = frozenset()
-        self._directories: dict[str, int] = {}
+        self._wanted: dict[str, int] = {}
+        """Directories and files to watch, and for what."""
+        self._watched: dict[str, int] = {}
+        """The kernel's number of each that is watched."""
         self._notices: dict[int, int] = {}
+        self._processes: dict[int, int] = {}
         self._changed: set[int] = set()
         self._named = False
         self._eager_until = 0.0
@@ -52,34 +58,56 @@ class Watch:
 
     @property
     def eager(self) -> bool:
-        """True for a moment after a file of interest appeared: the namespace is about to be mounted on it."""
+        """True for a moment after a name of interest appeared or a file changed: the namespace is about to be there."""
         return time.monotonic() < self._eager_until
 
-    def follow(self, paths: Iterable[str]) -> None:
-        """Watch the directories of these files, and only these files. A directory that does not exist yet is tried again at the next call."""
+    def follow(self, paths: Iterable[str], contents: Iterable[str] = ()) -> None:
+        """Watch for these names in their directories, and for no others; and for what is in the files `contents`.
+
+        What does not exist yet is tried again by `retry`. What was replaced is watched anew: a directory of cgroups that is removed raises no event.
+        """
         with self._lock:
             self._paths = frozenset(paths)
-            wanted = {os.path.dirname(path) for path in self._paths}  # noqa: PTH120  the poll calls this
-            for directory in self._directories.keys() - wanted:
-                _libc.inotify_rm_watch(self._inotify, self._directories.pop(directory))
-            for directory in wanted - self._directories.keys():
-                mask = _IN_CREATE | _IN_DELETE | _IN_MOVED | _IN_ONLYDIR
-                number = _libc.inotify_add_watch(self._inotify, os.fsencode(directory), mask)
-                if number >= 0:
-                    self._directories[directory] = number
+            self._wanted = dict.fromkeys({os.path.dirname(path) for path in self._paths}, _NAMES)  # noqa: PTH120  hundreds
+            self._wanted |= dict.fromkeys(contents, _IN_MODIFY)
+            for path in self._watched.keys() - self._wanted.keys():
+                self._unwatch(path)
+            self._try(self._wanted.keys())
+
+    def retry(self) -> None:
+        """Try again to watch what did not exist."""
+        with self._lock:
+            self._try(self._wanted.keys() - self._watched.keys())
+
+    def _try(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            number = _libc.inotify_add_watch(self._inotify, os.fsencode(path), self._wanted[path])  # of the same inode it is the same
+            if self._watched.get(path, number) != number:
+                self._unwatch(path)
+            if number >= 0:
+                self._watched[path] = number
+
+    def _unwatch(self, path: str) -> None:
+        _libc.inotify_rm_watch(self._inotify, self._watched.pop(path))
 
     @property
     def complete(self) -> bool:
-        """True if every directory of `follow` is watched."""
+        """True if everything that was asked of `follow` is watched."""
         with self._lock:
-            return len(self._directories) == len({os.path.dirname(path) for path in self._paths})  # noqa: PTH120
+            return len(self._watched) == len(self._wanted)
 
-    def add(self, cookie: int, notices: int) -> None:
-        """Take over the netlink descriptor `notices` of a namespace; one that was held for it is closed."""
+    def add(self, cookie: int, notices: int, process: int | None = None) -> None:
+        """Take over the netlink descriptor `notices` of a namespace and that of the process that it is found by, if any; those held for it are closed.
+
+        The end of that process is told as a change of the namespace.
+        """
         with self._lock:
             self._close(cookie)
             self._notices[cookie] = notices
             self._epoll.register(notices, select.EPOLLIN)
+            if process is not None:
+                self._processes[cookie] = process
+                self._epoll.register(process, select.EPOLLIN)
 
     def keep(self, cookies: set[int]) -> None:
         """Close what belongs to other namespaces."""
@@ -89,20 +117,25 @@ class Watch:
             self._changed &= cookies
 
     def _close(self, cookie: int) -> None:
-        held = self._notices.pop(cookie, None)
-        if held is not None:
-            os.close(held)  # leaves the epoll set with it
+        for kind in (self._notices, self._processes):
+            held = kind.pop(cookie, None)
+            if held is not None:
+                os.close(held)  # leaves the epoll set with it
 
     def drain(self) -> None:
         """Take in what has come. Never blocks."""
         with self._lock:
             owners = {fd: cookie for cookie, fd in self._notices.items()}
+            found = {fd: cookie for cookie, fd in self._processes.items()}
             for fd, _ in self._epoll.poll(0):
                 if fd == self._inotify:
                     self._read_names()
                 elif fd in owners:
                     self._changed.add(owners[fd])
                     _empty(fd)
+                elif fd in found:
+                    self._changed.add(found[fd])
+                    os.close(self._processes.pop(found[fd]))
 
     def _read_names(self) -> None:
         while True:
@@ -110,17 +143,17 @@ class Watch:
                 events = os.read(self._inotify, _READ)
             except BlockingIOError:
                 return
-            places = {number: directory for directory, number in self._directories.items()}
+            places = {number: path for path, number in self._watched.items()}
             at = 0
             while at < len(events):
                 number, mask, _, length = _EVENT.unpack_from(events, at)
                 name = os.fsdecode(events[at + _EVENT.size : at + _EVENT.size + length].rstrip(b"\0"))
                 at += _EVENT.size + length
-                if mask & _IN_IGNORED:  # the directory is gone, or is not wanted any more
-                    if number in places:
-                        self._directories.pop(places[number], None)
+                place = places.get(number, "")
+                if mask & _IN_IGNORED:  # it is gone, or is not wanted any more
+                    self._watched.pop(place, None)
                     self._named = True
-                elif mask & _IN_Q_OVERFLOW or f"{places.get(number, '')}/{name}" in self._paths:
+                elif mask & _IN_Q_OVERFLOW or (mask & _IN_MODIFY and place) or f"{place}/{name}" in self._paths:
                     self._named = True
                     if not mask & _IN_DELETE:
                         self._eager_until = time.monotonic() + EAGER_S
@@ -131,12 +164,12 @@ class Watch:
         return self._named or bool(self._changed)
 
     def take_named(self) -> bool:
-        """True once after files of interest came or went."""
+        """True once after names of interest came or went, or files of interest changed."""
         named, self._named = self._named, False
         return named
 
     def take_changed(self) -> set[int]:
-        """Cookies of namespaces whose addresses changed, each once."""
+        """Cookies of namespaces whose addresses changed or whose processes ended, each once."""
         self.drain()
         with self._lock:
             changed, self._changed = self._changed, set()

@@ -15,6 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 
 from agent import addresses
@@ -45,7 +46,7 @@ NO_TUNNELS: Mapping[str, int] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """A local workload with every address found in its namespace, declared or not."""
+    """A local workload with every address found in its namespace, declared or not. A pod that declares none has those that were found (`agent.enrolment`)."""
 
     local: LocalWorkload
     addresses: tuple[str, ...]
@@ -172,7 +173,7 @@ class Tables:
     def _everything(self, snapshot: Snapshot, here: Mapping[str, Namespace], flags: Mapping[str, int]) -> int:
         self.remove_retired()
         self._index(snapshot, here)
-        policies, policy_rows, blocks = self._compile_policies(snapshot)
+        policies, policy_rows, blocks = self._compile_policies(snapshot, here)
         backend: Rows = {}
         member: Rows = {}
         service: Rows = {}
@@ -282,12 +283,12 @@ class Tables:
             return m.IDENTITY_UNKNOWN
         return self._ids.number("class", _digest(repr(classes.sources[i]) for i in sorted(members)))
 
-    def _compile_policies(self, snapshot: Snapshot) -> tuple[_Policies, Rows, dict[bytes, int]]:
+    def _compile_policies(self, snapshot: Snapshot, here: Mapping[str, Namespace]) -> tuple[_Policies, Rows, dict[bytes, int]]:
         """The policies, the rows of every distinct set of them, and the identity of each block of addresses. A set without policies has number 0."""
         classes = Classes(snapshot.policies.values())
         blocks = classes.blocks()
         present = {classes.stranger, *blocks.values()}
-        for workload in snapshot.workloads.values():
+        for workload in chain(snapshot.workloads.values(), (n.local.workload for n in here.values())):
             present.add(classes.of_workload(workload, self._trust_domain))
             if workload.node == self._node:
                 present.add(classes.of(Caller(addresses=workload.addresses)))
@@ -447,8 +448,10 @@ class Tables:
         flagged = {name for name in self._flags.keys() | flags.keys() if self._flags.get(name) != flags.get(name)}
         names = delta.workloads | moved | flagged
         touched = [(before.workloads.get(name), snapshot.workloads.get(name)) for name in names]
-        for _, new in touched:
-            if new is not None and not self._classed(new, policies):
+        for workload in chain(
+            (new for _, new in touched if new is not None), (here[name].local.workload for name in names if name in here)
+        ):
+            if not self._classed(workload, policies):
                 return None
         zone = self._zone
         raws, services = self._reindex(touched, here)

@@ -110,7 +110,7 @@ def nameservers(resolv_conf: str) -> tuple[str, ...]:
 def resolv_conf(network_namespace: str, root: Path = Path("/")) -> Path:
     """The resolv.conf that processes in a workload's namespace read: ip-netns(8) gives a named one its own below /etc/netns, if there is one."""
     path = Path(network_namespace)
-    if "/" not in network_namespace or path.parent in _NETNS_DIRECTORIES:
+    if network_namespace and ("/" not in network_namespace or path.parent in _NETNS_DIRECTORIES):
         own = root / "etc/netns" / path.name / "resolv.conf"
         if own.is_file():
             return own

@@ -10,12 +10,13 @@ from typing import Any, cast
 
 import pytest
 
-from agent import enrolment, netns
+from agent import enrolment, netns, pods
 from agent.bpf.tables import Namespace
 from agent.config import Config
 from agent.enrolment import Enrolment
 from agent.errors import KernelRefused
 from agent.model import NO_DIRECT, Delta, Direct, Snapshot, Workload
+from agent.pods import NOT_FOUND, Pod
 
 
 class World:
@@ -31,6 +32,10 @@ class World:
         self.watch: Watch
         self.fail_look = False
         self.loopback = True
+        self.pods: dict[str, tuple[Pod, int]] = {}
+        """Where a pod is by its UID, and the cookie of its namespace."""
+        self.effective: dict[str, tuple[str, ...]] = {}
+        """Addresses of the workloads in the tables."""
 
     def namespace(self, name: str, cookie: int) -> Path:
         path = self.directory / name
@@ -61,6 +66,7 @@ class World:
         assert not accelerated
         assert not tunnels
         assert direct == NO_DIRECT
+        self.effective = {n.local.workload.name: n.local.workload.addresses for n in local}
         self.log.append(("rows", *(n.local.workload.name for n in local), *inbound))
         if self.refuse_rows:
             raise KernelRefused("full")
@@ -75,7 +81,9 @@ class World:
         self.looks.append(source.name)
         if self.fail_look:
             raise OSError(24, "too many open files")
-        return netns.Seen(int(source.read_text()), ("10.0.0.1",), self.loopback, os.open("/dev/null", os.O_RDONLY))
+        cookies = {pod.path: cookie for pod, cookie in self.pods.values()}
+        number = cookies[str(source)] if str(source) in cookies else int(source.read_text())
+        return netns.Seen(number, ("10.0.0.1",), self.loopback, os.open("/dev/null", os.O_RDONLY))
 
     def hold(self, _: Path, cookie: int, directory: Path) -> Path:
         target = directory / str(cookie)
@@ -85,23 +93,38 @@ class World:
     def release(self, target: Path) -> None:
         self.mounts.remove(target)
 
+    # agent.pods
+    kubepods = ("/kubepods",)
+
+    def find(self, uid: str, _: Pod = NOT_FOUND) -> Pod:
+        return self.pods[uid][0] if uid in self.pods else Pod(reason=f"no pod {uid}")
+
+    def names(self, uid: str) -> tuple[str, ...]:
+        return (f"/kubepods/pod{uid}",)
+
+    def check(self) -> None:
+        self.log.append(("check",))
+
 
 class Watch:
     """A watch to which nobody tells anything but the test, through `doubt`."""
 
-    complete, news = True, False
+    complete, news, named = True, False, False
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.changed: set[int] = set()
         self.paths: set[str] = set()
+        self.contents: set[str] = set()
         world.watch = self
 
-    def follow(self, paths: Iterable[str]) -> None:
-        self.paths = set(paths)
+    def follow(self, paths: Iterable[str], contents: Iterable[str] = ()) -> None:
+        self.paths, self.contents = set(paths), set(contents)
 
-    def add(self, _: int, notices: int) -> None:
+    def add(self, _: int, notices: int, process: int | None = None) -> None:
         os.close(notices)
+        if process is not None:
+            os.close(process)
 
     def keep(self, cookies: set[int]) -> None:
         self.changed &= cookies
@@ -114,7 +137,8 @@ class Watch:
         return changed
 
     def take_named(self) -> bool:
-        return False
+        named, self.named = self.named, False
+        return named
 
     def drain(self) -> None:
         self.news = bool(self.changed)
@@ -125,6 +149,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     made = World(tmp_path)
     monkeypatch.setattr(enrolment, "Tables", lambda *_: made)
     monkeypatch.setattr(enrolment, "Watch", lambda: Watch(made))
+    monkeypatch.setattr(enrolment, "Pods", lambda _: made)
     monkeypatch.setattr(netns, "mark", made.mark)
     monkeypatch.setattr(netns, "look", made.look)
     monkeypatch.setattr(netns, "hold", made.hold)
@@ -140,6 +165,21 @@ def node(world: World, tmp_path: Path) -> Enrolment:
 
 def workload(name: str, namespace: object, *, node: str = "node-1", enrolled: bool = True) -> Workload:
     return Workload(f"default/{name}", name, node, {}, ("10.0.0.1",), str(namespace), enrolled=enrolled, ready=True)
+
+
+UID = "0f6f7d2a-3b1c-4e5d-8a9b-c0d1e2f30415"
+
+
+def pod(uid: str = UID, addresses: tuple[str, ...] = ("10.0.0.1",)) -> Workload:
+    return replace(workload("a", ""), pod_uid=uid, addresses=addresses)
+
+
+def sandbox(mark: int, process: int = 0) -> Pod:
+    """A pod whose sandbox is this process, the tests' own if none is given."""
+    pid = process or os.getpid()
+    started = pods._started(pid)
+    assert started is not None
+    return Pod("/kubepods/pod", pid, started, (4, mark))
 
 
 def snapshot(*workloads: Workload) -> Snapshot:
@@ -310,3 +350,107 @@ def test_a_namespace_without_loopback_is_protected_but_nothing_listens_there_yet
     node.doubt({7})
     enrolled = node.enforce(model, frozenset())
     assert ([local.netns_cookie for local in enrolled.local], enrolled.missing) == ([7], ())
+
+
+def test_a_pod_is_bound_to_its_sandbox_as_soon_as_there_is_one(world: World, node: Enrolment) -> None:
+    model = snapshot(pod())
+    enrolled = node.enforce(model, frozenset())
+    assert (enrolled.local, enrolled.missing) == ((), (("default/a", f"no pod {UID}"),))
+    assert (world.watch.paths, world.watch.contents) == ({f"/kubepods/pod{UID}"}, set())
+    assert not node.namespaces_changed(model)
+    world.pods[UID] = (Pod("/kubepods/pod", reason="no process"), 0)
+    assert node.namespaces_changed(model)
+    assert node.enforce(model, frozenset()).missing == (("default/a", "no process"),)
+    assert world.watch.contents == {"/kubepods/pod/cgroup.events"}
+    world.pods[UID] = (sandbox(1), 7)
+    assert node.namespaces_changed(model)
+    enrolled = node.enforce(model, frozenset())
+    assert ([(one.workload.name, one.netns_cookie) for one in enrolled.local], enrolled.missing) == ([("default/a", 7)], ())
+    assert not node.namespaces_changed(model)
+
+
+def test_a_sandbox_in_another_namespace_is_another_binding(world: World, node: Enrolment) -> None:
+    model = snapshot(pod())
+    world.pods[UID] = (sandbox(1), 7)
+    node.enforce(model, frozenset())
+    world.pods[UID] = (sandbox(2), 11)
+    assert not node.namespaces_changed(model), "nobody has told that the sandbox ended"
+    node.doubt({7})
+    assert node.namespaces_changed(model)
+    assert [one.netns_cookie for one in node.enforce(model, frozenset()).local] == [11]
+    assert {mount.name for mount in world.mounts} == {"11"}
+
+
+def test_a_pod_that_is_gone_is_released(world: World, node: Enrolment) -> None:
+    model = snapshot(pod())
+    world.pods[UID] = (sandbox(1), 7)
+    node.enforce(model, frozenset())
+    del world.pods[UID]
+    node.doubt({7})
+    assert node.namespaces_changed(model)
+    enrolled = node.enforce(model, frozenset())
+    assert (enrolled.local, enrolled.missing) == ((), (("default/a", f"no pod {UID}"),))
+    assert (world.mounts, world.log[-1], world.watch.contents) == (set(), ("unlink all but",), set())
+
+
+def test_a_pod_with_another_uid_is_another_pod(world: World, node: Enrolment) -> None:
+    other = UID.replace("0f", "1f")
+    world.pods = {UID: (sandbox(1), 7), other: (sandbox(2, os.getppid()), 11)}
+    assert [one.netns_cookie for one in node.enforce(snapshot(pod()), frozenset()).local] == [7]
+    assert [one.netns_cookie for one in node.enforce(snapshot(pod(other)), frozenset()).local] == [11]
+    assert {mount.name for mount in world.mounts} == {"11"}
+
+
+def test_a_number_that_belongs_to_another_process_by_now_is_not_bound(world: World, node: Enrolment) -> None:
+    model = snapshot(pod())
+    node.enforce(model, frozenset())
+    world.pods[UID] = (replace(sandbox(1), started=1), 7)
+    enrolled = node.enforce(model, frozenset())
+    assert enrolled.local == ()
+    assert "ended while it was being looked at" in enrolled.missing[0][1]
+    assert world.mounts == set()
+    world.pods[UID] = (sandbox(1), 7)
+    assert node.namespaces_changed(model)
+    assert len(node.enforce(model, frozenset()).local) == 1
+
+
+def test_a_pod_has_the_addresses_of_its_namespace_until_others_are_known(world: World, node: Enrolment) -> None:
+    world.pods[UID] = (sandbox(1), 7)
+    (local,) = node.enforce(snapshot(pod(addresses=())), frozenset()).local
+    assert (local.workload.addresses, world.effective) == (("10.0.0.1",), {"default/a": ("10.0.0.1",)})
+    (local,) = node.enforce(snapshot(replace(pod(addresses=()), labels={"new": "label"})), frozenset()).local
+    assert (local.workload.addresses, local.workload.labels) == (("10.0.0.1",), {"new": "label"})
+    known = pod(addresses=("10.0.0.1", "fd00::1"))
+    (local,) = node.enforce(snapshot(known), frozenset()).local
+    assert local.workload is known
+
+
+def test_the_tree_is_checked_only_where_there_are_pods_and_something_happened(world: World, node: Enrolment) -> None:
+    without, model = snapshot(workload("b", world.namespace("b", 11))), snapshot(pod())
+    node.enforce(without, frozenset())
+    world.watch.named = True
+    assert not node.namespaces_changed(without)
+    node.enforce(model, frozenset())
+    node.namespaces_changed(model)
+    assert ("check",) not in world.log
+    world.watch.named = True
+    node.namespaces_changed(model)
+    assert world.log[-1] == ("check",)
+
+
+def test_a_sandbox_that_cannot_be_looked_at_leaves_the_binding_before_it_and_the_next_one_is_found(world: World, node: Enrolment) -> None:
+    model = snapshot(pod())
+    world.pods[UID] = (sandbox(1), 7)
+    node.enforce(model, frozenset())
+    world.fail_look = True
+    world.pods[UID] = (sandbox(2), 11)
+    node.doubt({7})
+    enrolled = node.enforce(model, frozenset())
+    assert [one.netns_cookie for one in enrolled.local] == [7]
+    assert "too many open files" in enrolled.missing[0][1]
+    assert not node.namespaces_changed(model)
+    world.fail_look = False
+    world.pods[UID] = (sandbox(3), 13)
+    assert node.namespaces_changed(model)
+    enrolled = node.enforce(model, frozenset())
+    assert ([one.netns_cookie for one in enrolled.local], enrolled.missing) == ([13], ())

@@ -133,6 +133,38 @@ def test_a_workload_has_no_mutual_tls_unless_it_says_so_and_ports_of_their_own_w
     assert [strict.mtls_of(port) for port in (80, 443, 8080)] == [Mtls.DISABLE, Mtls.STRICT, Mtls.PERMISSIVE]
 
 
+@given(st.uuids().map(str) | st.from_regex("[0-9a-f]{32}", fullmatch=True))
+def test_the_uid_of_a_pod_is_kept_for_its_own_node(uid: str) -> None:
+    message = pb.Workload(namespace="n", name="a", node="n1", pod_uid=uid)
+    assert decoded_workload(message).pod_uid == uid
+    for node, expected in (("n1", uid), ("n2", "")):
+        found = decode(pb.Entity(workload=message).SerializeToString(), node)
+        assert isinstance(found, Workload)
+        assert found.pod_uid == expected
+
+
+@pytest.mark.parametrize(
+    "uid",
+    [
+        "..",
+        "0f6f7d2a-3b1c-4e5d-8a9b-c0d1e2f30415/../x",
+        "0F6F7D2A-3B1C-4E5D-8A9B-C0D1E2F30415",
+        "0f6f7d2a_3b1c_4e5d_8a9b_c0d1e2f30415",
+        "0f6f7d2a-3b1c-4e5d-8a9b-c0d1e2f3041",
+        "{0f6f7d2a-3b1c-4e5d-8a9b-c0d1e2f30415}",
+        "0f6f7d2a-3b1c-4e5d-8a9b-c0d1e2f30415\n",
+        "5f3c1e9d8b7a6041223344556677889",
+        "5f3c1e9d8b7a604122334455667788990",
+        " ",
+    ],
+)
+def test_a_uid_that_is_none_is_refused(uid: str) -> None:
+    for node in (None, "n1", "n2"):
+        entity = pb.Entity(workload=pb.Workload(namespace="n", name="a", node="n1", pod_uid=uid))
+        with pytest.raises(ValueError, match="workload n/a has a pod UID"):
+            decode(entity.SerializeToString(), node)
+
+
 def test_every_mode_has_the_same_name_and_number_on_both_sides() -> None:
     assert {mode.name: mode.value for mode in Mtls} == dict(pb.Workload.MtlsMode.items())
 

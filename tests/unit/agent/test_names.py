@@ -130,6 +130,12 @@ def test_a_named_namespace_reads_its_own_resolv_conf_if_there_is_one(tmp_path: P
     assert [resolv_conf(n, tmp_path) for n in ("red", "/run/netns/red", "/proc/7/ns/net", "/other/blue")] == [node] * 4
 
 
+def test_a_pod_that_names_no_namespace_reads_the_nodes_resolv_conf(tmp_path: Path) -> None:
+    (tmp_path / "etc/netns").mkdir(parents=True)
+    (tmp_path / "etc/netns/resolv.conf").touch()
+    assert resolv_conf("", tmp_path) == tmp_path / "etc/resolv.conf"
+
+
 def test_a_node_of_a_cluster_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     assert not dnsmasq.kubernetes_node(tmp_path)

@@ -178,6 +178,16 @@ def test_what_comes_out_of_a_tunnel_unread_gets_time_and_is_closed_where_a_polic
     assert node.rule(WATCHED, "10.0.0.5", direction=Direction.FROM_WAYPOINT, mark=UNREAD_MARK) == "", "AUDIT forbids nothing"
 
 
+def test_a_pod_without_addresses_is_judged_by_those_of_its_namespace(tmp_path: Path) -> None:
+    blocked = Policy("d/block", Action.DENY, (PolicyRule((Source(ip_blocks=("10.0.0.1/32",)),)),))
+    server = replace(SERVER, policies=("d/block",))
+    model = Snapshot("1", {server.name: server, FRIEND.name: replace(FRIEND, addresses=(), pod_uid="u")}, policies={blocked.name: blocked})
+    node = Node(tmp_path)
+    enrolled = Enrolled((LocalWorkload(server, 1, ""), LocalWorkload(replace(FRIEND, pod_uid="u"), 2, "")))
+    node.judge = Judge(Rules(model, enrolled), Config("here", "unix:x"), node.ids, lambda raw: node.known.get(raw, ""), WAYPOINT)
+    assert node.rule(server, "10.0.0.1", source="d/friend", direction=Direction.INBOUND) == "d/block[0]"
+
+
 def after(delta: Delta | None, *changed: Workload, policies: tuple[Policy, ...] = (POLICY, L7)) -> Snapshot:
     workloads = {**SNAPSHOT.workloads, **{w.name: w for w in changed}}
     return Snapshot("2", workloads, policies={p.name: p for p in policies}, delta=delta)
@@ -206,6 +216,7 @@ def test_strict_forbids_plaintext_from_outside_the_node_alone(tmp_path: Path) ->
         pytest.param(after(Delta("1", services=frozenset({"d/s"}), routes=frozenset({"d/r"}))), False, id="service-and-route"),
         pytest.param(after(Delta("1", workloads=frozenset({"d/foe"})), replace(FOE, labels={"a": "b"})), True, id="labels"),
         pytest.param(after(Delta("1", workloads=frozenset({"d/foe"})), replace(FOE, service_account="x")), True, id="identity"),
+        pytest.param(after(Delta("1", workloads=frozenset({"d/foe"})), replace(FOE, pod_uid="x")), True, id="another-pod-of-the-name"),
         pytest.param(after(Delta("1", workloads=frozenset({"d/foe"})), replace(FOE, ready=False)), False, id="readiness"),
         pytest.param(after(Delta("1", workloads=frozenset({"d/new"})), workload("new", "10.0.0.9")), True, id="new-workload"),
         pytest.param(
