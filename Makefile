@@ -31,7 +31,8 @@ test-kernels: ## kernel tests on Debian's stock kernels, emulated: about half an
 	@scripts/setup kernels
 	$(ROOT) $(PY) -m tests.kernel.kernels $(KERNELS) $(ARGS)
 
-test-kubernetes: setup-dev ## the controller against a real API server: etcd and kube-apiserver from KUBEBUILDER_ASSETS, or built once by Go
+test-kubernetes: ## a real API server and a real node: etcd and kube-apiserver from KUBEBUILDER_ASSETS, or built once by Go
+	@scripts/setup kubernetes
 	assets=$$(scripts/kubernetes) && $(ROOT) env MESH_KUBERNETES_ASSETS=$$assets $(PY) -m pytest tests/kubernetes
 
 check: setup-dev ## ruff, strict mypy, import contracts, generated code up to date
