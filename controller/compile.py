@@ -186,7 +186,8 @@ def _index_backing(world: _World, out: Compiled) -> None:
     for workload in (*world.workloads, *(pod for pod in pods if pod.spec.get("hostNetwork"))):
         for name, value in workload.labels.items():
             by_label[workload.key.namespace, name, value].append(workload)
-    standins = endpoints.StandIns(world.workloads)
+    taken = {address for service in world.of("Service") for address in virtual_addresses(service)}
+    standins = endpoints.StandIns(world.workloads, [pod for pod in pods if pod.spec.get("hostNetwork")], taken)
     for service in world.of("Service"):
         name = service.key.qualified
         world.services[name] = service
@@ -196,9 +197,13 @@ def _index_backing(world: _World, out: Compiled) -> None:
                 for port in sorted(service.spec["ports"], key=lambda one: (one["port"], one.get("protocol", "TCP")))
                 if (target := mapped(port)) is not None
             ]
-            if ports and world.ports.setdefault((name, holder.key.qualified), ports) is ports:
+            slot = (name, holder.key.qualified)
+            if ports and slot not in world.ports:
                 world.backing[name].append(holder)
                 world.backed[holder.key.qualified].append(service)
+            known = {(one.service_port, one.protocol) for one in world.ports.get(slot, ())}
+            if ports:
+                world.ports[slot] = [*world.ports.get(slot, ()), *(one for one in ports if (one.service_port, one.protocol) not in known)]
     world.workloads += standins.made()
 
 

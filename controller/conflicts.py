@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from controller.documents import Path
 from controller.errors import Problem
@@ -68,14 +69,18 @@ def _conflict(item: Object, claims: Claims) -> Problem | None:
     return None
 
 
-def resolve(candidates: Iterable[Object], in_force: Mapping[Key, Object]) -> tuple[dict[Key, Object], dict[Key, Problem]]:
+def resolve(
+    candidates: Iterable[Object], in_force: Mapping[Key, Object], *, oldest_first: bool = False
+) -> tuple[dict[Key, Object], dict[Key, Problem]]:
     """Return what is in force from now on, and for each refused candidate the conflict that it lost.
 
     `candidates` hold at most one object per key. A candidate that loses is replaced by its version that is `in_force`, if that has no
-    conflict itself.
+    conflict itself. `oldest_first`: the one that was made first wins, whoever is in force, so that several controllers agree; objects need a time for that.
     """
 
-    def rank(item: Object) -> tuple[int, int]:
+    def rank(item: Object) -> tuple[int, Any]:
+        if oldest_first:
+            return _PRECEDENCE.get(item.key.kind, 1), (str(item.metadata.get("creationTimestamp", "")), item.key)
         held = in_force.get(item.key)
         # What is in the mesh comes before what somebody says of the outside, whoever was there first; and a pod before what somebody says of its address.
         return _PRECEDENCE.get(item.key.kind, 1), 2 if held is None else 0 if held.data is item.data or held.data == item.data else 1

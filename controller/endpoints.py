@@ -9,7 +9,7 @@ https://kubernetes.io/docs/concepts/services-networking/service/#services-withou
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from controller.conflicts import workload_addresses
@@ -27,7 +27,7 @@ def targets_at(workload: Object) -> Targets:
 
     def target(port: Mapping[str, Any]) -> int | None:
         wanted = port.get("targetPort") or port["port"]
-        return wanted if isinstance(wanted, int) else named.get(wanted)
+        return wanted if isinstance(wanted, int) else named.get(f"{wanted}/{port.get('protocol', 'TCP')}")
 
     return target
 
@@ -43,18 +43,20 @@ def by_service(slices: Iterable[Object]) -> dict[str, list[Object]]:
 class StandIns:
     """See the module. Made once for each compilation."""
 
-    def __init__(self, workloads: Iterable[Object]) -> None:
-        """`workloads`: those with an address of their own."""
-        self._own = {address: item for item in workloads for address in workload_addresses(item)}
-        self._made: dict[str, Object] = {}
-        self._taken: set[str] = set(self._own)
+    def __init__(self, workloads: Iterable[Object], hosts: Iterable[Object], virtual: Collection[str]) -> None:
+        """`workloads`: those with an address of their own; `hosts`: pods in their node's network; `virtual`: addresses at which there is nobody."""
+        self._at = {address: item for item in workloads for address in workload_addresses(item)}
+        self._virtual = virtual
+        self._made: list[Object] = []
+        for pod in hosts:
+            self._stand_in(NODES, pod.spec["node"], pod.spec["addresses"], pod.spec["node"], "")
 
     def holder(self, workload: Object) -> Object | None:
         """Who has the workload's address: itself, or its node's stand-in. None: it may not receive now, and only a workload can say so of itself."""
         if not workload.spec.get("hostNetwork"):
             return workload
         spec = workload.spec
-        return self._stand_in(NODES, spec["node"], spec["addresses"], spec["node"], "") if spec["ready"] and spec["addresses"] else None
+        return next((self._at[one] for one in spec["addresses"] if one in self._at), None) if spec["ready"] else None
 
     def of_slices(self, slices: Iterable[Object]) -> Iterator[tuple[Object, Targets]]:
         """The ready endpoints of EndpointSlices, and how they map the ports of their Service: by name."""
@@ -68,21 +70,22 @@ class StandIns:
                 if not endpoint["ready"]:
                     continue
                 for address in endpoint["addresses"]:
-                    holder = self._own.get(address) or self._stand_in(ADDRESSES, address, [address], "", endpoint["zone"])
+                    holder = self._at.get(address) or self._stand_in(ADDRESSES, address, [address], "", endpoint["zone"])
                     if holder is not None:
                         yield holder, target
 
     def _stand_in(self, namespace: str, name: str, addresses: list[str], node: str, zone: str) -> Object | None:
-        key = f"{namespace}/{name}"
-        if key not in self._made:
-            free = [address for address in addresses if address not in self._taken]
-            if not free:
-                return next((one for one in self._made.values() if one.spec["addresses"][0] in addresses), None)
-            self._taken.update(free)
-            spec = {"node": node, "addresses": free, "serviceAccount": "default", "ready": True, "zone": zone}
-            self._made[key] = Object(Key("Pod", namespace, name), {"metadata": {"name": name}, "spec": spec}, "", 0)
-        return self._made[key]
+        free = [address for address in addresses if address not in self._at and address not in self._virtual]
+        if not free:
+            return None
+        spec = {"node": node, "addresses": free, "serviceAccount": "default", "ready": True, "zone": zone}
+        if namespace == NODES and (held := next((one for one in self._made if one.key[1:] == (NODES, name)), None)) is not None:
+            return held  # pods of one node that do not agree about its addresses
+        made = Object(Key("Pod", namespace, name), {"metadata": {"name": name}, "spec": spec}, "", 0)
+        self._made.append(made)
+        self._at.update(dict.fromkeys(free, made))
+        return made
 
     def made(self) -> list[Object]:
-        """All of them."""
-        return [one for _, one in sorted(self._made.items())]
+        """All of them, in order of their names."""
+        return sorted(self._made, key=lambda one: one.key)

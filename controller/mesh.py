@@ -64,7 +64,7 @@ class Mesh:
         self._reported: frozenset[Problem] = frozenset()
         self._unreadable = ""
         self._published = False
-        self.looked: Callable[[], None] = lambda: None
+        self.looked: Callable[[State, Compiled], None] = lambda _state, _compiled: None
         """Called after the source was looked at, and what has changed there is in force."""
         self._unsettled = asyncio.Event()
 
@@ -107,9 +107,12 @@ class Mesh:
                         self._unsettled.set()
                     if not self.source.ready:
                         self._report(state)
-                    elif state.objects != before.objects or state.problems != before.problems or not self._published:
+                    elif state.objects != before.objects or not self._published:
                         await self._publish(seen)
-                self.looked()
+                    elif state.problems != before.problems:
+                        self._report(state)
+                    if self._published:
+                        self.looked(self.source.state, self.compiled)
 
     async def remark(self) -> None:
         """Publish again who has tunnels, and the keys of nodes; all else is as it was."""

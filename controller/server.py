@@ -20,7 +20,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from controller.admin import AdminService
-from controller.compile import Compiled
 from controller.discovery import DiscoveryService
 from controller.errors import ControllerError
 from controller.gatewayservice import GatewayService
@@ -127,7 +126,7 @@ class Controller:
             self._keys = NodeKeys(authority, lambda: self.identity.ca.barred() if self.identity else ())
         self._kubernetes: KubernetesPart | None = None
         if settings.directory is None:
-            self._kubernetes = _kubernetes(settings.kubernetes or Kubernetes(), lambda: self.mesh.compiled)
+            self._kubernetes = _kubernetes(settings.kubernetes or Kubernetes())
         self.mesh = Mesh(
             self._kubernetes.source if self._kubernetes is not None else Source(settings.directory or Path()),
             authority=authority is not None,
@@ -137,7 +136,7 @@ class Controller:
             egress=settings.egress,
         )
         if self._kubernetes is not None:
-            self.mesh.looked = self._kubernetes.changed
+            self.mesh.looked = self._kubernetes.looked
         reports = ReportService(self.mesh.readiness, self.mesh.nodes, settings.trust_domain)
         self.discovery = DiscoveryService(self.mesh.publication, settings.trust_domain, reports, self._keys)
         self.quotas = QuotaPart(self.mesh, authority or settings.socket.parent, settings.quota_redis, settings.trust_domain, self._clock)
@@ -282,10 +281,10 @@ class Controller:
         return f"nothing has been published yet: {problems[0] if problems else 'the source is being read'}"
 
 
-def _kubernetes(found: Kubernetes, compiled: Callable[[], Compiled]) -> KubernetesPart:
+def _kubernetes(found: Kubernetes) -> KubernetesPart:
     from controller.kubernetes.part import KubernetesPart  # noqa: PLC0415  the module says why
 
-    return KubernetesPart(found.kubeconfig, found.context, found.namespace, compiled)
+    return KubernetesPart(found.kubeconfig, found.context, found.namespace)
 
 
 def _lock(socket: Path) -> IO[str]:

@@ -124,6 +124,8 @@ def _config(kubeconfig: Path | None, context: str) -> SingleConfig:
     config = found.get(context or None)
     if config is None or config.user is None:
         raise ConfigError("it names no cluster or no user")
+    if config.user.exec is not None:
+        raise ConfigError("credentials of a plugin (exec) are not supported: give a token, a token file or a client certificate")
     return config
 
 
@@ -167,4 +169,7 @@ def _object(body: bytes) -> dict[str, Any]:
 
 
 def _words(error: Exception) -> str:
+    """An error's words, except of those that repeat what they were given: that may be a token."""
+    if not isinstance(error, ConfigError | OSError | httpx2.TransportError) or isinstance(error, httpx2.LocalProtocolError):
+        return type(error).__name__
     return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(": ")

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from controller.kubernetes.api import Api, ApiError, Unreachable
+from controller.kubernetes.api import Api, ApiError, TooLarge, Unreachable
 
 _log = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ DURATION_S: Final = 15
 RENEW_S: Final = 5.0
 GRACE_S: Final = 10.0
 """After so long without a renewal the holder takes itself for one no more: before anybody else may."""
+RELEASE_S: Final = 3.0
 _API: Final = "/apis/coordination.k8s.io/v1"
 
 
@@ -39,51 +40,69 @@ class Lease:
         """Holder and version that were read last, and when that was first so."""
         self._since = 0.0
         self._renewed = 0.0
+        """When the last renewal that succeeded was asked for."""
+        self._holder = False
+        self._was = False
         self._problem = ""
-        self.held = False
+
+    @property
+    def held(self) -> bool:
+        """May this controller write, now?"""
+        return self._holder and time.monotonic() - self._renewed < GRACE_S
 
     async def run(self) -> None:
         """Take part for ever."""
-        try:
-            while True:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._once(), GRACE_S - RENEW_S)
-                self._set(self.held and time.monotonic() - self._renewed < GRACE_S)
-                await asyncio.sleep(RENEW_S * (0.8 + random.random() * 0.4))  # noqa: S311 - spreads load, keeps no secret
-        finally:
-            self._set(False)
+        while True:
+            try:
+                await asyncio.wait_for(self._once(), GRACE_S - RENEW_S)
+            except asyncio.TimeoutError:
+                self._told(f"no answer within {GRACE_S - RENEW_S:.0f} s")
+            if self.held is not self._was:
+                self._was = self.held
+                _log.info(
+                    "this controller writes status" if self._was else "this controller writes no status", extra={"identity": self.identity}
+                )
+                self._changed()
+            await asyncio.sleep(RENEW_S * (0.8 + random.random() * 0.4))  # noqa: S311 - spreads load, keeps no secret
 
     async def release(self) -> None:
-        """Give it up, so that nobody needs to wait."""
-        if not self.held:
+        """Give it up, so that nobody needs to wait; called after `run` has ended."""
+        if not self._holder:
             return
+        self._holder = False
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._release(), RELEASE_S)
+
+    async def _release(self) -> None:
         try:
             lease = await self._read()
             if lease is not None and lease["spec"].get("holderIdentity") == self.identity:
                 await self._write(lease, "")
-        except (ApiError, Unreachable) as error:
+        except (ApiError, Unreachable, TooLarge) as error:
             _log.info("the lease is not given up, others wait until it runs out", extra={"error": str(error)})
-        self._set(False)
 
     async def _once(self) -> None:
+        asked = time.monotonic()
         try:
             lease = await self._read()
             if lease is None:
                 await self._create()
-                self._won()
             elif self._may(lease):
                 await self._write(lease, self.identity)
-                self._won()
             else:
-                self._set(False)
-            self._problem = ""
-        except (ApiError, Unreachable) as error:
-            if isinstance(error, ApiError) and error.code == 409:
-                self._set(False)  # somebody was quicker
+                self._holder = False
                 return
-            if str(error) != self._problem:
-                self._problem = str(error)
-                _log.warning("who writes cannot be settled", extra={"lease": f"{self._namespace}/{self._name}", "error": str(error)})
+            self._holder, self._renewed, self._problem = True, asked, ""
+        except (ApiError, Unreachable, TooLarge) as error:
+            if isinstance(error, ApiError) and error.code == 409:
+                self._holder = False  # somebody was quicker
+            else:
+                self._told(str(error))
+
+    def _told(self, problem: str) -> None:
+        if problem != self._problem:
+            self._problem = problem
+            _log.warning("who writes cannot be settled", extra={"lease": f"{self._namespace}/{self._name}", "error": problem})
 
     async def _read(self) -> dict[str, Any] | None:
         try:
@@ -92,7 +111,7 @@ class Lease:
             if error.code == 404:
                 return None
             raise
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Unreachable("a Lease that is no JSON") from error
         if not isinstance(found, dict) or not isinstance(found.get("spec", {}), dict) or not isinstance(found.get("metadata"), dict):
             raise Unreachable("a Lease that is none")
@@ -131,13 +150,3 @@ class Lease:
             "acquireTime": before.get("acquireTime") if same else now,
             "leaseTransitions": (turns if isinstance(turns, int) else 0) + (0 if same else 1),
         }
-
-    def _won(self) -> None:
-        self._renewed = time.monotonic()
-        self._set(True)
-
-    def _set(self, held: bool) -> None:
-        if held is not self.held:
-            self.held = held
-            _log.info("this controller writes status" if held else "another controller writes status", extra={"identity": self.identity})
-            self._changed()

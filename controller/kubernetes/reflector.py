@@ -22,7 +22,7 @@ import msgspec
 
 from controller.errors import Problem
 from controller.kubernetes.api import Api, ApiError, TooLarge, Unreachable
-from controller.kubernetes.shapes import Kind, Seen
+from controller.kubernetes.shapes import Kind, Seen, newer
 from controller.objects import Key
 
 _log = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ SHORTEST_S: Final = 1.0
 """A watch that ends sooner is a failure, whoever ended it."""
 REMEMBERED: Final = 4096
 """Objects that are gone, by which an event that comes too late is known."""
+MANY: Final = 5
+"""Failures in a row, where one alone is nothing that an operator needs to hear of."""
 ABSENT_S: Final = 30.0
 """How often a kind that the API server does not know is asked for again: its CRD may come."""
 
@@ -51,6 +53,7 @@ class _ListMeta(msgspec.Struct):
 
 class _Page(msgspec.Struct):
     metadata: _ListMeta
+    kind: str = ""
     items: list[msgspec.Raw] | None = None
 
 
@@ -102,34 +105,43 @@ class Reflector:
         while True:
             began = time.monotonic()
             try:
-                if not version:
-                    version = await self._list()
-                version = await self._watch(version)
-                if time.monotonic() - began < SHORTEST_S:
-                    await self._pause()
-                else:
-                    self._failures = 0
+                version = await self._once(version, began)
             except ApiError as error:
                 version = "" if error.code in {400, 404, 410} else version
-                if error.code == 410:  # it has been too long, or the server was restored from a backup: nothing is wrong
-                    if time.monotonic() - began > STEADY_S:
-                        self._failures = 0
-                    await self._pause()
-                    continue
                 await self._refused(error)
             except (Unreachable, TooLarge, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-                if time.monotonic() - began > STEADY_S:
-                    self._failures = 0
+                version = version if isinstance(error, Unreachable) else ""
                 self._fail(f"no news of it: {str(error)[:300] or type(error).__name__}; what was known stays in force")
-                if not isinstance(error, Unreachable):
-                    version = ""
                 await self._pause()
+            if time.monotonic() - began > STEADY_S:
+                self._failures = 0
+
+    async def _once(self, version: str, began: float) -> str:
+        """List if nothing is known, then watch until the server ends that; return the version to go on from, "" to list again."""
+        if not version:
+            version = await self._list()
+        before, version = version, await self._watch(version)
+        if before == version and await self._went_back(version):
+            return ""
+        if time.monotonic() - began >= SHORTEST_S:
+            self._failures = 0
+            return version
+        if self._failures >= MANY:
+            self._fail("watches of it end at once, again and again: is there a proxy before the API server? what was known stays in force")
+        await self._pause()
+        return version
 
     async def _refused(self, error: ApiError) -> None:
         if error.code == 404:
+            # Also the answer for a kind that is there and not served, so what is known stays; and of our own kinds, all of which belong to an
+            # installation, none is ever taken not to be there.
             self.absent = True
-            self._replace({})
-            self._synced("")
+            if self.kind.required or self.store:
+                self._fail(
+                    "the API server does not know it: is its CustomResourceDefinition, and this version of it, served? what was known stays in force"
+                )
+            else:
+                self._synced("")
             await asyncio.sleep(ABSENT_S)
             return
         if error.code in {401, 403}:
@@ -137,9 +149,14 @@ class Reflector:
                 f"the API server does not let the controller read it ({error}): see the ClusterRole of the controller's service account; "
                 "what was known stays in force"
             )
-        else:
+        elif error.code != 410 or self._failures >= MANY:  # too old once: it has been long, and nothing is wrong
             self._fail(f"no news of it: {error}; what was known stays in force")
         await self._pause()
+
+    async def _went_back(self, version: str) -> bool:
+        """Has the server been restored from a backup? A watch from a version that it has not reached yet is silent, and no error."""
+        page = _page.decode(await self._api.get(self.kind.path, {**self.kind.selector, "limit": "1"}))
+        return newer(version, page.metadata.resource_version)
 
     async def _pause(self) -> None:
         self._failures += 1
@@ -149,6 +166,7 @@ class Reflector:
     async def _list(self) -> str:
         """Replace the store by what there is; return the version of the whole."""
         found: dict[Key, Seen] = {}
+        tokens: set[str] = set()
         size, params = PAGE, dict(self.kind.selector)
         while True:
             try:
@@ -158,13 +176,21 @@ class Reflector:
                     raise
                 size = max(1, size // 8)
                 continue
+            if page.kind != f"{self.kind.kind}List":
+                raise Unreachable(f"a list that is none: its kind is {page.kind[:80]!r}")
             for raw in page.items or ():
                 if (seen := self.kind.read(bytes(raw))) is not None:
                     found[seen.key] = seen
             if not page.metadata.next_page:
                 break
             params["continue"] = page.metadata.next_page
+            if page.metadata.next_page in tokens:
+                raise Unreachable("a list that begins again and again")
+            tokens.add(page.metadata.next_page)
+        if not page.metadata.resource_version:
+            raise Unreachable("a list without a version")
         self.lists += 1
+        self._gone.clear()
         self.absent = False
         self._replace(found)
         self._synced(page.metadata.resource_version)

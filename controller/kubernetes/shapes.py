@@ -31,6 +31,13 @@ _MANAGED_BY: Final = "endpointslice.kubernetes.io/managed-by"
 _ENDED: Final = frozenset({"Succeeded", "Failed"})
 
 
+def newer(version: str, other: str) -> bool:
+    """Is this resource version newer? Those that are no numbers cannot be compared, and what came later is newer."""
+    if version.isdecimal() and other.isdecimal() and max(len(version), len(other)) < 40:
+        return int(version) > int(other)
+    return version != other
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """One object at one version. `object` is None if it is refused or says nothing to a mesh; `uid` and `generation` are for its status."""
@@ -49,10 +56,8 @@ class Seen:
         return (self.object, self.problems, self.uid, self.generation) == (other.object, other.problems, other.uid, other.generation)
 
     def after(self, other: Seen) -> bool:
-        """Is this newer? Versions that are no numbers cannot be compared, and what came later is newer."""
-        if self.version.isdecimal() and other.version.isdecimal():
-            return int(self.version) > int(other.version)
-        return self.version != other.version
+        """Is this newer?"""
+        return newer(self.version, other.version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,8 @@ class Kind:
     shape: Callable[[bytes], Seen | None] = field(repr=False)
     selector: Mapping[str, str] = field(default_factory=dict)
     """Parameters of lists and watches."""
+    required: bool = True
+    """An API server without it is not ready for a mesh."""
 
     def read(self, raw: bytes) -> Seen | None:
         """Read one object; None: its name says that nobody can mean it. Raises msgspec.MsgspecError for what has no metadata.
@@ -100,6 +107,7 @@ class _Port(msgspec.Struct):
 
 class _Container(msgspec.Struct):
     ports: list[_Port] | None = None
+    restart: str | None = msgspec.field(name="restartPolicy", default=None)
 
 
 class _PodSpec(msgspec.Struct):
@@ -204,12 +212,11 @@ def _pod(raw: bytes) -> Seen | None:
     )
     if wrong is not None:
         return _seen(key, meta, None, wrong)
-    ports = {
-        port.name: port.number
-        for container in [*(spec.init_containers or ()), *(spec.containers or ())]
-        for port in container.ports or ()
-        if port.name and 0 < port.number < 65536
-    }
+    sidecars = [one for one in spec.init_containers or () if one.restart == "Always"]
+    ports: dict[str, int] = {}
+    for port in (port for container in (*(spec.containers or ()), *sidecars) for port in container.ports or ()):
+        if port.name and 0 < port.number < 65536:
+            ports.setdefault(f"{port.name}/{port.protocol}", port.number)
     ready = meta.deleted is None and any(one.type == "Ready" and one.status == "True" for one in status.conditions or ())
     shaped: dict[str, Any] = {
         "node": spec.node,
@@ -381,7 +388,12 @@ def followed() -> tuple[Kind, ...]:
         ),
     )
     ours = tuple(
-        Kind(name, _path(kind.api_version, kind.plural), functools.partial(_validated, name))
+        Kind(
+            name,
+            _path(kind.api_version, kind.plural),
+            functools.partial(_validated, name),
+            required=kind.api_version.startswith("meshagent.io/"),
+        )
         for name, kind in sorted(kinds().items())
         if name not in _BY_HAND
     )

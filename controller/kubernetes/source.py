@@ -21,6 +21,9 @@ from controller.source import State
 
 SETTLE_S: Final = 0.02
 """How long after a change more are waited for: a rollout is many."""
+_NAMES_SHOWN: Final = 10
+_PLAIN: Final = frozenset({"Namespace", "Node", "Pod", "Service", "EndpointSlice"})
+"""Kubernetes' own kinds: an API server that lets nonsense in does not exist, and their status is not ours."""
 REST: Final = 1.0
 """How long after a change was taken in the next one is, in parts of the time that it took: half of the time is left for everything else."""
 
@@ -31,6 +34,8 @@ class KubernetesSource:
     def __init__(self, api: Api) -> None:
         self.state = State()
         self.unsettled = False
+        self.basis: Mapping[Key, Seen] = {}
+        """What `state` follows from, of kinds whose status is written."""
         self.reflectors = {kind.kind: Reflector(api, kind, self._changed) for kind in followed()}
         self._api = api
         self._news = asyncio.Event()
@@ -83,23 +88,34 @@ class KubernetesSource:
         if not self.ready:
             self.state = State(problems=tuple(sorted(one.problem for one in self.reflectors.values() if one.problem is not None)))
             return self.state
-        in_force = self.state.objects
+        basis: dict[Key, Seen] = {}
         candidates: list[Object] = []
         refused: dict[Key, list[Problem]] = {}
         problems: list[Problem] = []
-        for reflector in self.reflectors.values():
+        in_force: dict[Key, Object] = {}
+        for name, reflector in self.reflectors.items():
             if reflector.problem is not None:
                 problems.append(reflector.problem)
-            for key, seen in reflector.store.copy().items():
+            store = reflector.store.copy()
+            if name not in _PLAIN:
+                basis |= store
+            for key, seen in store.items():
+                held = self.state.objects.get(key)
+                # Nobody inherits from an object that had its name before; and what a pod was is never what it is.
+                if held is not None and name not in _PLAIN and (before := self.basis.get(key)) is not None and before.uid == seen.uid:
+                    in_force[key] = held
                 if seen.problems:
                     refused[key] = list(seen.problems)
                     problems += seen.problems
                 if (item := seen.object or (in_force.get(key) if seen.problems else None)) is not None:
                     candidates.append(item)
-        objects, conflicts = resolve(_one_owner_each(candidates), in_force)
+        candidates, contested = _one_owner_each(candidates)
+        problems += contested
+        objects, conflicts = resolve(candidates, in_force, oldest_first=True)
         for key, problem in conflicts.items():
             refused.setdefault(key, []).append(problem)
             problems.append(problem)
+        self.basis = basis
         self.state = State(objects, {key: tuple(items) for key, items in refused.items()}, tuple(sorted(set(problems))))
         return self.state
 
@@ -108,29 +124,35 @@ class KubernetesSource:
         reflector = self.reflectors.get(key.kind)
         return reflector.store.get(key) if reflector is not None else None
 
-    def absent(self) -> list[str]:
-        """Kinds that the API server does not know."""
-        return [name for name, one in self.reflectors.items() if one.absent]
 
-
-def _one_owner_each(candidates: list[Object]) -> list[Object]:
+def _one_owner_each(candidates: list[Object]) -> tuple[list[Object], list[Problem]]:
     """Leave each address to one pod: while the end of the last one that had it has not been told, two pods have it.
 
-    The newest that does not terminate has it. Pods with the host's network have their node's address, all of them.
+    One that terminates gives way. Of several others nobody can say who has it now, so that none of them has. Pods with the host's network have their node's
+    address, all of them.
     """
-    owners: dict[str, tuple[tuple[bool, str, str], Key]] = {}
+    owners: dict[str, list[Object]] = {}
     pods = [item for item in candidates if item.key.kind == "Pod" and not item.spec.get("hostNetwork")]
     for item in pods:
-        rank = (not item.spec.get("terminating", False), str(item.metadata.get("creationTimestamp", "")), item.spec["podUid"])
         for address in item.spec["addresses"]:
-            if address not in owners or rank > owners[address][0]:
-                owners[address] = (rank, item.key)
-    lost = {item.key for item in pods if any(owners[address][1] != item.key for address in item.spec["addresses"])}
-    if not lost:
-        return candidates
-    return [_without(item, owners) if item.key in lost else item for item in candidates]
+            owners.setdefault(address, []).append(item)
+    shared = {address: items for address, items in owners.items() if len(items) > 1}
+    if not shared:
+        return candidates, []
+    lost: dict[Key, set[str]] = {}
+    problems = []
+    for address, items in shared.items():
+        alive = [item for item in items if not item.spec.get("terminating")]
+        if len(alive) != 1:
+            names = ", ".join(sorted(item.key.qualified for item in items)[:_NAMES_SHOWN])
+            message = f"{address} is said to be the address of {names}: none of them has it until the API server says whose it is"
+            problems.append(items[0].problem(("status", "podIPs"), message))
+        for item in items:
+            if alive != [item]:
+                lost.setdefault(item.key, set()).add(address)
+    return [_without(item, lost[item.key]) if item.key in lost and item.key.kind == "Pod" else item for item in candidates], problems
 
 
-def _without(item: Object, owners: Mapping[str, tuple[Any, Key]]) -> Object:
-    kept = [address for address in item.spec["addresses"] if owners[address][1] == item.key]
+def _without(item: Object, addresses: set[str]) -> Object:
+    kept = [address for address in item.spec["addresses"] if address not in addresses]
     return replace(item, data={**item.data, "spec": {**item.spec, "addresses": kept}})

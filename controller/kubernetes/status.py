@@ -11,7 +11,7 @@ import contextlib
 import datetime as dt
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from controller import metrics, statuses
@@ -21,8 +21,9 @@ from controller.kubernetes.api import Api, ApiError, Unreachable
 from controller.kubernetes.lease import Lease
 from controller.kubernetes.shapes import Kind, Seen
 from controller.kubernetes.source import KubernetesSource
-from controller.objects import Key
+from controller.objects import Key, Object
 from controller.schema import kinds
+from controller.source import State
 
 _log = logging.getLogger(__name__)
 
@@ -41,42 +42,59 @@ _WITHOUT: Final = frozenset({"Namespace", "Node", "Pod", "Service", "EndpointSli
 class StatusWriter:
     """See the module. Belongs to the event loop."""
 
-    def __init__(self, api: Api, source: KubernetesSource, compiled: Callable[[], Compiled], lease: Lease) -> None:
-        """`compiled` is what follows from the state of `source`."""
-        self._api, self._source, self._compiled, self._lease = api, source, compiled, lease
+    def __init__(self, api: Api, source: KubernetesSource, lease: Lease) -> None:
+        """Nothing is written before `take` was called."""
+        self._api, self._source, self._lease = api, source, lease
+        self._said: tuple[State, Compiled, Mapping[Key, Seen]] | None = None
         self._kinds = {name: one.kind for name, one in source.reflectors.items() if name not in _WITHOUT}
         self._news = asyncio.Event()
         self._told: dict[Key, str] = {}
         """Refusals that there are events about."""
+        self._last_failure = ""
         self.written = 0
         self.failed = 0
 
+    def take(self, state: State, compiled: Compiled, basis: Mapping[Key, Seen]) -> None:
+        """Say this from now on: what follows from `state`, and what that follows from."""
+        self._said = state, compiled, basis
+        self._news.set()
+
     def changed(self) -> None:
-        """There is something new to say, or somebody else who says it."""
+        """It may be this controller's turn to write."""
         self._news.set()
 
     async def run(self) -> None:
         """Write for ever, while this controller has the lease."""
+        pause = AGAIN_S
         while True:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._news.wait(), LOOK_S)
             self._news.clear()
-            if self._lease.held and self._source.ready and not await self._write_all():
-                await asyncio.sleep(AGAIN_S)
-                self._news.set()
+            if self._said is None or not self._lease.held or await self._write_all(*self._said):
+                pause = AGAIN_S
+                continue
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LOOK_S)
+            self._news.set()
 
-    async def _write_all(self) -> bool:
+    async def _write_all(self, state: State, compiled: Compiled, basis: Mapping[Key, Seen]) -> bool:
         """Write what differs; returns whether all of it arrived."""
-        state, compiled, good = self._source.state, self._compiled(), True
+        good = True
         self._told = {key: text for key, text in self._told.items() if key in state.refused}
-        for key in sorted({*state.objects, *state.refused}):
+        for key, meant in sorted(basis.items()):
             kind, seen = self._kinds.get(key.kind), self._source.seen(key)
-            if kind is None or seen is None or seen.status is None:
-                continue
-            wanted = _wanted(key, seen, statuses.of(state, compiled, key))
-            if wanted is None or not self._lease.held:
-                continue
-            if wanted != seen.status:
+            if (
+                kind is None
+                or seen is None
+                or seen.status is None
+                or not seen.same(meant)
+                or (key not in state.objects and key not in state.refused)
+            ):
+                continue  # it has changed since, and will be looked at again
+            if not self._lease.held:
+                return True
+            wanted = _wanted(key, seen, state.objects.get(key), statuses.of(state, compiled, key), refused=key in state.refused)
+            if wanted is not None and wanted != seen.status:
                 good = await self._patch(kind, key, seen, wanted) and good
             if key in state.refused:
                 good = await self._event(key, seen, "; ".join(str(problem) for problem in state.refused[key])) and good
@@ -91,9 +109,10 @@ class StatusWriter:
                 return True  # it is gone, or newer: then it is read, and said anew
             self._failed("a status cannot be written", key, error)
             return False
+        finally:
+            await asyncio.sleep(RATE_S)
         self.written += 1
         metrics.STATUS_WRITES.inc()
-        await asyncio.sleep(RATE_S)
         return True
 
     async def _event(self, key: Key, seen: Seen, text: str) -> bool:
@@ -126,14 +145,17 @@ class StatusWriter:
         except (ApiError, Unreachable) as error:
             self._failed("an event cannot be written", key, error)
             return False
+        finally:
+            await asyncio.sleep(RATE_S)
         self._told[key] = text
-        await asyncio.sleep(RATE_S)
         return True
 
     def _failed(self, what: str, key: Key, error: Exception) -> None:
         self.failed += 1
         metrics.STATUS_FAILURES.inc()
-        _log.warning(what, extra={"object": str(key), "error": str(error)})
+        if str(error) != self._last_failure:  # of a thousand objects that cannot be written for one reason one is told of
+            self._last_failure = str(error)
+            _log.warning(what, extra={"object": str(key), "error": str(error)})
 
 
 def _of(kind: Kind, key: Key) -> str:
@@ -142,8 +164,8 @@ def _of(kind: Kind, key: Key) -> str:
     return f"{root}/namespaces/{key.namespace}/{plural}/{key.name}" if key.namespace else f"{kind.path}/{key.name}"
 
 
-def _wanted(key: Key, seen: Seen, said: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The whole status that an object is to have; None: it is not ours to say."""
+def _wanted(key: Key, seen: Seen, in_force: Object | None, said: Mapping[str, Any], *, refused: bool) -> dict[str, Any] | None:
+    """The whole status that an object is to have; None: it is not ours to say. `in_force` may be an earlier version, and is if the object was `refused`."""
     before = seen.status or {}
     if key.kind in _ROUTES:
         held = before.get("parents") if isinstance(before.get("parents"), list) else []
@@ -152,13 +174,16 @@ def _wanted(key: Key, seen: Seen, said: Mapping[str, Any]) -> dict[str, Any] | N
         parents = said.get("parents", [])
         if not parents and not ours:
             return None  # it is for gateways of other classes
+        if refused:  # the parents are those of the last good version, which is not what is asked about
+            invalid = next(one for one in said["conditions"] if one["type"] == "Accepted")
+            parents = [{**one, "conditions": [invalid]} for one in parents]
         more = [one for one in said["conditions"] if one["type"] not in {"Accepted", "ResolvedRefs"} and one["status"] == "False"]
         made = []
         for parent in parents:
             old = next((one for one in ours if one.get("parentRef") == parent["parentRef"]), {})
             made.append({**parent, "conditions": _stamped(old.get("conditions"), [*parent["conditions"], *more], seen.generation)})
         return {**before, "parents": [*others, *made]}
-    if key.kind == "Gateway" and (seen.object is None or seen.object.spec.get("gatewayClassName") != CLASS):
+    if key.kind == "Gateway" and (in_force is None or in_force.spec.get("gatewayClassName") != CLASS):
         return None
     result = {**before, **said, "conditions": _stamped(before.get("conditions"), said["conditions"], seen.generation)}
     if listeners := result.get("listeners"):

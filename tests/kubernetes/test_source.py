@@ -191,24 +191,49 @@ async def test_a_user_who_may_not_read_policies_gets_nothing_into_force_and_is_t
         assert not mesh.publication.current.serial
 
 
-async def test_a_crd_that_comes_later_is_followed_when_it_comes(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_gateway_api_may_come_later_and_is_followed_when_it_comes(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reflector, "ABSENT_S", 0.5)
-    plane.apply(namespace("early"))
-    plane.kubectl("delete", "crd", "telemetries.meshagent.io")
+    plane.apply(namespace("early"), service("early", "cart"))
     async with following(plane) as mesh:
         source = mesh.source
         assert isinstance(source, KubernetesSource)
         await until(lambda: source.ready)
-        assert "Telemetry" in source.absent()
+        assert source.reflectors["HTTPRoute"].absent
         assert mesh.state.problems == ()
-        await asyncio.to_thread(plane.install_crds)
-        spec = {"tracing": {"sampling": 1}}
-        metadata = {"name": "t", "namespace": "early"}
-        await asyncio.to_thread(
-            plane.apply, {"apiVersion": "meshagent.io/v1alpha1", "kind": "Telemetry", "metadata": metadata, "spec": spec}
-        )
-        await until(lambda: "telemetry/early/t" in mesh.compiled.entities or mesh.state.refused)
+        await asyncio.to_thread(plane.install_gateway_api)
+        parents, backends = [{"kind": "Service", "group": "", "name": "cart"}], [{"name": "cart", "port": 80}]
+        route = {
+            "apiVersion": "gateway.networking.k8s.io/v1",
+            "kind": "HTTPRoute",
+            "metadata": {"name": "r", "namespace": "early"},
+            "spec": {"parentRefs": parents, "rules": [{"backendRefs": backends}]},
+        }
+        await asyncio.to_thread(plane.apply, route)
+        await until(lambda: "route/early/r" in mesh.compiled.entities)
         assert mesh.state.problems == ()
+
+
+async def test_a_definition_that_is_no_longer_served_takes_nothing_out_of_force(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reflector, "ABSENT_S", 0.5)
+    monkeypatch.setattr(reflector, "MAX_BACKOFF_S", 1.0)
+    plane.apply(namespace("served"), policy("served", "p"))
+
+    def serve(word: str) -> None:
+        patch = json.dumps([{"op": "replace", "path": "/spec/versions/0/served", "value": word == "yes"}])
+        plane.kubectl("patch", "crd", "authorizationpolicies.meshagent.io", "--type=json", "-p", patch)
+
+    async with following(plane) as mesh:
+        await until(lambda: "policy/served/p" in mesh.compiled.entities)
+        try:
+            await asyncio.to_thread(serve, "no")
+            await until(lambda: any("served?" in problem.message for problem in mesh.state.problems), 60)
+            assert "policy/served/p" in mesh.compiled.entities
+        finally:
+            await asyncio.to_thread(serve, "yes")
+        await until(lambda: mesh.state.problems == (), 60)
+        assert "policy/served/p" in mesh.compiled.entities
 
 
 def test_a_kubeconfig_that_is_not_there_or_says_nothing_is_a_sentence(plane: ControlPlane) -> None:

@@ -39,14 +39,22 @@ class Writing:
     """One controller's mesh with what writes back."""
 
     def __init__(self, plane: ControlPlane) -> None:
-        self.part = KubernetesPart(plane.kubeconfig(), "", OWN, lambda: self.mesh.compiled)
+        self.part = KubernetesPart(plane.kubeconfig(), "", OWN)
         self.mesh = Mesh(self.part.source, authority=False)
-        self.mesh.looked = self.part.changed
+        self.mesh.looked = self.part.looked
         self.tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         await self.mesh.start()
         self.tasks = [asyncio.create_task(self.mesh.watch()), asyncio.create_task(self.part.run())]
+
+    async def stop(self) -> None:
+        """As the server does it."""
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await self.part.stop()
+        await self.part.source.close()
 
     async def kill(self) -> None:
         """As a process that ends without a word."""
@@ -71,8 +79,7 @@ async def writing(plane: ControlPlane) -> AsyncIterator[Writing]:
     try:
         yield one
     finally:
-        await one.part.stop()
-        await one.kill()
+        await one.stop()
 
 
 def got(plane: ControlPlane, kind: str, space: str, name: str) -> Any:

@@ -72,6 +72,9 @@ class Node:
     async def graph(self, window_s: float) -> Answer:
         return Answer("node-1", window_s, (CALLS,))
 
+    def certified(self, workload: str) -> bool:
+        return workload in self.snapshot.workloads
+
     async def tracing_armed(self) -> bool:
         return True
 

@@ -113,9 +113,9 @@ async def scripted(tmp_path: Path) -> AsyncIterator[tuple[Scripted, Api]]:
         await asyncio.gather(*server.serving, return_exceptions=True)
 
 
-def listed(version: str, *items: Any, more: str = "") -> dict[str, Any]:
+def listed(version: str, *items: Any, more: str = "", kind: str = "Namespace") -> dict[str, Any]:
     """A page of a list."""
-    return {"metadata": {"resourceVersion": version, "continue": more}, "items": list(items)}
+    return {"kind": f"{kind}List", "metadata": {"resourceVersion": version, "continue": more}, "items": list(items)}
 
 
 def namespace(name: str, version: str, uid: str = "u", **labels: str) -> dict[str, Any]:

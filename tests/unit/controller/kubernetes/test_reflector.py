@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ import pytest
 
 from controller.kubernetes import api, reflector
 from controller.kubernetes.reflector import Reflector
-from controller.kubernetes.shapes import followed
+from controller.kubernetes.shapes import Kind, followed
 from controller.objects import Key
 from tests.tasks import beside, until
 from tests.unit.controller.kubernetes.apiserver import Scripted, Watch, listed, namespace, scripted
@@ -32,10 +33,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def following(tmp_path: Path, *pages: dict[str, Any] | int) -> AsyncIterator[tuple[Scripted, Reflector]]:
+async def following(tmp_path: Path, *pages: dict[str, Any] | int, kind: Kind = KIND) -> AsyncIterator[tuple[Scripted, Reflector]]:
     async with scripted(tmp_path) as (server, connection):
         server.pages[PATH] = list(pages)
-        found = Reflector(connection, KIND, lambda: None)
+        found = Reflector(connection, kind, lambda: None)
         async with beside(found.run()):
             yield server, found
 
@@ -150,7 +151,8 @@ async def test_an_api_server_that_is_away_changes_nothing_and_is_taken_up_again(
 
 
 async def test_a_kind_that_the_server_does_not_know_is_empty_and_one_that_may_not_be_read_is_not(tmp_path: Path) -> None:
-    async with following(tmp_path, 404) as (server, found):
+    optional = dataclasses.replace(KIND, required=False)
+    async with following(tmp_path, 404, kind=optional) as (server, found):
         await until(lambda: found.synced)
         assert (found.absent, found.problem) == (True, None)
         server.pages[PATH] = [listed("3", namespace("a", "1"))]
@@ -191,13 +193,39 @@ async def test_an_object_that_is_not_understood_is_refused_alone(tmp_path: Path)
     kind = next(one for one in followed() if one.kind == "Pod")
     async with scripted(tmp_path) as (server, connection):
         pod = {"metadata": {"name": "good", "namespace": "n", "uid": "u"}, "spec": {}}
-        server.pages["/api/v1/pods"] = [listed("5", pod, broken)]
+        server.pages["/api/v1/pods"] = [listed("5", pod, broken, kind="Pod")]
         found = Reflector(connection, kind, lambda: None)
         async with beside(found.run()):
             await opened(server)
             assert names(found) == {"good", "bad"}
             (problem,) = found.store[Key("Pod", "n", "bad")].problems
             assert "is not understood" in problem.message
+
+
+async def test_a_server_whose_versions_have_gone_back_is_listed_again_and_nothing_of_before_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reflector, "SHORTEST_S", 0.0)
+    async with following(tmp_path, listed("900", namespace("a", "5", "u"))) as (server, found):
+        watch = await opened(server)
+        await watch.send("DELETED", namespace("a", "1000", "u"))
+        await until(lambda: not found.store)
+        watch.end()
+        watch = await opened(server)
+        assert watch.version == "1000"
+        server.pages[PATH] = [listed("300")]  # restored from a backup: watches from the future are silent
+        watch.end()
+        watch = await opened(server)
+        assert watch.version == "300"
+        await watch.send("ADDED", namespace("a", "310", "v"))
+        await until(lambda: names(found) == {"a"})
+
+
+async def test_a_list_that_never_ends_is_given_up(tmp_path: Path) -> None:
+    async with following(tmp_path, listed("5", namespace("a", "1"), more="x")) as (server, found):
+        await until(lambda: found.problem)
+        assert "again and again" in str(found.problem)
+        assert len(server.asked) < 20
 
 
 async def test_a_page_that_is_too_large_is_asked_for_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,5 +250,5 @@ async def test_a_watch_that_is_closed_at_once_again_and_again_does_not_spin(tmp_
         closing = asyncio.create_task(close_all())
         await asyncio.sleep(1.0)
         closing.cancel()
-        assert 2 <= len(server.asked) <= 12
+        assert 2 <= len(server.asked) <= 24
         assert found.lists == 1

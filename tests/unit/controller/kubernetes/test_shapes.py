@@ -74,9 +74,18 @@ def test_a_pod_without_a_node_is_nobody_and_one_without_an_address_yet_is_somebo
 
 
 def test_ports_of_containers_have_names() -> None:
-    containers = [{"ports": [{"name": "http", "containerPort": 8080}, {"containerPort": 9}]}, {"ports": None}]
-    found = spec("Pod", pod(containers=containers, initContainers=[{"ports": [{"name": "admin", "containerPort": 15000}]}]))
-    assert found["ports"] == {"http": 8080, "admin": 15000}
+    ports = [{"name": "http", "containerPort": 8080}, {"containerPort": 9}, {"name": "dns", "containerPort": 53, "protocol": "UDP"}]
+    containers = [
+        {"ports": ports},
+        {"ports": None},
+        {"ports": [{"name": "http", "containerPort": 9090}, {"name": "dns", "containerPort": 5353}]},
+    ]
+    before = [
+        {"restartPolicy": "Always", "ports": [{"name": "admin", "containerPort": 15000}, {"name": "http", "containerPort": 1}]},
+        {"ports": [{"name": "over", "containerPort": 2}]},
+    ]
+    found = spec("Pod", pod(containers=containers, initContainers=before))
+    assert found["ports"] == {"http/TCP": 8080, "dns/UDP": 53, "dns/TCP": 5353, "admin/TCP": 15000}
 
 
 @pytest.mark.parametrize(

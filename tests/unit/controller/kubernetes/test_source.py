@@ -124,6 +124,34 @@ def test_a_service_without_a_selector_leads_where_its_endpoint_slices_say() -> N
     assert [one.service for one in workload(model, "shop/a").backing] == ["shop/db"]
 
 
+def test_ports_that_several_slices_have_at_one_address_are_put_together_and_nobody_stands_at_a_virtual_address() -> None:
+    def part(name: str, port: str, number: int) -> dict[str, Any]:
+        return {
+            "metadata": meta(name, labels={"kubernetes.io/service-name": "db"}),
+            "ports": [{"name": port, "port": number}],
+            "endpoints": [{"addresses": ["203.0.113.7"]}, {"addresses": ["10.96.0.9"]}],
+        }
+
+    ports = ({"name": "a", "port": 80}, {"name": "b", "port": 443})
+    model = compiled(Service=[service("db", "10.96.0.9", None, *ports)], EndpointSlice=[part("x", "a", 8080), part("y", "b", 8443)])
+    (backing,) = workload(model, "(address)/203.0.113.7").backing
+    assert [(one.service_port, one.target_port) for one in backing.ports] == [(80, 8080), (443, 8443)]
+    assert "workload/(address)/10.96.0.9" not in model.entities
+
+
+def test_a_slice_with_a_nodes_address_leads_to_the_nodes_stand_in() -> None:
+    proxy = pod("proxy", "192.0.2.1", "fd00::1", labels={"app": "proxy"}, hostNetwork=True)
+    item = {
+        "metadata": meta("db-1", labels={"kubernetes.io/service-name": "db"}),
+        "ports": [{"name": "", "port": 5432}],
+        "endpoints": [{"addresses": ["fd00::1"]}],
+    }
+    services = [service("db", "10.96.0.9", None), service("proxy", "10.96.0.8", {"app": "proxy"})]
+    model = compiled(Pod=[proxy], Service=services, EndpointSlice=[item])
+    node = workload(model, "(node)/node-1")
+    assert (list(node.addresses), [one.service for one in node.backing]) == (["192.0.2.1", "fd00::1"], ["shop/db", "shop/proxy"])
+
+
 def test_a_pod_is_in_the_zone_of_its_node() -> None:
     node = {"metadata": {"name": "node-1", "labels": {"topology.kubernetes.io/zone": "z1"}}}
     assert workload(compiled(Node=[node], Pod=[pod("a", "10.1.0.1")]), "shop/a").zone == "z1"
@@ -141,7 +169,7 @@ def test_a_workload_with_the_name_of_a_pod_or_its_address_does_not_take_its_plac
 
 def everything(server: Scripted, **items: list[Any]) -> None:
     for kind, path in PATHS.items():
-        server.pages[path] = [listed("100", *items.get(kind, []))]
+        server.pages[path] = [listed("100", *items.get(kind, []), kind=kind)]
 
 
 async def test_nothing_is_in_force_before_every_kind_has_been_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +184,7 @@ async def test_nothing_is_in_force_before_every_kind_has_been_listed(tmp_path: P
             await until(lambda: mesh.state.problems)
             assert "see the ClusterRole" in str(mesh.state.problems[0])
             assert not mesh.publication.current.serial
-            server.pages[PATHS["AuthorizationPolicy"]] = [listed("100", policy("p", "5", "DENY"))]
+            server.pages[PATHS["AuthorizationPolicy"]] = [listed("100", policy("p", "5", "DENY"), kind="AuthorizationPolicy")]
             await until(lambda: mesh.publication.current.serial)
             assert {"workload/shop/a", "policy/shop/p"} <= mesh.compiled.entities.keys()
             assert mesh.state.problems == ()
@@ -179,19 +207,109 @@ async def test_a_refused_version_keeps_the_last_good_one_and_what_is_deleted_goe
             assert mesh.state.problems == ()
 
 
-@pytest.mark.parametrize("later", [False, True])
-async def test_an_address_that_two_pods_have_is_the_newer_ones(tmp_path: Path, later: bool) -> None:
-    old = pod("old", "10.1.0.1", "fd00::1", deletionTimestamp="x", creationTimestamp="2026-01-01T00:00:09Z")
-    new = pod("new-1", "10.1.0.1", creationTimestamp="2026-01-01T00:00:05Z")
+async def owners(tmp_path: Path, *pods: dict[str, Any]) -> tuple[Mesh, dict[str, list[str]]]:
     async with scripted(tmp_path) as (server, api):
-        everything(server, Pod=[old, new] if later else [new, old])
-        source = KubernetesSource(api)
-        mesh = Mesh(source, authority=False)
+        everything(server, Pod=list(pods))
+        mesh = Mesh(KubernetesSource(api), authority=False)
         async with beside(mesh.watch()):
             await until(lambda: mesh.publication.current.serial)
-        assert list(workload(mesh.compiled, "shop/new-1").addresses) == ["10.1.0.1"]
-        assert list(workload(mesh.compiled, "shop/old").addresses) == ["fd00::1"]
-        assert mesh.state.problems == ()
+    return mesh, {one["metadata"]["name"]: list(workload(mesh.compiled, f"shop/{one['metadata']['name']}").addresses) for one in pods}
+
+
+@pytest.mark.parametrize("later", [False, True])
+async def test_a_pod_that_terminates_leaves_its_address_to_the_one_that_lives(tmp_path: Path, later: bool) -> None:
+    old = pod("old", "10.1.0.1", "fd00::1", deletionTimestamp="x")
+    pods = (old, pod("new-1", "10.1.0.1"))
+    mesh, found = await owners(tmp_path, *(pods if later else reversed(pods)))
+    assert found == {"old": ["fd00::1"], "new-1": ["10.1.0.1"]}
+    assert mesh.state.problems == ()
+
+
+async def test_an_address_that_two_living_pods_have_is_nobodys_until_one_of_them_ends(tmp_path: Path) -> None:
+    mesh, found = await owners(tmp_path, pod("a", "10.1.0.1"), pod("bb", "10.1.0.1", "fd00::2"))
+    assert found == {"a": [], "bb": ["fd00::2"]}
+    assert "10.1.0.1 is said to be the address of shop/a, shop/bb: none of them has it" in str(mesh.state.problems[0])
+
+
+@pytest.mark.parametrize("first", ["a", "z"])
+async def test_of_two_workloads_with_one_address_the_older_one_has_it_in_every_controller(tmp_path: Path, first: str) -> None:
+    def vm(name: str, made: int) -> dict[str, Any]:
+        metadata = meta(name, creationTimestamp=f"2026-01-01T00:00:0{made}Z")
+        return {
+            "apiVersion": "meshagent.io/v1alpha1",
+            "kind": "Workload",
+            "metadata": metadata,
+            "spec": {"node": "n", "addresses": ["10.1.0.1"]},
+        }
+
+    async def winner(came: dict[str, Any], comes: dict[str, Any]) -> list[str]:
+        async with scripted(tmp_path) as (server, api):
+            everything(server, Workload=[came])
+            mesh = Mesh(KubernetesSource(api), authority=False)
+            async with beside(mesh.watch()):
+                await until(lambda: mesh.publication.current.serial)
+                watches = [await server.watches.get() for _ in PATHS]
+                path = [path for path, params in server.asked if "watch" in params].index(PATHS["Workload"])
+                await watches[path].send("ADDED", comes)
+                await until(lambda: mesh.state.refused)
+            return [key.name for key in mesh.state.objects if key.kind == "Workload"]
+
+    a, z = (vm(name, 1 if name == first else 2) for name in ("a", "z"))
+    assert await winner(a, z) == await winner(z, a) == [first]
+
+
+@pytest.mark.parametrize(
+    "answer", [404, {"kind": "Status", "metadata": {}, "status": "Failure"}, {"kind": "AuthorizationPolicyList", "metadata": {}}]
+)
+async def test_no_answer_of_a_server_that_is_not_well_takes_a_policy_out_of_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Any
+) -> None:
+    monkeypatch.setattr(reflector, "MAX_BACKOFF_S", 0.02)
+    monkeypatch.setattr(reflector, "ABSENT_S", 0.02)
+    async with scripted(tmp_path) as (server, api):
+        everything(server, AuthorizationPolicy=[policy("p", "5", "DENY")])
+        mesh = Mesh(KubernetesSource(api), authority=False)
+        async with beside(mesh.watch()):
+            await until(lambda: mesh.publication.current.serial)
+            watches = [await server.watches.get() for _ in PATHS]
+            path = [path for path, params in server.asked if "watch" in params].index(PATHS["AuthorizationPolicy"])
+            server.pages[PATHS["AuthorizationPolicy"]] = [answer]
+            await watches[path].send("ERROR", {"code": 410})
+            await until(lambda: mesh.state.problems)
+            assert "what was known stays in force" in str(mesh.state.problems[0])
+            assert "policy/shop/p" in mesh.compiled.entities
+
+
+async def test_without_the_definitions_of_our_own_kinds_nothing_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reflector, "ABSENT_S", 0.02)
+    async with scripted(tmp_path) as (server, api):
+        everything(server)
+        server.pages[PATHS["AuthorizationPolicy"]] = [404]
+        server.pages[PATHS["HTTPRoute"]] = [404]
+        mesh = Mesh(KubernetesSource(api), authority=False)
+        async with beside(mesh.watch()):
+            await until(lambda: mesh.state.problems)
+            await asyncio.sleep(0.1)
+            assert [problem.kind for problem in mesh.state.problems] == ["AuthorizationPolicy"]
+            assert not mesh.publication.current.serial
+            server.pages[PATHS["AuthorizationPolicy"]] = [listed("100", kind="AuthorizationPolicy")]
+            await until(lambda: mesh.publication.current.serial)
+
+
+async def test_one_that_is_made_again_does_not_inherit_the_last_good_version(tmp_path: Path) -> None:
+    async with scripted(tmp_path) as (server, api):
+        everything(server, AuthorizationPolicy=[policy("p", "5", "ALLOW")])
+        mesh = Mesh(KubernetesSource(api), authority=False)
+        async with beside(mesh.watch()):
+            await until(lambda: "policy/shop/p" in mesh.compiled.entities)
+            watches = [await server.watches.get() for _ in PATHS]
+            path = [path for path, params in server.asked if "watch" in params].index(PATHS["AuthorizationPolicy"])
+            again = policy("p", "7", "ALLO")
+            again["metadata"]["uid"] = UID.format("f")
+            await watches[path].send("DELETED", policy("p", "6", "ALLOW"))
+            await watches[path].send("ADDED", again)
+            await until(lambda: mesh.state.refused)
+            assert "policy/shop/p" not in mesh.compiled.entities
 
 
 async def test_a_workload_that_claims_the_address_of_a_pod_is_refused_even_if_it_came_first(tmp_path: Path) -> None:
