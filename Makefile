@@ -42,11 +42,13 @@ check: setup-dev ## ruff, strict mypy, import contracts, generated code up to da
 	.venv/bin/lint-imports --no-cache
 	scripts/generate --check
 	$(PY) -m deploy.grafana.build --check
+	scripts/render --check
 	promtool check rules deploy/prometheus/rules.yaml
 
-generate: setup-dev ## regenerate meshapi/*_pb2* from the .proto files, and Grafana's dashboards
+generate: setup-dev ## regenerate meshapi/*_pb2* from the .proto files, Grafana's dashboards, and the manifests of the Helm chart
 	scripts/generate
 	$(PY) -m deploy.grafana.build
+	scripts/render
 
 pictures: setup-dev ## pictures of the docs, from real runs of the lab
 	$(ROOT) $(PY) -m tests.pictures

@@ -3,7 +3,8 @@
 The schemas are the files of controller/schemas: CustomResourceDefinitions for our own kinds (deploy/crds points at them), plain structural
 schemas for the standard ones. "Structural" as in Kubernetes: an object with `properties` has no other fields
 (https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/#specifying-a-structural-schema), but where
-the API server would prune an unknown field, this refuses it.
+the API server would prune an unknown field, this refuses it. The rules (CEL) of the CustomResourceDefinitions are for the API server: here
+`controller.checks` says the same, and more.
 """
 
 from __future__ import annotations
@@ -218,24 +219,34 @@ def _kind(content: dict[str, Any], metadata: dict[str, Any]) -> Kind:
     )
 
 
-def _strict(schema: Any) -> Any:
-    """Turn a structural schema of Kubernetes into JSON Schema 2020-12 that allows no other fields."""
-    if isinstance(schema, list):
-        return [_strict(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    out = {
-        name: {field: _strict(value) for field, value in content.items()} if name == "properties" else _strict(content)
-        for name, content in schema.items()
-        if not name.startswith("x-") and name not in {"nullable", "description"}
-    }
+def _strict(schema: Mapping[str, Any], *, closed: bool = True) -> dict[str, Any]:
+    """Turn a structural schema of Kubernetes into JSON Schema 2020-12 that allows no other fields.
+
+    Within allOf, anyOf, oneOf and not (`closed` is false) only values are looked at: which fields there are is said outside.
+    """
+    out: dict[str, Any] = {}
+    for name, content in schema.items():
+        if name.startswith("x-") or name in _NOT_VALIDATION:
+            continue
+        if name == "properties":
+            out[name] = {field: _strict(value, closed=closed) for field, value in content.items()}
+        elif name in {"items", "additionalProperties", "not"} and isinstance(content, dict):
+            out[name] = _strict(content, closed=closed and name != "not")
+        elif name in {"allOf", "anyOf", "oneOf"}:
+            out[name] = [_strict(part, closed=False) for part in content]
+        else:
+            out[name] = content
     if schema.get("x-kubernetes-int-or-string"):
         out["type"] = ["integer", "string"]
     if schema.get("nullable"):
-        out["type"] = [out["type"], "null"]
-    if "properties" in out and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        out["type"] = [*(out["type"] if isinstance(out["type"], list) else [out["type"]]), "null"]
+    if closed and "properties" in out and not schema.get("x-kubernetes-preserve-unknown-fields"):
         out["additionalProperties"] = False
     return out
+
+
+_NOT_VALIDATION: Final = frozenset({"nullable", "description", "default", "format", "example", "title", "externalDocs"})
+"""What JSON Schema does not know, or knows as annotations. Defaults are not filled in: whoever reads a field knows its own."""
 
 
 def _is_integer(_checker: object, instance: object) -> bool:
@@ -286,11 +297,11 @@ def validate(document: Document, origin: str) -> Checked:
         return Checked(_key(kind, name, namespace), None, (problem(("apiVersion",), f'must be "{kind.api_version}" for kind {kind.kind}'),))
     key = _key(kind, name, namespace)
     errors = sorted(kind.validator.iter_errors(value), key=lambda error: [str(part) for part in error.absolute_path])
-    problems = [problem(path, message) for error in errors for path, message in _explain(kind.kind, error)]
-    if not problems:
-        problems = [problem(path, message) for path, message in _name_problems(kind, value)]
-    if not problems:
-        problems = [problem(path, message) for path, message in check(kind.kind, key.namespace if key else "", value)]
+    found = [explained for error in errors for explained in _explain(kind.kind, error)] or _name_problems(kind, value)
+    if all(map(_is_spelling, errors)) and (errors or not found):
+        said = list(check(kind.kind, key.namespace if key else "", value))
+        found = said + [(path, message) for path, message in found if path not in dict(said)]
+    problems = [problem(path, message) for path, message in found]
     if problems or key is None:
         return Checked(key, None, tuple(problems[:MAX_PROBLEMS]) or (problem(("metadata", "name"), "is required"),))
     data = {field: content for field, content in value.items() if field != "status"}
@@ -299,6 +310,11 @@ def validate(document: Document, origin: str) -> Checked:
 
 
 _KEPT: Final = {("spec", "clusterIP"), ("spec", "clusterIPs"), ("spec", "addresses"), ("metadata", "name")}
+
+
+def _is_spelling(error: ValidationError) -> bool:
+    """Is only the spelling of a text wrong? Then the checks can look at the object, and what they say of it is better than a pattern."""
+    return error.validator == "not" or (error.validator == "pattern" and _DURATION not in error.validator_value)
 
 
 def _names(value: Mapping[str, Any]) -> tuple[str, str]:
@@ -364,15 +380,17 @@ def _explain(kind: str, error: ValidationError) -> list[tuple[Path, str]]:  # no
         return [(path, f"must be at most {wanted}, not {value}")]
     if keyword in {"minItems", "minProperties", "minLength"}:
         return [(path, "must not be empty")]
-    if keyword in {"maxItems", "maxLength"}:
-        return [(path, f"must have at most {wanted} {'items' if keyword == 'maxItems' else 'characters'}, not {len(value)}")]
+    if keyword in _COUNTED:
+        return [(path, f"must have at most {wanted} {_COUNTED[keyword]}, not {len(value)}")]
     if keyword == "pattern":
-        if "h|m|s|ms" in wanted:
+        if _DURATION in wanted:
             return [(path, f'{_shown(value)} is not a duration such as "100ms", "5s" or "1h30m" (Gateway API, GEP-2257: no fractions)')]
         return [(path, f"{_shown(value)} does not match {wanted}")]
     return [(path, error.message[:200])]
 
 
+_DURATION: Final = "h|m|s|ms"  # in the pattern of each
+_COUNTED: Final = {"maxItems": "items", "maxProperties": "entries", "maxLength": "characters"}
 _TYPES: Final = {
     "object": "a mapping",
     "array": "a list",
