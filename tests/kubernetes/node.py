@@ -28,6 +28,8 @@ PACKAGES = ("containerd", "runc", "containernetworking-plugins", "busybox-static
 PAUSE, BOX = "registry.test/pause:1", "registry.test/box:1"
 APPLETS = ("sh", "httpd", "wget", "sleep", "nc", "ip", "cat", "touch", "ls", "true")
 START_S = 60.0
+_KUBELET = Path("/var/lib/kubelet")
+"""Sockets of device plugins are there whatever --root-dir says."""
 _CNI_PLUGINS = Path("/usr/lib/cni")
 _PAUSE = """
 #include <signal.h>
@@ -76,6 +78,8 @@ class Node:
     cgroup2: Path
     """The machine's cgroup2 tree, with kubepods below it."""
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _first: bool = False
+    """No kubelet was here before."""
 
     def start(self) -> None:
         """Start containerd with its images, then kubelet; return when the node is ready."""
@@ -116,6 +120,8 @@ class Node:
             if point.startswith(f"{self.directory}/"):
                 subprocess.run(["umount", "-l", point], check=False)
         self._remove_cgroups()
+        if self._first:
+            shutil.rmtree(_KUBELET, ignore_errors=True)
 
     def ctr(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Ask containerd."""
@@ -153,6 +159,7 @@ class Node:
             process.wait(30)
 
     def _prepare(self) -> None:
+        self._first = not _KUBELET.exists()
         missing = [name for name in ("containerd", "runc", "busybox") if shutil.which(name, path="/usr/bin:/usr/sbin:/bin") is None]
         if missing:
             raise Failed(f"{', '.join(missing)} not found: apt-get install --no-install-recommends {' '.join(PACKAGES)}")
