@@ -8,6 +8,7 @@ https://kubernetes.io/docs/reference/using-api/api-concepts/.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Mapping
@@ -22,6 +23,7 @@ from lightkube.core.exceptions import ConfigError
 
 from controller.errors import ControllerError
 
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # which says each request at INFO
 MAX_PAGE: Final = 64 << 20
 """Bytes. Objects may have 1.5 MiB each (etcd's limit), so a page of 500 of those is asked for in parts."""
 MAX_LINE: Final = 8 << 20

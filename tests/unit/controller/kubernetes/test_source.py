@@ -309,7 +309,7 @@ async def test_one_that_is_made_again_does_not_inherit_the_last_good_version(tmp
             await watches[path].send("DELETED", policy("p", "6", "ALLOW"))
             await watches[path].send("ADDED", again)
             await until(lambda: mesh.state.refused)
-            assert "policy/shop/p" not in mesh.compiled.entities
+            await until(lambda: "policy/shop/p" not in mesh.compiled.entities)
 
 
 async def test_a_workload_that_claims_the_address_of_a_pod_is_refused_even_if_it_came_first(tmp_path: Path) -> None:
