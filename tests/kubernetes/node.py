@@ -30,6 +30,7 @@ APPLETS = ("sh", "httpd", "wget", "sleep", "nc", "ip", "cat", "touch", "ls", "tr
 START_S = 60.0
 _KUBELET = Path("/var/lib/kubelet")
 """Sockets of device plugins are there whatever --root-dir says."""
+_FORWARDING = tuple(Path("/proc/sys/net") / name for name in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"))
 _CNI_PLUGINS = Path("/usr/lib/cni")
 _PAUSE = """
 #include <signal.h>
@@ -37,7 +38,8 @@ _PAUSE = """
 static void end(int number) { (void)number; _exit(0); }
 int main(void) { signal(SIGTERM, end); signal(SIGINT, end); for (;;) pause(); }
 """
-_ENTER = 'umount -l /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup; exec "$@"'
+_ENTER = 'umount -l /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup; mkdir -p /run/netns; mount -t tmpfs none /run/netns; exec "$@"'
+"""With /run/netns of its own, too: containerd names pods' namespaces there, and leaves the names behind."""
 _RUNC = """#!/usr/bin/python3 -S
 import json, os, sys
 arguments = sys.argv[1:]
@@ -80,6 +82,8 @@ class Node:
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _first: bool = False
     """No kubelet was here before."""
+    _forwarding: dict[Path, str] = field(default_factory=dict)
+    """As it was: CNI plugins switch it on."""
 
     def start(self) -> None:
         """Start containerd with its images, then kubelet; return when the node is ready."""
@@ -122,6 +126,8 @@ class Node:
         self._remove_cgroups()
         if self._first:
             shutil.rmtree(_KUBELET, ignore_errors=True)
+        for path, value in self._forwarding.items():
+            path.write_text(value)
 
     def ctr(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Ask containerd."""
@@ -160,6 +166,7 @@ class Node:
 
     def _prepare(self) -> None:
         self._first = not _KUBELET.exists()
+        self._forwarding = {path: path.read_text() for path in _FORWARDING}
         missing = [name for name in ("containerd", "runc", "busybox") if shutil.which(name, path="/usr/bin:/usr/sbin:/bin") is None]
         if missing:
             raise Failed(f"{', '.join(missing)} not found: apt-get install --no-install-recommends {' '.join(PACKAGES)}")
@@ -190,6 +197,7 @@ class Node:
             "cgroupsPerQOS": True,
             "enforceNodeAllocatable": [],
             "failSwapOn": False,
+            "makeIPTablesUtilChains": False,
             "containerRuntimeEndpoint": f"unix://{self.directory}/containerd.sock",
             "localStorageCapacityIsolation": False,
             "podLogsDir": str(self.directory / "logs"),

@@ -268,7 +268,7 @@ def test_nodes_are_upgraded_one_by_one_and_controllers_without_a_gap() -> None:
     }
     assert of(FULL, "DaemonSet")["spec"]["updateStrategy"]["rollingUpdate"]["maxUnavailable"] == "10%"
     controller = of(PLAIN, "Deployment")["spec"]
-    assert (controller["replicas"], controller["strategy"]["rollingUpdate"]) == (2, {"maxSurge": 1, "maxUnavailable": 0})
+    assert (controller["replicas"], controller["strategy"]["rollingUpdate"]) == (1, {"maxSurge": 1, "maxUnavailable": 0})
     assert of(PLAIN, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
 
 
