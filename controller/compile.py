@@ -177,17 +177,18 @@ def _selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
 
 def _index_backing(world: _World, out: Compiled) -> None:
     pods = world.of("Pod")
+    hosts = [pod for pod in pods if pod.spec.get("hostNetwork")]
     world.workloads = [*_apart(world, out), *(pod for pod in pods if not pod.spec.get("hostNetwork"))]
     by_label: dict[tuple[str, str, str], list[Object]] = defaultdict(list)
     for workload in world.workloads:
         world.members[workload.key.namespace].append(workload)
         if _is_enrolled(world, workload):
             world.enrolled.add(workload.key.qualified)
-    for workload in (*world.workloads, *(pod for pod in pods if pod.spec.get("hostNetwork"))):
+    for workload in (*world.workloads, *hosts):
         for name, value in workload.labels.items():
             by_label[workload.key.namespace, name, value].append(workload)
     taken = {address for service in world.of("Service") for address in virtual_addresses(service)}
-    standins = endpoints.StandIns(world.workloads, [pod for pod in pods if pod.spec.get("hostNetwork")], taken)
+    standins = endpoints.StandIns(world.workloads, hosts, taken)
     for service in world.of("Service"):
         name = service.key.qualified
         world.services[name] = service

@@ -14,9 +14,9 @@ import logging
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -271,11 +271,3 @@ class Reflector:
         if problem != self.problem:
             self.problem = problem
             self._changed()
-
-
-def counts(reflectors: Mapping[str, Reflector]) -> dict[str, dict[str, Any]]:
-    """How each of them is doing, for status and metrics."""
-    return {
-        name: {"synced": one.synced, "objects": len(one.store), "lists": one.lists, "events": one.events, "ignored": one.ignored}
-        for name, one in reflectors.items()
-    }

@@ -41,11 +41,6 @@ class KubernetesSource:
         self._news = asyncio.Event()
 
     @property
-    def where(self) -> str:
-        """What objects come from, for people."""
-        return f"the API server {self._api.url}"
-
-    @property
     def ready(self) -> bool:
         """Has each kind been listed once?"""
         return all(one.synced for one in self.reflectors.values())

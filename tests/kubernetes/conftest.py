@@ -14,6 +14,12 @@ from tests.kubernetes.controlplane import ControlPlane
 ASSETS = "MESH_KUBERNETES_ASSETS"
 
 
+@pytest.fixture
+def anyio_backend() -> str:
+    """asyncio, as everywhere."""
+    return "asyncio"
+
+
 @pytest.fixture(scope="session")
 def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     """An API server with the mesh's CRDs and nothing else."""

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from controller.documents import parse
-from controller.kubernetes.part import KubernetesPart
-from controller.mesh import Mesh
 from tests.kubernetes.controlplane import ControlPlane
 from tests.kubernetes.test_source import namespace, policy, until
-from tests.kubernetes.test_status import conditions
+from tests.kubernetes.test_status import OWN, conditions, writing
 
 MANIFEST = Path(__file__).parents[2] / "deploy" / "kubernetes" / "meshagent.yaml"
-OWN = "meshagent-system"
 ACCOUNT = f"system:serviceaccount:{OWN}:meshagent-controller"
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    """asyncio, as everywhere."""
-    return "asyncio"
 
 
 def objects(*kinds: str) -> list[dict[str, Any]]:
@@ -44,22 +34,11 @@ def test_the_manifest_is_accepted(plane: ControlPlane) -> None:
 async def test_its_rights_are_enough_for_the_controller_and_no_more(plane: ControlPlane) -> None:
     plane.apply(namespace(OWN), namespace("rights"), policy("rights", "p"))
     plane.apply(*objects("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"))
-    part = KubernetesPart(plane.kubeconfig(ACCOUNT), "", OWN)
-    mesh = Mesh(part.source, authority=False)
-    mesh.looked = part.looked
-    await mesh.start()
-    tasks = [asyncio.create_task(mesh.watch()), asyncio.create_task(part.run())]
-    try:
-        await until(lambda: part.source.ready)
+    async with writing(plane, ACCOUNT) as one:
+        await until(lambda: one.part.source.ready)
         await until(lambda: conditions(plane, "authorizationpolicy", "rights", "p").get("Accepted") == ("True", "Accepted"))
-        assert mesh.state.problems == ()
-        assert part._writer.failed == 0
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await part.stop()
-        await part.source.close()
+        await until(lambda: one.mesh.state.problems == ())  # 429 for a moment: the definitions are new
+        assert one.part._writer.failed == 0
     for verb, what in (
         ("list", "secrets"),
         ("get", "secrets"),

@@ -22,12 +22,6 @@ from tests.kubernetes.controlplane import ControlPlane
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    """asyncio, as everywhere."""
-    return "asyncio"
-
-
 @asynccontextmanager
 async def following(plane: ControlPlane, user: str = "admin") -> AsyncIterator[Mesh]:
     """The mesh of a controller that reads the API server as a user."""
@@ -124,7 +118,7 @@ async def test_an_api_server_that_is_killed_changes_nothing_and_is_taken_up_wher
     monkeypatch.setattr(reflector, "MAX_BACKOFF_S", 1.0)
     plane.apply(namespace("away"), pod("away", "app"))
     async with following(plane) as mesh:
-        await until(lambda: found(mesh, "away/app"))
+        await until(lambda: found(mesh, "away/app") and mesh.publication.current.serial)
         version, entities = mesh.publication.current.version, set(mesh.compiled.entities)
         await asyncio.to_thread(plane.stop)
         await until(lambda: mesh.state.problems)

@@ -20,12 +20,6 @@ pytestmark = pytest.mark.anyio
 OWN = "meshagent-system"
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    """asyncio, as everywhere."""
-    return "asyncio"
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases turn in seconds."""
@@ -38,8 +32,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 class Writing:
     """One controller's mesh with what writes back."""
 
-    def __init__(self, plane: ControlPlane) -> None:
-        self.part = KubernetesPart(plane.kubeconfig(), "", OWN)
+    def __init__(self, plane: ControlPlane, user: str = "admin") -> None:
+        self.part = KubernetesPart(plane.kubeconfig(user), "", OWN)
         self.mesh = Mesh(self.part.source, authority=False)
         self.mesh.looked = self.part.looked
         self.tasks: list[asyncio.Task[None]] = []
@@ -50,18 +44,19 @@ class Writing:
 
     async def stop(self) -> None:
         """As the server does it."""
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await self._end()
         await self.part.stop()
         await self.part.source.close()
 
     async def kill(self) -> None:
         """As a process that ends without a word."""
+        await self._end()
+        await self.part.source.close()
+
+    async def _end(self) -> None:
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        await self.part.source.close()
 
     @property
     def holds(self) -> bool:
@@ -73,8 +68,8 @@ class Writing:
 
 
 @asynccontextmanager
-async def writing(plane: ControlPlane) -> AsyncIterator[Writing]:
-    one = Writing(plane)
+async def writing(plane: ControlPlane, user: str = "admin") -> AsyncIterator[Writing]:
+    one = Writing(plane, user)
     await one.start()
     try:
         yield one
@@ -127,6 +122,7 @@ async def test_a_refused_object_says_why_and_has_an_event(plane: ControlPlane) -
         await until(lambda: "Refused" in plane.kubectl("get", "events.events.k8s.io", "-n", "said", "-o", "json"))
         events = json.loads(plane.kubectl("get", "events.events.k8s.io", "-n", "said", "-o", "json"))["items"]
         assert [(one["regarding"]["name"], one["reportingController"]) for one in events] == [("bad", "meshagent.io/controller")]
+    plane.kubectl("delete", "authorizationpolicy", "bad", "-n", "said")
 
 
 async def test_one_of_two_controllers_writes_and_the_other_takes_over(plane: ControlPlane) -> None:

@@ -17,7 +17,7 @@ from controller.mesh import Mesh
 from controller.objects import Key, Object
 from meshapi import discovery_pb2 as pb
 from tests.tasks import beside, until
-from tests.unit.controller.kubernetes.apiserver import Scripted, listed, scripted
+from tests.unit.controller.kubernetes.apiserver import Scripted, Watch, listed, scripted
 
 pytestmark = pytest.mark.anyio
 UID = "0fe7fc41-8d9c-4d6c-8c9f-d9f0a5b8e0a{}"
@@ -172,6 +172,12 @@ def everything(server: Scripted, **items: list[Any]) -> None:
         server.pages[path] = [listed("100", *items.get(kind, []), kind=kind)]
 
 
+async def watched(server: Scripted, kind: str) -> Watch:
+    """The watch of one kind, once all are open."""
+    watches = [await server.watches.get() for _ in PATHS]
+    return watches[[path for path, params in server.asked if "watch" in params].index(PATHS[kind])]
+
+
 async def test_nothing_is_in_force_before_every_kind_has_been_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reflector, "MAX_BACKOFF_S", 0.02)
     async with scripted(tmp_path) as (server, api):
@@ -197,12 +203,11 @@ async def test_a_refused_version_keeps_the_last_good_one_and_what_is_deleted_goe
         mesh = Mesh(source, authority=False)
         async with beside(mesh.watch()):
             await until(lambda: "policy/shop/p" in mesh.compiled.entities)
-            watches = [await server.watches.get() for _ in PATHS]
-            path = [path for path, params in server.asked if "watch" in params].index(PATHS["AuthorizationPolicy"])
-            await watches[path].send("MODIFIED", policy("p", "6", "DENI"))
+            watch = await watched(server, "AuthorizationPolicy")
+            await watch.send("MODIFIED", policy("p", "6", "DENI"))
             await until(lambda: mesh.state.refused)
             assert mesh.compiled.entities["policy/shop/p"].policy.action == pb.Policy.DENY
-            await watches[path].send("DELETED", policy("p", "7", "DENI"))
+            await watch.send("DELETED", policy("p", "7", "DENI"))
             await until(lambda: "policy/shop/p" not in mesh.compiled.entities)
             assert mesh.state.problems == ()
 
@@ -248,9 +253,8 @@ async def test_of_two_workloads_with_one_address_the_older_one_has_it_in_every_c
             mesh = Mesh(KubernetesSource(api), authority=False)
             async with beside(mesh.watch()):
                 await until(lambda: mesh.publication.current.serial)
-                watches = [await server.watches.get() for _ in PATHS]
-                path = [path for path, params in server.asked if "watch" in params].index(PATHS["Workload"])
-                await watches[path].send("ADDED", comes)
+                watch = await watched(server, "Workload")
+                await watch.send("ADDED", comes)
                 await until(lambda: mesh.state.refused)
             return [key.name for key in mesh.state.objects if key.kind == "Workload"]
 
@@ -271,10 +275,9 @@ async def test_no_answer_of_a_server_that_is_not_well_takes_a_policy_out_of_forc
         mesh = Mesh(KubernetesSource(api), authority=False)
         async with beside(mesh.watch()):
             await until(lambda: mesh.publication.current.serial)
-            watches = [await server.watches.get() for _ in PATHS]
-            path = [path for path, params in server.asked if "watch" in params].index(PATHS["AuthorizationPolicy"])
+            watch = await watched(server, "AuthorizationPolicy")
             server.pages[PATHS["AuthorizationPolicy"]] = [answer]
-            await watches[path].send("ERROR", {"code": 410})
+            await watch.send("ERROR", {"code": 410})
             await until(lambda: mesh.state.problems)
             assert "what was known stays in force" in str(mesh.state.problems[0])
             assert "policy/shop/p" in mesh.compiled.entities
@@ -302,12 +305,11 @@ async def test_one_that_is_made_again_does_not_inherit_the_last_good_version(tmp
         mesh = Mesh(KubernetesSource(api), authority=False)
         async with beside(mesh.watch()):
             await until(lambda: "policy/shop/p" in mesh.compiled.entities)
-            watches = [await server.watches.get() for _ in PATHS]
-            path = [path for path, params in server.asked if "watch" in params].index(PATHS["AuthorizationPolicy"])
+            watch = await watched(server, "AuthorizationPolicy")
             again = policy("p", "7", "ALLO")
             again["metadata"]["uid"] = UID.format("f")
-            await watches[path].send("DELETED", policy("p", "6", "ALLOW"))
-            await watches[path].send("ADDED", again)
+            await watch.send("DELETED", policy("p", "6", "ALLOW"))
+            await watch.send("ADDED", again)
             await until(lambda: mesh.state.refused)
             await until(lambda: "policy/shop/p" not in mesh.compiled.entities)
 
@@ -321,9 +323,8 @@ async def test_a_workload_that_claims_the_address_of_a_pod_is_refused_even_if_it
         mesh = Mesh(source, authority=False)
         async with beside(mesh.watch()):
             await until(lambda: "workload/shop/vm" in mesh.compiled.entities)
-            watches = [await server.watches.get() for _ in PATHS]
-            path = [path for path, params in server.asked if "watch" in params].index(PATHS["Pod"])
-            await watches[path].send("ADDED", pod("a", "10.1.0.1"))
+            watch = await watched(server, "Pod")
+            await watch.send("ADDED", pod("a", "10.1.0.1"))
             await until(lambda: "workload/shop/a" in mesh.compiled.entities)
         assert "workload/shop/vm" not in mesh.compiled.entities
         assert "10.1.0.1 already belongs to Pod shop/a" in str(mesh.state.problems[0])
@@ -336,11 +337,10 @@ async def test_a_burst_of_changes_is_few_reloads(tmp_path: Path) -> None:
         mesh = Mesh(source, authority=False)
         async with beside(mesh.watch()):
             await until(lambda: mesh.publication.current.serial)
-            watches = [await server.watches.get() for _ in PATHS]
-            path = [path for path, params in server.asked if "watch" in params].index(PATHS["Pod"])
+            watch = await watched(server, "Pod")
             before = mesh.publication.current.serial
             for number in range(200):
-                await watches[path].send("ADDED", pod(f"p{number}", f"10.1.1.{number}", uid=UID.format(1)))
+                await watch.send("ADDED", pod(f"p{number}", f"10.1.1.{number}", uid=UID.format(1)))
             await until(lambda: "workload/shop/p199" in mesh.compiled.entities)
             await asyncio.sleep(0.1)
             assert mesh.publication.current.serial - before < 40
