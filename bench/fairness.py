@@ -10,9 +10,10 @@ Each is also done past the waypoint, between two plain pods (`bare`): what the f
 number, and only what is above it is the waypoint's. "apart" has a TrafficPolicy for the flooded service, which gives each calling workload
 eight connections of its own (`limits: {per: Workload, maxConnections: 8}`): what is above waits in the waypoint.
 
-The proxy's workers have a CPU each, and go first there, as do the quiet caller and its server; the floods get what is left. Two busy workers on one CPU would
-take turns by slices, which is the scheduler's fairness and not the waypoint's. The median is reported beside the 99th percentile: what else the machine does
-shows in the latter only.
+The proxy's workers have a CPU each, and go before the floods there; the quiet caller and its server go before the workers. All have real-time priorities: if
+something without one waited for a CPU that the others fill, it would get 50 ms of each second (the fair server, Documentation/scheduler/sched-deadline.rst),
+and every 20th request would measure that. So the programs that keep CPUs awake are stopped while a flood does that. The median is
+reported beside the 99th percentile: what else the machine does shows in the latter only.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +46,8 @@ SECONDS, RATE, CONNECTIONS = 1, 600, 4
 WARM_S = 0.4
 FEWEST = 20
 """Answers; one that waits keeps its connection from asking again, so there are fewer than the rate would have."""
+LAST, SECOND, FIRST = range(machine.PRIORITY, machine.PRIORITY + 3)
+"""Priorities of the floods, of the waypoint, of the quiet ones."""
 BODY_BYTES = 8 << 20
 HOLD = """
 import socket, sys
@@ -99,9 +102,9 @@ def measure(progress: Callable[[str], None]) -> list[Result]:
     """Bring the lab up and measure everything."""
     with testbed(RESOURCES, progress, TOPOLOGY) as bed:
         config = tools.nginx(HTTP).replace("return 200 ok", "client_max_body_size 0; return 200 ok")
-        bed.start_nginx(SERVER, bed.cpus.near, tools.nginx(HTTP), HTTP)
+        _turn(bed.start_nginx(SERVER, bed.cpus.near, tools.nginx(HTTP), HTTP).pid, FIRST)
         for pod in (LOUD_SERVER, PLAIN_SERVER):
-            _fair(bed.start_nginx(pod, bed.cpus.near, config, HTTP).pid)
+            bed.start_nginx(pod, bed.cpus.near, config, HTTP)
         waypoint = bed.lab.status(NODE).get("waypoint", {}).get("pid")
         if not waypoint:
             raise LabError(f"the waypoint of {NODE} does not say its pid")
@@ -110,10 +113,11 @@ def measure(progress: Callable[[str], None]) -> list[Result]:
         body.write_bytes(bytes(BODY_BYTES))
         modes: dict[str, Callable[[], tuple[float, float]]] = {"quiet": partial(_quiet, bed)}
         for name in floods("", body):
-            modes[f"{name} bare"] = partial(_beside, bed, PLAIN_CALLER, floods(PLAIN_SERVER.addresses[0], body)[BARE.get(name, name)])
-            modes[f"{name} waypoint"] = partial(_beside, bed, LOUD, floods(LOUD_VIP, body)[name])
+            beside = partial(_beside, bed, fills=name != "held")
+            modes[f"{name} bare"] = partial(beside, PLAIN_CALLER, floods(PLAIN_SERVER.addresses[0], body)[BARE.get(name, name)])
+            modes[f"{name} waypoint"] = partial(beside, LOUD, floods(LOUD_VIP, body)[name])
             if name in {"connections", "streams", "bodies"}:
-                modes[f"{name} apart"] = partial(_beside, bed, LOUD, floods(APART_VIP, body)[name])
+                modes[f"{name} apart"] = partial(beside, LOUD, floods(APART_VIP, body)[name])
         found = rounds(modes, ROUNDS, progress)
     setup = f"a quiet caller, open loop, {RATE} requests/s over {CONNECTIONS} connections; each worker of the waypoint on a CPU of its own"
     results = []
@@ -128,34 +132,34 @@ def measure(progress: Callable[[str], None]) -> list[Result]:
 
 
 def _workers_apart(pid: int, chosen: machine.Cpus) -> None:
-    """Give each worker of Envoy a CPU, where it goes first; the other threads go where the second is."""
+    """Give each worker of Envoy a CPU; the other threads go where the second is."""
     for task in Path(f"/proc/{pid}/task").iterdir():
         first = (task / "comm").read_text().strip().endswith("worker_0")
         os.sched_setaffinity(int(task.name), {chosen.near if first else chosen.far})
-        os.sched_setscheduler(int(task.name), os.SCHED_RR, os.sched_param(machine.PRIORITY))
+        _turn(int(task.name), SECOND)
 
 
-def _fair(pid: int) -> None:
-    """What belongs to the flood does not go before the quiet ones."""
-    subprocess.run(["chrt", "--other", "--pid", "0", str(pid)], check=True)
+def _turn(task: int, priority: int) -> None:
+    os.sched_setscheduler(task, os.SCHED_RR, os.sched_param(priority))
 
 
 @contextmanager
-def _flooding(bed: Testbed, caller: Pod, argv: list[str]) -> Iterator[None]:
-    command = process.command(seat(caller), ["taskset", "-c", str(bed.cpus.near), *argv])
+def _flooding(bed: Testbed, caller: Pod, argv: list[str], *, fills: bool) -> Iterator[None]:
+    command = process.command(seat(caller), machine.pinned(bed.cpus.near, argv))
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=process.BASE_ENV) as flood:
         try:
             time.sleep(WARM_S)
             if flood.poll() is not None:
                 assert flood.stderr is not None
                 raise LabError(f"{argv[0]} ended at once: {flood.stderr.read().decode()[-300:]}")
-            yield
+            with bed.asleep() if fills else nullcontext():
+                yield
         finally:
             flood.kill()
 
 
-def _beside(bed: Testbed, caller: Pod, argv: list[str]) -> tuple[float, float]:
-    with _flooding(bed, caller, argv):
+def _beside(bed: Testbed, caller: Pod, argv: list[str], *, fills: bool) -> tuple[float, float]:
+    with _flooding(bed, caller, argv, fills=fills):
         return _quiet(bed)
 
 
@@ -163,7 +167,7 @@ def _quiet(bed: Testbed) -> tuple[float, float]:
     """The median and the 99th percentile, microseconds, of what the quiet caller waits."""
     with tempfile.NamedTemporaryFile(dir=bed.directory) as log:
         argv = ["h2load", "--h1", "-c", str(CONNECTIONS), "--rps", str(RATE / CONNECTIONS), "-D", str(SECONDS), "--log-file", log.name]
-        bed.run(CALLER, bed.cpus.near, [*argv, f"http://{QUIET_VIP}:{HTTP}/"])
+        bed.run(CALLER, bed.cpus.near, ["chrt", "--rr", str(FIRST), *argv, f"http://{QUIET_VIP}:{HTTP}/"])
         rows = [line.split("\t") for line in Path(log.name).read_text().splitlines()]
     if any(status != "200" for _, status, *_ in rows) or len(rows) < FEWEST:
         raise tools.ToolFailed(f"h2load: {len(rows)} requests, {sum(status != '200' for _, status, *_ in rows)} of them failed")

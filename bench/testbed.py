@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -81,6 +82,17 @@ class Testbed:
     def busy_seconds(self) -> float:
         """Return CPU seconds that the whole machine has worked, other programs' included, those that keep it awake left out."""
         return busy_seconds() - used_seconds(self._spinners)
+
+    @contextmanager
+    def asleep(self) -> Iterator[None]:
+        """Stop what keeps the CPUs from halting, while something else does."""
+        for pid in self._spinners:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in self._spinners:
+                os.kill(pid, signal.SIGCONT)
 
     def opened(self, source: str, target: str) -> float:
         """Return how many connections between two workloads the kernel programs have counted, at both ends."""
