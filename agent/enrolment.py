@@ -20,6 +20,7 @@ from agent.bpf.datapath import DataPath
 from agent.bpf.tables import NO_TUNNELS, Namespace, Tables
 from agent.config import Config
 from agent.errors import MeshError
+from agent.holding import Holding
 from agent.ids import Ids
 from agent.model import NO_DIRECT, Direct, LocalWorkload, Snapshot, Workload
 from agent.pods import NOT_FOUND, Pod, Pods
@@ -76,6 +77,7 @@ class Enrolment:
         self.tables = Tables(datapath.maps, ids, config.trust_domain, config.node)
         self.acceleration = Acceleration(datapath)
         self.watch = Watch()
+        self.holding = Holding(datapath.maps, config.cgroup)
         self._pods = Pods(config.cgroup)
         self._followed: object = None
         """What was to be watched when that was said last."""
@@ -110,6 +112,7 @@ class Enrolment:
         current = {n.local.netns_cookie for n in namespaces}
         if current != self._held:
             self._release_others(current)
+        self.let_go()
         if changed:
             _log.info("policy in force", extra={"version": snapshot.version, "rows": changed, "workloads": len(namespaces)})
         missing = tuple((name, reason) for name, local in self._sorted() if (reason := local.reason or _deaf(local)))
@@ -200,6 +203,8 @@ class Enrolment:
         for local, mark in fresh:
             self._look(local, mark, bound)
             if local.bound is not None:
+                if local.pod is not None:
+                    self.holding.expect()
                 bound[local.bound.local.netns_cookie] = local.bound
         self._follow()  # also what pods have that were found just now
         return list(bound.values())
@@ -281,6 +286,14 @@ class Enrolment:
     def doubt(self, cookies: Collection[int]) -> None:
         """Have these namespaces bound and linked anew: what was found in force is not what `enforce` left."""
         self.watch.doubt(cookies)
+
+    def let_go(self) -> None:
+        """Let pods that are in the mesh have sockets; not those whose sandbox has ended: it may have a successor, which is not."""
+        self.holding.let_go(
+            local.pod.directory
+            for local in self._local.values()
+            if local.pod is not None and local.bound is not None and local.bound.local.netns_cookie in self._linked and local.pod.lives()
+        )
 
     def close(self) -> None:
         """Close the descriptors; what is in force stays."""

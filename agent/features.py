@@ -13,6 +13,7 @@ from agent.netns import file_system
 
 OLDEST_KERNEL = (5, 15)  # bpf_get_netns_cookie in sock_ops
 SET_RETVAL_KERNEL = (5, 18)  # bpf_set_retval: lets connect() fail with ECONNREFUSED instead of EPERM
+SYSCTL_ANCESTOR_KERNEL = (6, 4)  # bpf_get_current_ancestor_cgroup_id in cgroup/sysctl: kernel/bpf/helpers.c, bpf_base_func_proto
 
 
 def kernel_version(release: str = "") -> tuple[int, int]:
@@ -57,4 +58,5 @@ def cgroup2_mount() -> Path | None:
 
 def compile_flags() -> tuple[str, ...]:
     """Compiler flags for what this kernel has beyond the oldest supported one."""
-    return ("-DMESH_HAVE_SET_RETVAL",) if kernel_version() >= SET_RETVAL_KERNEL else ()
+    newer = {"MESH_HAVE_SET_RETVAL": SET_RETVAL_KERNEL, "MESH_HAVE_SYSCTL_ANCESTOR": SYSCTL_ANCESTOR_KERNEL}
+    return tuple(f"-D{name}" for name, version in newer.items() if kernel_version() >= version)

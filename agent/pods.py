@@ -90,6 +90,11 @@ def places(kubepods: str, uid: str) -> tuple[str, ...]:
     return (*(f"{kubepods}/{prefix}-{each}.slice/{prefix}-{each}-{name}" for each in _CLASSES), f"{kubepods}/{prefix}-{name}")
 
 
+def parents(kubepods: str) -> tuple[str, ...]:
+    """The directories in which cgroups of pods are: `kubepods` and those of the classes of service below it."""
+    return tuple(dict.fromkeys((kubepods, *(os.path.dirname(place) for place in places(kubepods, "")))))  # noqa: PTH120
+
+
 class Pods:
     """The pods below one cgroup2 directory. Not thread-safe."""
 
@@ -115,23 +120,29 @@ class Pods:
         """
         if last.lives() and netns.mark(last.path) == last.mark:
             return last
-        directories = self._directories(uid)
-        if not directories and time.monotonic() >= self._searched_at + SEARCH_S:
-            self.search()
-            directories = self._directories(uid)
+        directories = self.directories(uid)
+        if not directories and self.search_again():
+            directories = self.directories(uid)
         found = [_sandbox(uid, directory, netns.GONE if last.reason else last.mark) for directory in directories]
         if not found:
             return Pod(reason=self._absence(uid))
         return next((pod for pod in found if pod.pid), found[0])
 
-    def _directories(self, uid: str) -> list[str]:
-        """One, but for a moment in which the kubelet was told to use another driver."""
+    def directories(self, uid: str) -> list[str]:
+        """The cgroups of a pod: one, but for a moment in which the kubelet was told to use another driver."""
         return [place for kubepods in self.kubepods for place in places(kubepods, uid) if os.path.isdir(place)]  # noqa: PTH112
 
     def check(self) -> None:
         """Look for `kubepods` at once if it was not there, or is not there any more: something has come or gone."""
         if not self.kubepods or not all(map(os.path.isdir, self.kubepods)):
             self.search()
+
+    def search_again(self) -> bool:
+        """Search, if that was not done just now; False if it was."""
+        if time.monotonic() < self._searched_at + SEARCH_S:
+            return False
+        self.search()
+        return True
 
     def search(self) -> None:
         """Look for `kubepods` on each level below the root, until one has it."""

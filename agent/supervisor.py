@@ -277,6 +277,7 @@ class Supervisor:
                 }
             )
         finally:
+            self._enrolment.holding.end()
             self._metrics.stop()
             self._probe.close()
 
@@ -490,12 +491,13 @@ class Supervisor:
         try:
             while True:
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await within(news.wait(), EAGER_POLL_S if watch.eager else NAMESPACE_POLL_S)
+                    await within(news.wait(), EAGER_POLL_S if watch.eager or self._enrolment.holding.attentive else NAMESPACE_POLL_S)
                 news.clear()
                 try:
                     async with self._enforcing:
                         if self._snapshot is not None and self._enrolment.namespaces_changed(self._probe.extend(self._snapshot)):
                             await self._bring_into_force(self._snapshot)
+                        self._enrolment.let_go()
                 except MeshError as error:
                     _log.error(
                         "a changed namespace could not be brought into force; the previous state stays", extra={"reason": str(error)}
@@ -547,6 +549,7 @@ class Supervisor:
     async def _heartbeat(self) -> None:
         while True:
             self._beat = time.monotonic()
+            self._enrolment.holding.beat(one.pod_uid for one in self._residents.values() if one.pod_uid and not one.enrolled)
             await asyncio.sleep(HEARTBEAT_S)
 
     @property

@@ -22,3 +22,4 @@
 #include "mesh_sockops.c"
 #include "mesh_sockopt.c"
 #include "mesh_sk_lookup.c"
+#include "mesh_hold.c"

@@ -78,7 +78,9 @@ enum mesh_counter {
 	MESH_COUNT_KERNEL_SOCKET = 10,    /* a kernel thread's connection inside an enrolled namespace, left alone */
 	MESH_COUNT_FAIL_OPEN = 11,        /* a connection that went past an absent waypoint: MESH_SERVICE_FAIL_OPEN */
 	MESH_COUNT_EVENT_UNLOGGED = 12,   /* more ends of logged connections than MESH_LOGGED_PER_SECOND on one CPU */
-	MESH_COUNT_MAX = 13,
+	MESH_COUNT_SOCKET_HELD = 13,      /* a socket refused to a pod that waits for the agent: mesh_hold.c */
+	MESH_COUNT_SANDBOX_REFUSED = 14,  /* a pod that could not be held: the agent is away, or mesh_held full */
+	MESH_COUNT_MAX = 15,
 };
 
 #define MESH_WORKLOAD_ENFORCE_INBOUND 1u /* L7 policy is enforced at the receiver even for connections from a local waypoint */

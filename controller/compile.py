@@ -454,7 +454,7 @@ def _workload(world: _World, out: Compiled, workload: Object) -> pb.Workload:
         labels=dict(workload.labels),
         addresses=workload_addresses(workload),
         network_namespace=spec.get("networkNamespace", ""),
-        pod_uid=spec.get("podUid", "") if enrolled else "",
+        pod_uid=spec.get("podUid", ""),
         enrolled=enrolled,
         ready=spec.get("ready", True),
         backing=[pb.Backing(service=found, ports=world.ports[found, name]) for found in (one.key.qualified for one in world.backed[name])],

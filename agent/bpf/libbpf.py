@@ -27,12 +27,14 @@ _BATCH_BYTES = 4 << 20
 _LINK_NETNS = 5  # include/uapi/linux/bpf.h, enum bpf_link_type
 
 ATTACH_TYPES = {  # include/uapi/linux/bpf.h, enum bpf_attach_type
+    "cgroup_inet_sock_create": 2,
     "cgroup_sock_ops": 3,
     "sk_msg_verdict": 7,
     "cgroup_inet4_connect": 10,
     "cgroup_inet6_connect": 11,
     "cgroup_udp4_sendmsg": 14,
     "cgroup_udp6_sendmsg": 15,
+    "cgroup_sysctl": 18,
     "cgroup_udp4_recvmsg": 19,
     "cgroup_udp6_recvmsg": 20,
     "cgroup_getsockopt": 21,

@@ -98,7 +98,9 @@ class Counter(enum.IntEnum):
     KERNEL_SOCKET = 10
     FAIL_OPEN = 11
     EVENT_UNLOGGED = 12
-    MAX = 13
+    SOCKET_HELD = 13
+    SANDBOX_REFUSED = 14
+    MAX = 15
 
 
 _ENUMS: dict[str, tuple[str, type[enum.IntEnum]]] = {
@@ -154,6 +156,8 @@ PROGRAMS = (
     Program("mesh_getpeername4", "cgroup_sock_addr", 18, "cgroup_inet4_getpeername", "node"),
     Program("mesh_getpeername6", "cgroup_sock_addr", 18, "cgroup_inet6_getpeername", "node"),
     Program("mesh_sockops", "sock_ops", 13, "cgroup_sock_ops", "node"),
+    Program("mesh_sysctl", "cgroup_sysctl", 23, "cgroup_sysctl", "node"),
+    Program("mesh_socket", "cgroup_sock", 9, "cgroup_inet_sock_create", "node"),
     Program("mesh_listen", "sock_ops", 13, "cgroup_sock_ops", "waypoint"),
     Program("mesh_getsockopt", "cgroup_sockopt", 25, "cgroup_getsockopt", "waypoint"),
     Program("mesh_sk_msg", "sk_msg", 16, "sk_msg_verdict", "peers"),
