@@ -46,7 +46,7 @@ class Suite:
 
 _DATAPATH = tuple(
     f"tests/kernel/test_{name}.py"
-    for name in ("connect", "receiver", "udp", "egress", "balance", "policy", "tunnel", "waypoint_namespaces")
+    for name in ("connect", "receiver", "udp", "egress", "balance", "policy", "tunnel", "waypoint_namespaces", "holding")
 )
 _RESTART = ("tests/kernel/test_restart.py",)
 
