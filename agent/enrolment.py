@@ -20,7 +20,7 @@ from agent.bpf.datapath import DataPath
 from agent.bpf.tables import NO_TUNNELS, Namespace, Tables
 from agent.config import Config
 from agent.errors import MeshError
-from agent.holding import Holding
+from agent.holding import Holding, number
 from agent.ids import Ids
 from agent.model import NO_DIRECT, Direct, LocalWorkload, Snapshot, Workload
 from agent.pods import NOT_FOUND, Pod, Pods
@@ -60,6 +60,8 @@ class _Local:
     reason: str = ""
     """Why it is missing."""
     loopback: bool = False
+    number: int = 0
+    """Of a pod that was bound: the id of its cgroup."""
 
     @property
     def path(self) -> str:
@@ -225,6 +227,7 @@ class Enrolment:
                 raise
             self.watch.add(seen.cookie, seen.notices, process)
             local.loopback = seen.loopback
+            local.number = number(local.pod.directory) if local.pod is not None else 0
             effective = _effective(local.workload, seen.addresses)
             local.bound, local.mark = Namespace(LocalWorkload(effective, seen.cookie, str(path)), seen.addresses), mark
         except (OSError, MeshError) as error:
@@ -289,10 +292,18 @@ class Enrolment:
 
     def let_go(self) -> None:
         """Let pods that are in the mesh have sockets; not those whose sandbox has ended: it may have a successor, which is not."""
+        held = self.holding.held()
+        if not held or not self._datapath.in_force:
+            return
         self.holding.let_go(
-            local.pod.directory
+            local.number
             for local in self._local.values()
-            if local.pod is not None and local.bound is not None and local.bound.local.netns_cookie in self._linked and local.pod.lives()
+            if local.number in held
+            and local.pod is not None
+            and local.bound is not None
+            and local.mark == local.pod.mark
+            and local.bound.local.netns_cookie in self._linked
+            and local.pod.lives()
         )
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """Pods that have no sockets until they are in the mesh: bpf_src/mesh_hold.c holds them back, and this lets go of them.
 
 Owned by `agent.enrolment`. The programs refuse such a pod its sandbox as long as nobody writes here that there is an agent; they are in force without one, too.
-A pod that is held and of which the controller has not said whether it is in the mesh stays held: it waits, as it would for an agent.
+An agent whose controller is away is none, because it would never hear of a new pod. A pod that is held stays so until the controller has said whether it is
+in the mesh: it waits, as it would for an agent.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ _log = logging.getLogger(__name__)
 
 SOON_S = 2.0
 """A pod that was bound may be held a moment later: its sandbox is prepared, and then it starts."""
+OUTSIDE_S = 2.0
+"""How long a pod is held of which the controller says that it is not in the mesh. The API server thought otherwise when it marked the pod, and the controller
+may not have heard yet why: pods and namespaces are two streams."""
 LONG_S = 10.0
 """A pod that is held for longer is reported."""
 _ID = struct.Struct("=Q")
@@ -38,63 +42,65 @@ class Holding:
 
     @property
     def attentive(self) -> bool:
-        """Is somebody held, or may be in a moment?"""
+        """May somebody be held in a moment, who is in the mesh already?"""
         return time.monotonic() < self._until
 
     def expect(self) -> None:
         """Pods have come into the mesh."""
         self._until = time.monotonic() + SOON_S
 
-    def let_go(self, pods: Iterable[str]) -> None:
-        """Let go of the pods with these cgroups. `pods` is not looked at while nobody is held."""
-        held = self._read()
-        if held:
-            self._release(number for path in pods if (number := _number(path)) in held)
-            self.expect()
+    def held(self) -> dict[int, int]:
+        """Since when, nanoseconds of CLOCK_MONOTONIC, by the id of the pod's cgroup."""
+        return {_ID.unpack(key)[0]: _ID.unpack(value[0])[0] for key, value in self._held.items()}
 
-    def beat(self, outside: Iterable[str]) -> None:
-        """Say that the agent is here, and look after who is held; once a second. `outside`: UIDs of pods of this node that are not in the mesh."""
-        if not self._pods.kubepods or not all(map(os.path.isdir, self._pods.kubepods)):
-            self._pods.search_again()
-        directories = [path for kubepods in self._pods.kubepods for path in parents(kubepods)]
-        known = {_ID.pack(number): path for path in directories if (number := _number(path))}
+    def let_go(self, pods: Iterable[int]) -> None:
+        """Let go of pods, by the ids of their cgroups."""
+        self._held.remove(map(_ID.pack, pods))
+
+    def beat(self, outside: Iterable[str], *, served: bool = True) -> None:
+        """Say that the agent is here, and look after who is held; once a second.
+
+        `outside`: UIDs of pods of this node that are not in the mesh; `served`: there is a controller that says so. Raises OSError or MeshError.
+        """
+        self._pods.search_again()
+        known = self._places()
         self._kubepods.prune(known.keys())
         for key in known:
             self._kubepods.put(key, bytes(4))
-        if known:
-            self._alive.put(bytes(4), _ID.pack(time.monotonic_ns()))
-        if not self._read():
-            return
-        self._release(_number(path) for uid in outside for path in self._pods.directories(uid))
-        present = {entry.inode(): entry.name for path in known.values() for entry in _entries(path)}
-        self._release(number for number in self._read() if number not in present)
-        self._report(present)
+        self._alive.put(bytes(4), _ID.pack(time.monotonic_ns()) if known and served else _ENDED)
+        held = self.held()
+        if held:
+            self._look_after(held, outside, known)
+
+    def _places(self) -> dict[bytes, str]:
+        """The directories that have pods in them, by id. Nothing if one is missing: what is below it would be taken for it."""
+        directories = [path for kubepods in self._pods.kubepods for path in parents(kubepods)]
+        found = {_ID.pack(here): path for path in directories if (here := number(path))}
+        return found if len(found) == len(directories) else {}
+
+    def _look_after(self, held: dict[int, int], outside: Iterable[str], known: Mapping[bytes, str]) -> None:
+        now = time.monotonic_ns()
+        present = {entry.inode(): entry.path for path in known.values() for entry in _entries(path)}
+        settled = {one for one, since in held.items() if now - since > OUTSIDE_S * 1e9}
+        named = {number(path) for uid in outside for path in self._pods.directories(uid)}
+        gone = {one for one in held if known and (one not in present or _ID.pack(one) in known)}
+        self.let_go(gone | settled & named | {one for one in settled & present.keys() if self._pods.in_nodes_network(present[one])})
+        self._reported &= held.keys()
+        for one, since in self.held().items():
+            if one not in self._reported and now - since > LONG_S * 1e9:
+                self._reported.add(one)
+                _log.warning(
+                    "a pod is held back, without sockets: it is to be in the mesh, and the controller has not said so, or it cannot be enrolled;"
+                    " 'meshagent status' knows the reason of the latter, the controller's log of the former",
+                    extra={"cgroup": present.get(one, "")},
+                )
 
     def end(self) -> None:
         """Say that there is no agent from now on."""
         self._alive.put(bytes(4), _ENDED)
 
-    def _read(self) -> dict[int, int]:
-        """Since when, nanoseconds of CLOCK_MONOTONIC, by the number of the cgroup."""
-        return {_ID.unpack(key)[0]: _ID.unpack(value[0])[0] for key, value in self._held.items()}
 
-    def _release(self, numbers: Iterable[int]) -> None:
-        self._held.remove(map(_ID.pack, numbers))
-
-    def _report(self, present: Mapping[int, str]) -> None:
-        held = self._read()
-        self._reported &= held.keys()
-        for number, since in held.items():
-            if number not in self._reported and time.monotonic_ns() - since > LONG_S * 1e9:
-                self._reported.add(number)
-                _log.warning(
-                    "a pod is held back, without sockets: it is to be in the mesh, and the controller has not said so, or it cannot be enrolled;"
-                    " 'meshagent status' knows the reason of the latter, the controller's log of the former",
-                    extra={"cgroup": present.get(number, "")},
-                )
-
-
-def _number(path: str) -> int:
+def number(path: str) -> int:
     """The id of a cgroup, as programs see it: its inode (fs/kernfs, kernfs_ino); 0 if it is gone."""
     try:
         return os.stat(path).st_ino  # noqa: PTH116

@@ -132,6 +132,11 @@ class Pods:
         """The cgroups of a pod: one, but for a moment in which the kubelet was told to use another driver."""
         return [place for kubepods in self.kubepods for place in places(kubepods, uid) if os.path.isdir(place)]  # noqa: PTH112
 
+    @staticmethod
+    def in_nodes_network(directory: str) -> bool:
+        """Is the sandbox of the pod with this cgroup in the node's own network namespace?"""
+        return _sandbox("", directory, netns.GONE).mark in _nodes_own()
+
     def check(self) -> None:
         """Look for `kubepods` at once if it was not there, or is not there any more: something has come or gone."""
         if not self.kubepods or not all(map(os.path.isdir, self.kubepods)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -111,6 +112,28 @@ class Judge:
         rule = rules.get(decision.verdict, "")
         return Forbidden(found, source, destination, rule, pooled and decision.verdict is Verdict.WAYPOINT) if rule else None
 
+    def older(self, found: LiveSocket, local: LocalWorkload, *, inbound: bool) -> Forbidden | None:
+        """The same for one that began before its workload was in the mesh: nobody has vouched for who it is from but the network."""
+        here, there = found.ends
+        if ipaddress.ip_address(addresses.text(there[0])).is_loopback:
+            return None
+        other = self._snapshot.workloads.get(self._who(there[0]))
+        name = other.name if other is not None else addresses.text(there[0])
+        if inbound:
+            source, target, caller, port = name, local.workload, self._caller(other, there[0]), here[1]
+            if target.mtls_of(port) is Mtls.STRICT and name not in self._local:
+                return Forbidden(found, source, target.name, "STRICT: plaintext from outside this node")
+        elif other is None or not other.enrolled:
+            return None
+        else:
+            source, target, caller, port = local.workload.name, other, self._caller(local.workload, there[0]), there[1]
+        if source == target.name:
+            return None
+        decision = self._decide(target, caller, port)
+        rules = {Verdict.DENY: decision.rule, Verdict.WAYPOINT: f"{decision.rule}: {_UNREAD}"}
+        rule = rules.get(decision.verdict, "")
+        return Forbidden(found, source, target.name, rule) if rule else None
+
     def _unread(self, found: LiveSocket, workload: Workload, port: int) -> Forbidden | None:
         """What the waypoint hands on from a tunnel to an application without reading it. Who is at the far end is not known here."""
         policies = [policy for policy in protecting(workload, self._snapshot) if policy.action is not Action.AUDIT]
@@ -152,6 +175,8 @@ class Revocation:
         self._rules: Rules | None = None
         self._pooled: dict[int, float] = {}
         """Connections that a waypoint may have in a pool, by the socket's cookie: when they were first found (time.monotonic)."""
+        self._fresh: set[int] = set()
+        """Namespaces in which nobody has looked yet for connections that are older than their workload's place in the mesh."""
         self._taken = True
         """Has Envoy taken what the last change that may forbid a connection led to?"""
         self.closed = 0
@@ -163,6 +188,10 @@ class Revocation:
         """Say what is in force in the kernel now. Cheap: connections are looked at only if this may forbid one."""
         before, self._rules = self._rules, rules
         known, reading = (before.snapshot, before.enforce_inbound) if before else (None, frozenset[str]())
+        fresh = _cookies(rules) - (_cookies(before) if before else set())
+        self._fresh |= fresh
+        if fresh and not self._config.keep_connections:
+            self._wanted.set()
         if not self._config.keep_connections and (affects(known, rules.snapshot) or rules.enforce_inbound - reading):
             self._taken = False
             self._wanted.set()
@@ -194,17 +223,20 @@ class Revocation:
         if rules is None:
             return 0
         now = time.monotonic()
-        judge = Judge(rules, self._config, self._ids, self._who, _inode(self._config.waypoint_cgroup))
+        waypoint = _inode(self._config.waypoint_cgroup)
+        judge = Judge(rules, self._config, self._ids, self._who, waypoint)
         pooled: dict[int, float] = {}
         seen: set[frozenset[tuple[bytes, int]]] = set()
+        looked: set[int] = set()
         self.problem = ""
         for local in rules.enrolled.local:
             try:
-                found = [f for s in self._sockets.dump(Path(local.netns_path)) if (f := judge.forbidden(s, local))]
+                found = self._forbidden(judge, local, waypoint)
                 since = {f.socket.cookie: self._pooled.get(f.socket.cookie, now) for f in found if f.pooled}
                 spared = {cookie: first for cookie, first in since.items() if now - first < LET_GO_S}
                 pooled |= spared
                 found = [f for f in found if f.socket.cookie not in spared]
+                looked.add(local.netns_cookie)
                 for one in self._close(Path(local.netns_path), found):
                     ends = frozenset(one.socket.ends)
                     if ends in seen:  # the other end, which a reset has not reached yet
@@ -221,6 +253,7 @@ class Revocation:
                 pooled |= {cookie: first for cookie, first in self._pooled.items() if now - first < 2 * LET_GO_S}
                 _log.debug("connections of a namespace were not looked at", extra={"workload": local.workload.name, "reason": str(error)})
         self._pooled = pooled
+        self._fresh -= looked
         if self.problem:
             _log.error(self.problem)
         if len(seen) > _NAMED:
@@ -229,6 +262,13 @@ class Revocation:
             )
         self.closed += len(seen)
         return len(seen)
+
+    def _forbidden(self, judge: Judge, local: LocalWorkload, waypoint: int) -> list[Forbidden]:
+        namespace = Path(local.netns_path)
+        found = [f for s in self._sockets.dump(namespace) if (f := judge.forbidden(s, local))]
+        if local.netns_cookie in self._fresh:
+            found += [f for s, inbound in self._sockets.older(namespace, waypoint) if (f := judge.older(s, local, inbound=inbound))]
+        return found
 
     def _close(self, namespace: Path, found: list[Forbidden]) -> Iterator[Forbidden]:
         """Those that were closed; raises KernelRefused after all of them if one cannot be."""
@@ -251,6 +291,10 @@ class Revocation:
     def _who(self, address: bytes) -> str:
         rows = self._addresses.get(address)
         return self._ids.name(self._addresses.layout.value.unpack(rows[0])["id"]) if rows else ""
+
+
+def _cookies(rules: Rules) -> set[int]:
+    return {local.netns_cookie for local in rules.enrolled.local}
 
 
 def _inode(path: Path) -> int:

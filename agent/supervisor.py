@@ -240,6 +240,7 @@ class Supervisor:
         self.datapath.attach(self._config.waypoint_cgroup)
         self.datapath.forget_other_versions()
         self._held_back = False
+        self._enrolment.let_go()
 
     async def _serve(self) -> None:
         events = Events(self.datapath.maps["mesh_events"], self.ids, self._on_event, expected=probe.NAME)
@@ -277,9 +278,9 @@ class Supervisor:
                 }
             )
         finally:
-            self._enrolment.holding.end()
             self._metrics.stop()
             self._probe.close()
+            self._enrolment.holding.end()
 
     async def apply(self, snapshot: Snapshot) -> None:
         """Bring a new `snapshot` into force; on failure the previous one stays. Called by the discovery client."""
@@ -498,7 +499,7 @@ class Supervisor:
                         if self._snapshot is not None and self._enrolment.namespaces_changed(self._probe.extend(self._snapshot)):
                             await self._bring_into_force(self._snapshot)
                         self._enrolment.let_go()
-                except MeshError as error:
+                except (MeshError, OSError) as error:
                     _log.error(
                         "a changed namespace could not be brought into force; the previous state stays", extra={"reason": str(error)}
                     )
@@ -549,8 +550,16 @@ class Supervisor:
     async def _heartbeat(self) -> None:
         while True:
             self._beat = time.monotonic()
-            self._enrolment.holding.beat(one.pod_uid for one in self._residents.values() if one.pod_uid and not one.enrolled)
+            self._hold()
             await asyncio.sleep(HEARTBEAT_S)
+
+    def _hold(self) -> None:
+        outside = [one.pod_uid for one in self._residents.values() if one.pod_uid and not one.enrolled]
+        try:
+            self._enrolment.holding.beat(outside, served=self._discovery.state.connected)
+            self._enrolment.let_go()
+        except (MeshError, OSError) as error:
+            _log.error("pods that are held back cannot be looked after; new ones wait", extra={"reason": str(error)})
 
     @property
     def _secured(self) -> bool:

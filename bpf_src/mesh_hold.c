@@ -24,10 +24,10 @@ static __always_inline bool mesh_agent_is_here(void)
 	return last && *last && bpf_ktime_get_ns() - *last < MESH_AWAY_NS;
 }
 
-/* Takes the pod of the running process into mesh_held. False if there is no room. */
+/* Takes the pod of the running process into mesh_held; true also if there is none. False if there is no room, or the pod too deep to be found. */
 static __always_inline bool mesh_hold(void)
 {
-	bool below = false, held = true;
+	bool below = false;
 #ifdef MESH_HAVE_SYSCTL_ANCESTOR
 	u64 id, now = bpf_ktime_get_ns();
 	u32 level;
@@ -40,12 +40,11 @@ static __always_inline bool mesh_hold(void)
 			below = true;
 			mesh_keep_branch(); /* or clang makes it an OR of pointers */
 		} else if (below) {
-			held = !mesh_held.update(&id, &now);
-			break;
+			return !mesh_held.update(&id, &now);
 		}
 	}
 #endif
-	return held;
+	return !below;
 }
 
 int mesh_sysctl(struct bpf_sysctl *ctx)

@@ -88,6 +88,8 @@ class DataPath:
         self.maps: dict[str, Map] = {}
         self.awaits_tables = False
         """True if programs are in force that decide by other tables than those that are open here: these must be filled before `attach`."""
+        self.in_force = False
+        """Do these programs decide now, everywhere?"""
         self.loader_s = 0.0
         """How long the loader child took; 0 if the pins of an earlier run served."""
 
@@ -146,6 +148,7 @@ class DataPath:
         """Link every program to its cgroup, which must exist, and to every namespace; other programs of ours that are in force hand over to these."""
         if not self._pending:
             self._link_all(self.pins.programs, waypoint_cgroup)
+            self.in_force = True
             return
         started = time.monotonic()
         carried = added = 0
@@ -167,10 +170,7 @@ class DataPath:
         }
         for migration in self._migrations:
             migration.close()
-        self._migrations, self._pending, self.awaits_tables = [], False, False
-        for link in self._links_dir.glob("mesh_*"):
-            if link.name.partition("-")[0] not in {program.name for program in PROGRAMS}:
-                link.unlink()  # of a program that is no more
+        self._migrations, self._pending, self.awaits_tables, self.in_force = [], False, False, True
         _log.info(
             "other programs have taken over",
             extra={
@@ -261,6 +261,9 @@ class DataPath:
     def forget_other_versions(self) -> None:
         """Remove pins of programs and maps that nothing of ours uses any more; call it after `attach`. Only this ends a change of versions."""
         sets.sweep_checks(self._config)
+        for link in self._links_dir.glob("mesh_*"):
+            if link.name.partition("-")[0] not in {program.name for program in PROGRAMS}:
+                link.unlink()  # of a program that is no more
         current = {self.pins.maps, self.pins.programs, self._links_dir}
         for directory in self._config.pin_dir.iterdir():
             if directory not in current and directory.name.startswith(("maps-", "programs-")):

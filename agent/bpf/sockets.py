@@ -39,7 +39,7 @@ _PAIR_END = 12  # offsetof(struct mesh_pair_key, end); a byte of it is enough
 _MAPPED = bytes(10) + b"\xff\xff"
 
 # include/net/tcp_states.h
-ESTABLISHED, SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING = 1, 2, 4, 5, 8, 9, 11
+ESTABLISHED, SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING = 1, 2, 4, 5, 8, 9, 10, 11
 _STATES = sum(1 << s for s in (ESTABLISHED, SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING))
 _FIN_RECEIVED = frozenset({CLOSE_WAIT, LAST_ACK, CLOSING})
 
@@ -60,6 +60,9 @@ class Record(NamedTuple):
     redirected: int
     protocol: int
     accelerated: int
+
+
+NO_RECORD = Record._make([0] * len(Record._fields))
 
 
 class LiveSocket(NamedTuple):
@@ -126,18 +129,28 @@ class Sockets:
 
         Each is described as it is at some moment while this runs. One that begins or ends meanwhile may be missing.
         """
+        return (found for found in self._ask(namespace, _STATES) if found.record is not NO_RECORD)
+
+    def older(self, namespace: Path, waypoint: int) -> Iterator[tuple[LiveSocket, bool]]:
+        """The connections in `namespace` that have none: they began before it was in the mesh; True with those that came in. Raises OSError.
+
+        `waypoint` is the inode of Envoy's cgroup: its connections, and the applications' ends of those, are left out.
+        """
+        found = list(self._ask(namespace, _STATES | 1 << LISTEN))
+        listening = {one.ends[0][1] for one in found if one.state == LISTEN}
+        own = {one.ends[::-1] for one in found if waypoint and one.cgroup == waypoint}
+        for one in found:
+            if one.record is NO_RECORD and one.state != LISTEN and one.cgroup != waypoint and one.ends not in own:
+                yield one, one.ends[0][1] in listening
+
+    def _ask(self, namespace: Path, states: int) -> Iterator[LiveSocket]:
         with _open(namespace) as diag:
             for family in (socket.AF_INET, socket.AF_INET6):
-                yield from self._ask(diag, family)
+                request = _REQUEST.pack(family, socket.IPPROTO_TCP, 1 << (_INET_DIAG_INFO - 1), states, bytes(48)) + self._wanted
+                for start, end, buffer in netlink.exchange(diag, "list connections", _SOCK_DIAG_BY_FAMILY, netlink.DUMP, request):
+                    yield self._parse(buffer, start, end)
 
-    def _ask(self, diag: socket.socket, family: int) -> Iterator[LiveSocket]:
-        request = _REQUEST.pack(family, socket.IPPROTO_TCP, 1 << (_INET_DIAG_INFO - 1), _STATES, bytes(48)) + self._wanted
-        for start, end, buffer in netlink.exchange(diag, "list connections", _SOCK_DIAG_BY_FAMILY, netlink.DUMP, request):
-            found = self._parse(buffer, start, end)
-            if found:
-                yield found
-
-    def _parse(self, buffer: memoryview, start: int, end: int) -> LiveSocket | None:
+    def _parse(self, buffer: memoryview, start: int, end: int) -> LiveSocket:
         info = record = joined = mark = cgroup = 0
         at = start + _MESSAGE
         while at < end:
@@ -152,9 +165,9 @@ class Sockets:
             elif kind == _INET_DIAG_CGROUP_ID:
                 (cgroup,) = _CGROUP.unpack_from(buffer, at + 4)
             at += (length + 3) & ~3
-        if not record or not info:
-            return None
         family, state, ident = _ENDS.unpack_from(buffer, start)
+        if not record or not info:
+            return LiveSocket(family, state, ident, 0, 0, 0, 0, NO_RECORD, mark, cgroup)
         rtt, retransmits, acked, received = _INFO.unpack_from(buffer, info)
         known = Record._make(self._record(buffer, record))
         sent = acked - (known.direction != Direction.INBOUND) - (state == FIN_WAIT2) if known.established_ns else 0
