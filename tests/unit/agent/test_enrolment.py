@@ -106,6 +106,17 @@ class World:
         self.log.append(("check",))
 
 
+class NobodyHeld:
+    """Pods are not held back here."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def held(self) -> dict[int, int]:
+        return {}
+
+    def expect(self) -> None: ...
+
+
 class Watch:
     """A watch to which nobody tells anything but the test, through `doubt`."""
 
@@ -149,6 +160,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     made = World(tmp_path)
     monkeypatch.setattr(enrolment, "Tables", lambda *_: made)
     monkeypatch.setattr(enrolment, "Watch", lambda: Watch(made))
+    monkeypatch.setattr(enrolment, "Holding", NobodyHeld)
     monkeypatch.setattr(enrolment, "Pods", lambda _: made)
     monkeypatch.setattr(netns, "mark", made.mark)
     monkeypatch.setattr(netns, "look", made.look)

@@ -26,6 +26,7 @@ DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "helm/meshagent"
 RENDERED = ROOT / "tests/kubernetes/rendered"
 NAMESPACE = "meshagent-system"
+HOLDING = ("MutatingAdmissionPolicy", "MutatingAdmissionPolicyBinding")
 Node = dict[str, Any]
 
 
@@ -88,8 +89,10 @@ def test_the_plain_manifest_has_each_object_once_and_nothing_else() -> None:
         "Service": 2,
         "PodDisruptionBudget": 1,
         "NetworkPolicy": 1,
+        "MutatingAdmissionPolicy": 1,
+        "MutatingAdmissionPolicyBinding": 2,
     }
-    cluster_wide = {"Namespace", "CustomResourceDefinition", "ClusterRole", "ClusterRoleBinding"}
+    cluster_wide = {"Namespace", "CustomResourceDefinition", "ClusterRole", "ClusterRoleBinding", *HOLDING}
     assert {namespace for kind, namespace, _ in names if kind not in cluster_wide} == {NAMESPACE}
 
 
