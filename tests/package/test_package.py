@@ -225,6 +225,7 @@ def test_the_agent_joins_with_a_token_and_enrolls_namespaces(vm: Vm) -> None:
     vm.takes(lambda: vm.show("meshagent", "StatusText") == "in force: 2 workloads")
     assert vm.calls("client", "http://web.shop/") == "200"  # by name: dnsmasq runs as nobody
     assert vm.status()["problems"] == []
+    assert "verdict allow" in vm.said("meshagent", "trace", "shop/client", "shop/web", "--probe", "-o", "text")  # what the kernel reports
 
 
 def test_a_restart_leaves_envoy_and_connections_and_new_workloads_work_with_that_envoy(vm: Vm) -> None:
