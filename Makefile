@@ -4,7 +4,7 @@ PY := .venv/bin/python
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=MESH_REQUIRE_KERNEL,KEEP)
 PROTOS := $(wildcard meshapi/*.proto)
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-unit test-kernel test-kernels test-kubernetes check generate pictures lock bench bench-l4 bench-l7 bench-fairness bench-mtls bench-identity bench-agent bench-hooks bench-maps bench-observe bench-scale bench-kubernetes clean
+.PHONY: help setup setup-dev demo package test test-package test-unit test-kernel test-kernels test-kubernetes check generate pictures lock bench bench-l4 bench-l7 bench-fairness bench-mtls bench-identity bench-agent bench-hooks bench-maps bench-observe bench-scale bench-kubernetes clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,13 @@ test-kernels: ## kernel tests on Debian's stock kernels, emulated: about half an
 test-kubernetes: ## a real API server and a real node: etcd and kube-apiserver from KUBEBUILDER_ASSETS, or built once by Go
 	@scripts/setup kubernetes
 	assets=$$(scripts/kubernetes) && $(ROOT) env MESH_KUBERNETES_ASSETS=$$assets $(PY) -m pytest tests/kubernetes
+
+package: setup ## Debian packages of agent and controller, into build/package
+	@scripts/package
+
+test-package: ## the packages on a Debian 12 with systemd: installed, restarted, upgraded, removed; some six minutes
+	@scripts/setup package
+	$(ROOT) env MESH_PACKAGES=build/package $(PY) -m pytest tests/package
 
 check: setup-dev ## ruff, strict mypy, import contracts, generated code up to date
 	.venv/bin/ruff format --check .

@@ -66,6 +66,7 @@ from agent.telemetry import MeshCollector, MetricsServer
 from agent.trace import Pair, Tracer
 from agent.tunnels import Tunnels
 from agent.wireguard.part import WireGuard
+from meshapi.notify import BEAT_S, Notifier
 
 if TYPE_CHECKING:
     from agent.identity.store import Svid  # and not at run time: see agent/identity/part.py
@@ -75,7 +76,6 @@ _log = logging.getLogger(__name__)
 
 NAMESPACE_POLL_S = 0.25
 EAGER_POLL_S = 0.01
-HEARTBEAT_S = 1.0
 DEAD_AFTER_S = 10.0
 STATUS_TIMEOUT_S = 5.0
 RETRY_S = 5.0
@@ -122,6 +122,7 @@ class Supervisor:
         """Envoy's secrets by SPIFFE ID, and what each was made of."""
         self._asks_for_peers = False
         self._gateways = GatewayCertificates(config, self._secrets_changed)
+        self._notifier = Notifier()
 
     async def run(self) -> None:
         """Start everything and keep it running."""
@@ -137,6 +138,7 @@ class Supervisor:
             await self._start()
             await self._serve()
         finally:
+            self._notifier.stopping()
             await asyncio.get_running_loop().shutdown_default_executor()  # what is still being enforced is under the lock
             os.close(held)
 
@@ -551,7 +553,19 @@ class Supervisor:
         while True:
             self._beat = time.monotonic()
             self._hold()
-            await asyncio.sleep(HEARTBEAT_S)
+            self._notifier.beat(self._summary())
+            await asyncio.sleep(BEAT_S)
+
+    def _summary(self) -> str:
+        """One line for `systemctl status`."""
+        if self._held_back:
+            return "the programs of the agent before this one stay in force until the controller has sent a configuration"
+        if self._snapshot is None:
+            return f"in force, but no configuration yet: controller {self._config.controller} has not answered"
+        words = [f"in force: {len(self.enrolled.local)} workloads"]
+        words += [] if self._discovery.state.connected else [f"controller {self._config.controller} is away"]
+        words += [] if self._waypoint.state.ready else ["the waypoint is not ready"]
+        return "; ".join(words)
 
     def _hold(self) -> None:
         outside = [one.pod_uid for one in self._residents.values() if one.pod_uid and not one.enrolled]

@@ -37,6 +37,7 @@ from controller.relay import Relay
 from controller.source import Source
 from controller.wireguard import NodeKeys
 from meshapi import admin_pb2_grpc, discovery_pb2, gateway_pb2_grpc, identity_pb2_grpc, proposal_pb2_grpc, relay_pb2_grpc
+from meshapi.notify import BEAT_S, Notifier
 
 if TYPE_CHECKING:
     from controller.kubernetes.part import KubernetesPart
@@ -148,6 +149,7 @@ class Controller:
         self._server: grpc.aio.Server | None = None
         self._lock: IO[str] | None = None
         self._health: HealthServer | None = None
+        self._notifier = Notifier()
 
     async def start(self) -> None:
         """Take the lock, read the source, bind. Raises ControllerError for everything that an operator can put right."""
@@ -207,6 +209,7 @@ class Controller:
         if self.identity is not None:
             tasks.append(asyncio.create_task(forever("identity", self.identity.maintain()), name="identity"))
         tasks.append(asyncio.create_task(forever("quotas", self.quotas.run()), name="quotas"))
+        tasks.append(asyncio.create_task(forever("heartbeat", self._heartbeat()), name="heartbeat"))
         if self._keys is not None:
             tasks.append(asyncio.create_task(forever("keys", self.mesh.follow_keys(self._keys)), name="keys"))
         if self._kubernetes is not None:
@@ -221,8 +224,14 @@ class Controller:
                 task.cancel()
             await asyncio.gather(*tasks, stop, return_exceptions=True)
 
+    async def _heartbeat(self) -> None:
+        while True:
+            self._notifier.beat(self._waiting() or "serving")
+            await asyncio.sleep(BEAT_S)
+
     async def stop(self) -> None:
         """Stop accepting, give calls in flight a moment, remove the socket, give up the lock. May be called after a failed start."""
+        self._notifier.stopping()
         if self.page is not None:
             await self.page.stop()
         if self._server is not None:
