@@ -49,11 +49,13 @@ check: setup-dev ## ruff, strict mypy, import contracts, generated code up to da
 	.venv/bin/lint-imports --no-cache
 	scripts/generate --check
 	$(PY) -m deploy.grafana.build --check
+	$(PY) -m deploy.definitions --check
 	scripts/render --check
 	promtool check rules deploy/prometheus/rules.yaml
 
-generate: setup-dev ## regenerate meshapi/*_pb2* from the .proto files, Grafana's dashboards, and the manifests of the Helm chart
+generate: setup-dev ## regenerate meshapi/*_pb2* from the .proto files, what is known of the CRDs, Grafana's dashboards, and the manifests of the Helm chart
 	scripts/generate
+	$(PY) -m deploy.definitions
 	$(PY) -m deploy.grafana.build
 	scripts/render
 

@@ -156,7 +156,7 @@ class WireGuardStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """`meshagent status`. `problems` are sentences for people, each with the next step."""
+    """`meshagent status`. `problems` are sentences for people, each with the next step; `version` is the agent's own."""
 
     ready: bool
     node: str
@@ -170,6 +170,7 @@ class Status:
     foreign_programs: tuple[ForeignProgram, ...] = ()
     identity: IdentityStatus = IdentityStatus()
     wireguard: WireGuardStatus = WireGuardStatus()
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)

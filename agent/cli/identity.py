@@ -11,7 +11,7 @@ from typing import Any
 import click
 import grpc
 
-from agent.cli.observe import CONNECT_TIMEOUT_S, OUTPUT, RUN_DIR, agent_of, moment, sockets, stub
+from agent.cli.observe import CONNECT_TIMEOUT_S, NAMESPACE, OUTPUT, RUN_DIR, agent_of, moment, sockets, stub, within
 from agent.errors import NotFound
 from agent.plan import qualified
 from meshapi import agent_pb2 as pb
@@ -40,10 +40,12 @@ def show_all(run_dir: Path, output: str) -> None:
 
 @identity.command("show")
 @click.argument("workload")
+@NAMESPACE
 @RUN_DIR
 @OUTPUT
-def show_one(workload: str, run_dir: Path, output: str) -> None:
-    """Show the certificate of WORKLOAD, NAMESPACE/NAME or NAME in the namespace default, with its chain. Exit code 1 if it has none."""
+def show_one(workload: str, namespace: str, run_dir: Path, output: str) -> None:
+    """Show the certificate of WORKLOAD, NAMESPACE/NAME or NAME in the namespace of -n, with its chain. Exit code 1 if it has none."""
+    workload = within(namespace, workload)
     document = _ask(agent_of(workload, run_dir), qualified(workload))
     if output == "json":
         click.echo(json.dumps(document))

@@ -12,7 +12,7 @@ import click
 import grpc
 from click.shell_completion import get_completion_class
 
-from agent.cli import daemon, graph, identity, observe, policy, resources
+from agent.cli import check, daemon, graph, identity, observe, policy, resources
 from agent.errors import MeshError
 
 PLUGINS = "meshagent.commands"
@@ -63,7 +63,7 @@ def completion(shell: str) -> None:
 
 for command in (
     *(daemon.run, daemon.uninstall, daemon.upgrade_check),
-    *(observe.status, observe.trace, graph.graph, policy.policy, identity.identity),
+    *(check.check, observe.status, observe.trace, graph.graph, policy.policy, identity.identity),
     *resources.commands,
 ):
     main.add_command(command)

@@ -35,6 +35,9 @@ OUTPUT = click.option(
     "-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="json: one object a line."
 )
 THROUGH = click.option("--controller", default="", metavar="TARGET", help="Ask through this controller: unix:///PATH or HOST:PORT.")
+NAMESPACE = click.option(
+    "-n", "--namespace", default="default", show_default=True, help="Of workloads and services that are named without one."
+)
 CONNECT_TIMEOUT_S = 5
 NEGATIVE = {"denied", "refused", "failed", "timed out", "given up", "401", "403"}
 """Outcomes of a connection that make the command end with exit code 1."""
@@ -219,6 +222,7 @@ def _codes(_context: click.Context, _option: click.Parameter, given: tuple[str, 
 )
 @click.option("--errors-only", is_flag=True, help="What failed only: connections that did, codes of 400 and more.")
 @click.option("--slow", type=click.FloatRange(0), default=0.0, metavar="MS", help="What took at least MS milliseconds only.")
+@NAMESPACE
 @RUN_DIR
 @THROUGH
 @connection.with_tls
@@ -240,6 +244,7 @@ def trace(  # noqa: PLR0913  each is an option
     statuses: tuple[str, ...],
     errors_only: bool,
     slow: float,
+    namespace: str,
     run_dir: Path,
     controller: str,
     output: str | None,
@@ -247,9 +252,10 @@ def trace(  # noqa: PLR0913  each is an option
 ) -> None:
     """Explain what happens to calls from SOURCE to DESTINATION, then watch them.
 
-    SOURCE is a workload, DESTINATION a service or a workload, each NAMESPACE/NAME, or NAME in the namespace default; DESTINATION may end in :PORT.
+    SOURCE is a workload, DESTINATION a service or a workload, each NAMESPACE/NAME, or NAME in the namespace of -n; DESTINATION may end in :PORT.
     Exit code 1 if the call is denied.
     """
+    source, destination = within(namespace, source), within(namespace, destination)
     request = pb.TraceRequest(
         source=source,
         destination=destination,
@@ -269,6 +275,11 @@ def trace(  # noqa: PLR0913  each is an option
             negative |= document.get("verdict") == "DENY" or document.get("outcome") in NEGATIVE
             show(document)
     sys.exit(1 if negative else 0)
+
+
+def within(namespace: str, name: str) -> str:
+    """A name with its namespace; one that has it already, or is a DNS name, stays."""
+    return name if "/" in name or "." in name or namespace == "default" else f"{namespace}/{name}"
 
 
 @contextlib.contextmanager

@@ -132,16 +132,18 @@ if sys.argv[3] == "linked":
     libbpf.pin(libbpf.link_create(program.fd, place, "cgroup_inet4_connect"), pin)
 else:
     libbpf.pin(program.fd, pin)
-    BPF.attach_func(program, place, 10, 2)  # BPF_F_ALLOW_MULTI
+    BPF.attach_func(program, place, 10, 2 if sys.argv[3] == "attached" else 0)  # BPF_F_ALLOW_MULTI, or nobody beside it
 print(libbpf.object_id(program.fd))
 """
 
 
 @contextmanager
-def foreign(cgroup: Path, *, linked: bool) -> Iterator[int]:
-    """The id of somebody else's connect program, attached to a cgroup: by a link, until the end of the block, or without, as long as the cgroup lives."""
+def foreign(cgroup: Path, *, linked: bool, alone: bool = False) -> Iterator[int]:
+    """The id of somebody else's connect program, attached to a cgroup: by a link, until the end of the block, or without, as long as the cgroup lives;
+    `alone`: so that no other may be beside it.
+    """
     pin = paths.BPF / "foreign"
-    argv = [sys.executable, "-c", _FOREIGN, str(cgroup), str(pin), "linked" if linked else "attached"]
+    argv = [sys.executable, "-c", _FOREIGN, str(cgroup), str(pin), "linked" if linked else "alone" if alone else "attached"]
     try:
         yield int(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
     finally:

@@ -25,7 +25,7 @@ def test_status_has_the_documented_shape(lab: Lab) -> None:
     assert run.returncode == 0
     assert {key: type(value) for key, value in report.items()} == {
         "ready": bool, "node": str, "hooks": list, "waypoint": dict, "controller": dict, "workloads": list, "problems": list, "probe": dict,
-        "acceleration": dict, "foreignPrograms": list, "identity": dict, "wireguard": dict,
+        "acceleration": dict, "foreignPrograms": list, "identity": dict, "wireguard": dict, "version": str,
     }  # fmt: skip
     assert {tuple(hook) for hook in report["hooks"]} == {("name", "attached", "effective")}
     assert report["waypoint"].keys() == {

@@ -61,6 +61,7 @@ def test_a_status_has_the_documented_names() -> None:
             callers_refused=17,
         ),
         wireguard=WireGuardStatus("on", "", "a2V5", 51871, 1420, (WireGuardPeer("node-2", "encrypted", 5.0, 7, 11),)),
+        version="0.1.0",
     )
     assert json.loads(encode(status)) == {
         "ready": False,
@@ -137,6 +138,7 @@ def test_a_status_has_the_documented_names() -> None:
             "mtu": 1420,
             "peers": [{"node": "node-2", "state": "encrypted", "handshakeAgeSeconds": 5.0, "sentBytes": 7, "receivedBytes": 11}],
         },
+        "version": "0.1.0",
     }
 
 

@@ -204,6 +204,15 @@ def test_the_options_reach_the_agent(tmp_path: Path) -> None:
     ]
 
 
+def test_names_without_a_namespace_are_of_the_one_that_is_given(tmp_path: Path) -> None:
+    agent = Agent("node-1", answers=(PLAN,))
+    with serving(tmp_path, agent):
+        run("trace", tmp_path, "a", "b:80", "-n", "shop")
+        run("trace", tmp_path, "other/a", "b.other.svc", "-n", "shop")
+        run("trace", tmp_path, "a", "b", "-n", "default")
+    assert [(asked.source, asked.destination) for asked in agent.asked] == [("shop/a", "shop/b:80"), ("other/a", "b.other.svc"), ("a", "b")]
+
+
 def test_what_the_agent_refuses_is_said_in_one_line(tmp_path: Path) -> None:
     with serving(tmp_path, Agent("node-1", error="no workload is called default/x")):
         result = run("trace", tmp_path, "x", "b")
