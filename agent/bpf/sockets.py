@@ -60,6 +60,7 @@ class Record(NamedTuple):
     redirected: int
     protocol: int
     accelerated: int
+    probe: int = 0
 
 
 class LiveSocket(NamedTuple):
