@@ -22,12 +22,13 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from agent import cgroups, netns
+from agent.model import Workload
 from agent.patience import within
 from agent.pods import KUBEPODS, birth
 from agent.watch import Watch
@@ -185,6 +186,12 @@ class Follower:
             _log.info("the kubelet is recognised", extra={"process": now.pid or None, "cgroup": now.directory})
         elif before.cgroup:
             _log.warning("the kubelet has ended: until another runs nobody's calls are probes", extra={"reason": now.reason})
+
+    def problems(self, residents: Iterable[Workload]) -> list[str]:
+        """What an operator should know, whose pods on this node are these; nothing where no pod is probed."""
+        if self.found.cgroup or not any(one.enrolled and one.probe_ports for one in residents):
+            return []
+        return [f"the kubelet is not recognised, and what protects pods refuses its probes: {self.found.reason}"]
 
     async def run(self) -> None:
         """Follow it for ever."""

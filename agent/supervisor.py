@@ -663,8 +663,7 @@ class Supervisor:
         problems += [f"workload {name} is not redirected: {reason}" for name, reason in sorted(missing.items())]
         if self._probed.problem:
             problems.append(self._probed.problem)
-        if self._kubelet.found.reason and any(one.probe_ports for one in self._residents.values() if one.enrolled):
-            problems.append(f"the kubelet is not recognised, and what protects pods refuses its probes: {self._kubelet.found.reason}")
+        problems += self._kubelet.problems(self._residents.values())
         problems += self._names.problems()
         problems += externals.problems(snapshot, self._roots)
         problems += self._identity.problems()

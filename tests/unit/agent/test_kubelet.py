@@ -12,6 +12,7 @@ import pytest
 
 from agent import kubelet, netns
 from agent.kubelet import ANY, NOBODY, Finder, Follower, Kubelet
+from agent.model import Workload
 from agent.pods import birth
 
 
@@ -85,6 +86,26 @@ def test_nobody_is_recognised_from_the_start_on_where_there_is_nobody() -> None:
     told.follower.look()
     told.follower.look()
     assert told.recognised == [NOBODY]
+
+
+@pytest.mark.parametrize(
+    ("found", "ports", "enrolled", "told"),
+    [
+        pytest.param(Kubelet(reason="why"), (8080,), True, True, id="a-probed-pod"),
+        pytest.param(Kubelet(reason="why"), (), True, False, id="nobody-is-probed"),
+        pytest.param(Kubelet(reason="why"), (8080,), False, False, id="not-in-the-mesh"),
+        pytest.param(Kubelet(ANY, 1, 4711), (8080,), True, False, id="found"),
+    ],
+)
+def test_a_kubelet_that_is_not_found_is_a_problem_where_pods_are_probed(
+    found: Kubelet, ports: tuple[int, ...], enrolled: bool, told: bool
+) -> None:
+    follower = Told()
+    follower.now = found
+    follower.follower.look()
+    pod = Workload("d/a", "a", "n", {}, (), "", enrolled, ready=True, probe_ports=ports)
+    words = ["the kubelet is not recognised, and what protects pods refuses its probes: why"]
+    assert follower.follower.problems([pod]) == (words if told else [])
 
 
 def test_the_end_of_the_process_is_told_at_once_and_then_another_is_looked_for_soon() -> None:
