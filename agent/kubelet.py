@@ -183,7 +183,7 @@ class Follower:
         self._told = now
         self._recognise(now)
         if now.cgroup:
-            _log.info("the kubelet is recognised", extra={"process": now.pid or None, "cgroup": now.directory})
+            _log.info("the kubelet is recognised", extra={"pid": now.pid or None, "cgroup": now.directory})
         elif before.cgroup:
             _log.warning("the kubelet has ended: until another runs nobody's calls are probes", extra={"reason": now.reason})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +109,8 @@ def test_a_kubelet_that_is_not_found_is_a_problem_where_pods_are_probed(
     assert follower.follower.problems([pod]) == (words if told else [])
 
 
-def test_the_end_of_the_process_is_told_at_once_and_then_another_is_looked_for_soon() -> None:
+def test_the_end_of_the_process_is_told_at_once_and_then_another_is_looked_for_soon(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     told = Told()
     with subprocess.Popen(["sleep", "1000"]) as process:
         told.now = Kubelet(process.pid, 1, 4711, process.pid, birth(process.pid) or 0, "/nowhere/kubelet.service")
@@ -120,6 +122,10 @@ def test_the_end_of_the_process_is_told_at_once_and_then_another_is_looked_for_s
 
         asyncio.run(told.following(end))
     assert [found.cgroup for found in told.recognised] == [1, 0]
+    assert [record.message for record in caplog.records if record.name == kubelet.__name__] == [
+        "the kubelet is recognised",
+        "the kubelet has ended: until another runs nobody's calls are probes",
+    ]
     assert told.asked <= 4, "it is not asked again and again"
 
 
