@@ -98,7 +98,7 @@ class Finder:
                     return found
             return self._search(cookie)
         except OSError as error:
-            return Kubelet(reason=f"the node's own namespaces cannot be looked at: {error}")
+            return Kubelet(reason=f"the node's processes cannot be looked at: {error}")
 
     def _named(self, given: Path, cookie: int) -> Kubelet:
         directory = given.resolve()
@@ -148,7 +148,7 @@ class Finder:
         """Why a process cannot be the kubelet, or not be recognised; "" if it can. `directory` is its cgroup, if that can be seen."""
         other = [kind for kind in _SHARED if _inode(Path(f"/proc/{pid}/ns/{kind}")) != _inode(self._node / "ns" / kind)]
         if other:
-            return f"is not in the agent's {other[0]} namespace, which has to be the node's"
+            return f"is not in the agent's {other[0]} namespace, which has to be the node's, or CAP_SYS_PTRACE is missing to see it"
         if not int(_status(pid, "CapEff") or "0", 16) & _CAP_SYS_ADMIN:
             return "lacks CAP_SYS_ADMIN, without which no kubelet works"
         if _is_pods(_read(f"/proc/{pid}/cgroup")):
