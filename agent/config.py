@@ -99,6 +99,8 @@ class Config:
     """UDP port of this node's WireGuard device."""
     wireguard_addresses: tuple[str, ...] = ()
     """Where other nodes reach that port; none: at the address from which this node reaches its controller."""
+    kubelet_cgroup: Path | None = None
+    """cgroup2 directory of the node's kubelet, all of whose processes may probe pods; None: the kubelet is found (`agent.kubelet`)."""
     record_flows: bool = True
     """Remember what was called in the last hour, in memory: for `meshagent policy try`."""
     workload_socket: Path = Path()

@@ -92,6 +92,8 @@ class Workload:
     """It may go to services and workloads of the mesh, and nowhere else."""
     pod_uid: str = ""
     """Of a pod of Kubernetes: its node's agent finds the network namespace by this (`agent.pods`), and `network_namespace` is empty."""
+    probe_ports: tuple[int, ...] = ()
+    """TCP ports that its node's kubelet calls, whatever policies say: those of its probes and lifecycle handlers, sorted."""
 
     def mtls_of(self, port: int) -> Mtls:
         """The mode of a port that it listens on."""
@@ -529,7 +531,7 @@ _texts: Shared[tuple[str, ...], tuple[str, ...]] = Shared(tuple)
 
 
 def _workload(m: pb.Workload, node: str | None) -> Workload:
-    pod_uid = _pod_uid(m)
+    pod_uid, probe_ports = _pod_uid(m), _probe_ports(m)
     return Workload(
         name=f"{m.namespace}/{m.name}",
         service_account=_text(m.service_account),
@@ -550,6 +552,7 @@ def _workload(m: pb.Workload, node: str | None) -> Workload:
         authentications=_texts(tuple(m.authentications)),
         egress_deny=m.egress_deny,
         pod_uid=pod_uid if node in {None, m.node} else "",
+        probe_ports=probe_ports if node in {None, m.node} else (),
     )
 
 
@@ -562,6 +565,16 @@ def _pod_uid(m: pb.Workload) -> str:
     if m.pod_uid and not _POD_UID.fullmatch(m.pod_uid):
         raise ValueError(f"workload {m.namespace}/{m.name} has a pod UID {m.pod_uid[:300]!r} that is none")
     return m.pod_uid
+
+
+def _probe_ports(m: pb.Workload) -> tuple[int, ...]:
+    """A port that is none is refused: what is wrong here must not let the kubelet in somewhere else."""
+    if wrong := [port for port in m.probe_ports if not 0 < port < 65536]:
+        raise ValueError(f"workload {m.namespace}/{m.name} has a probe port {wrong[0]} that is none")
+    return _ports(tuple(sorted(set(m.probe_ports))))
+
+
+_ports: Shared[tuple[int, ...], tuple[int, ...]] = Shared(tuple)
 
 
 def _make_mtls_ports(ports: tuple[tuple[int, int], ...]) -> tuple[tuple[int, Mtls], ...]:

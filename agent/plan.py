@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from agent import egress
+from agent import egress, kubelet
 from agent.balancing import node_zone, preferred, shares
 from agent.errors import NotFound
 from agent.external import External
 from agent.model import NO_DIRECT, Action, Direct, Mtls, RouteRule, Service, ServicePort, Snapshot, Workload, port_name
-from agent.policy import PROTOCOLS, TCP, Caller, Decision, Verdict, decide, protecting, source_matches
+from agent.policy import PROTOCOLS, STRANGER, TCP, Caller, Decision, Verdict, decide, protecting, source_matches
 from agent.report import BackendPlan, Plan
 
 _MOST_CANDIDATES = 7
+_KUBELET = "kubelet"
+PROBE = "a probe of the kubelet, which no policy decides about"
 NO_ROUTE = "{} is L7 and its routes have no usable backend: see 'meshagent get httproute -o json' (or grpcroute) for the reason"
 
 
@@ -33,6 +35,20 @@ def find_workload(snapshot: Snapshot, name: str) -> Workload:
         if behind:
             return min(behind, key=lambda w: (not w.ready, w.name))
     raise NotFound(_unknown("workload", full, {**snapshot.workloads, **snapshot.services}))
+
+
+def find_caller(snapshot: Snapshot, name: str, destination: str, node: str) -> Workload:
+    """As `find_workload`; `kubelet`, if nobody else is called so, is that of the node of the destination, a workload, or else of `node`."""
+    if name != _KUBELET or qualified(name) in {**snapshot.workloads, **snapshot.services}:
+        return find_workload(snapshot, name)
+    called = find_destination(snapshot, destination).entity
+    place = called.node if isinstance(called, Workload) else node
+    return Workload(kubelet.caller(place), "", place, {}, (), "", enrolled=False, ready=True)
+
+
+def is_kubelet(source: Workload) -> bool:
+    """Is it what `find_caller` makes of a kubelet?"""
+    return source.namespace == kubelet.NAMESPACE
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +144,8 @@ def _leaf(name: str) -> str:
 def plan(snapshot: Snapshot, source: Workload, destination: str, trust_domain: str, direct: Direct = NO_DIRECT) -> Plan:
     """Explain a call from `source` to `destination` (see `find_destination`); `direct` is what WireGuard encrypts on the source's node."""
     found = find_destination(snapshot, destination)
+    if is_kubelet(source):
+        return _plan_of_probe(snapshot, source, found, named=":" in destination)
     problems = []
     if not source.enrolled:
         problems.append(f"{source.name} is not enrolled: its connections are not redirected and it has no identity")
@@ -172,6 +190,35 @@ def plan(snapshot: Snapshot, source: Workload, destination: str, trust_domain: s
         ),
         encryption=_encryption(source, found.protocol, [(w, target) for w, target, _ in backends], direct),
         fail_mode=_fail_mode(found, decision),
+        problems=tuple(problems),
+    )
+
+
+def _plan_of_probe(snapshot: Snapshot, source: Workload, found: Destination, *, named: bool) -> Plan:
+    """Explain a call of the kubelet: of its probes, if no port is `named`, that to the first port."""
+    called = found.entity
+    if isinstance(called, Service):
+        raise NotFound(f"{called.name} is a service, and the kubelet calls pods: name a workload")
+    if not named and called.probe_ports:
+        found = replace(found, port=called.probe_ports[0], protocol=TCP)
+    probe = found.protocol == TCP and found.port in called.probe_ports
+    decision = Decision(Verdict.ALLOW, PROBE) if probe else decide(protecting(called, snapshot), STRANGER, found.port, found.protocol)
+    problems = []
+    if not probe:
+        problems.append(f"no probe of {called.name} is declared for port {found.port}: there the kubelet is a stranger like any other")
+        if called.mtls_of(found.port) is Mtls.STRICT:
+            problems.append(f"{called.name} refuses plaintext from outside the mesh on port {found.port} (PeerAuthentication STRICT)")
+    return Plan(
+        source=source.name,
+        destination=str(found),
+        verdict="DENY" if decision.verdict is Verdict.DENY else "ALLOW",
+        rule=(decision.rule or None) if decision.verdict is not Verdict.WAYPOINT else None,
+        audit=decision.audit or None,
+        level="L4",
+        reason="the kubelet calls the application itself, past any waypoint" if probe else "a workload's own address is dialled",
+        backends=(BackendPlan(called.name, f"{called.addresses[0]}:{found.port}" if called.addresses else "", called.node, 1.0),),
+        encryption="none: both ends are on one node",
+        fail_mode="closed",
         problems=tuple(problems),
     )
 

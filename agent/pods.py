@@ -63,7 +63,7 @@ class Pod:
 
     def lives(self) -> bool:
         """Is the sandbox that was found still the process of this number?"""
-        return self.pid != 0 and _started(self.pid) == self.started
+        return self.pid != 0 and birth(self.pid) == self.started
 
     def open(self) -> int:
         """A descriptor of the sandbox (pidfd_open(2)), which is readable when it has ended. Raises FileNotFoundError if it already has."""
@@ -177,7 +177,7 @@ def _sandbox(uid: str, directory: str, preferred: tuple[int, int]) -> Pod:
     """The oldest process of the pod whose cgroup is `directory` or, if there is one, the oldest one in the namespace with the mark `preferred`."""
     known, unknown = _processes(directory)
     chosen: Pod | None = None
-    for started, pid in sorted((started, pid) for pid in known if (started := _started(pid)) is not None):
+    for started, pid in sorted((started, pid) for pid in known if (started := birth(pid)) is not None):
         mark = netns.mark(f"/proc/{pid}/ns/net")
         if mark != netns.GONE and (chosen is None or mark == preferred):
             chosen = Pod(directory, pid, started, mark)
@@ -197,7 +197,7 @@ def _sandbox(uid: str, directory: str, preferred: tuple[int, int]) -> Pod:
             reason=f"the processes in {directory} are of another PID namespace than the agent, so that pod {uid} cannot be looked at: "
             "run the agent in the node's (hostPID: true)",
         )
-    if any(_started(pid) is not None for pid in known):
+    if any(birth(pid) is not None for pid in known):
         return Pod(
             directory,
             reason=f"the network namespace of the processes in {directory} cannot be seen, so that pod {uid} cannot be enrolled: "
@@ -225,7 +225,7 @@ def _processes(directory: str) -> tuple[list[int], bool]:
     return found, unknown
 
 
-def _started(pid: int) -> int | None:
+def birth(pid: int) -> int | None:
     """When a process started (proc(5), /proc/PID/stat, field 22); None if it has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:  # noqa: PTH123

@@ -85,8 +85,9 @@ class Judge:
         read = pooled = False
         if record.direction == Direction.INBOUND:
             name = self._ids.name(record.source)
-            if here[1] == HBONE_PORT:
-                return None  # a tunnel: decided by connection, in Envoy when it is opened and at the caller while it lives
+            if here[1] == HBONE_PORT or record.probe:
+                # A tunnel is decided by connection, in Envoy when it is opened and at the caller while it lives; a probe of the kubelet by no policy.
+                return None
             if local.workload.mtls_of(here[1]) is Mtls.STRICT and name not in self._local:
                 return Forbidden(found, name or addresses.text(there[0]), local.workload.name, "STRICT: plaintext from outside this node")
             known = self._snapshot.workloads.get(name or self._remote(there[0]))

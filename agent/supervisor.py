@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent import drift, features, lock, memory, probe
+from agent import drift, features, kubelet, lock, memory, probe
 from agent.api import Api
 from agent.balancing import node_zone
 from agent.bpf.acceleration import failing
@@ -123,6 +123,7 @@ class Supervisor:
         self._packed: dict[str, tuple[Svid, Mapping[str, Resource]]] = {}
         """Envoy's secrets by SPIFFE ID, and what each was made of."""
         self._asks_for_peers = False
+        self._kubelet = kubelet.Follower(kubelet.Finder(config.cgroup, config.kubelet_cgroup), self._recognise)
         self._gateways = GatewayCertificates(config, self._secrets_changed)
         self._notifier = Notifier()
 
@@ -163,7 +164,7 @@ class Supervisor:
         self._tunnels = Tunnels(config)
         self._wireguard = WireGuard(config, self._wireguard_changed, self._say_anew)
         await self._wireguard.start()
-        self._sweep = Sweep(self.datapath.maps, self.ids)
+        self._sweep = Sweep(self.datapath.maps, self.ids, kept=frozenset({kubelet.caller(config.node)}))
         self._observer = Observer(
             config.node,
             self.datapath.maps,
@@ -241,6 +242,7 @@ class Supervisor:
         )
 
     def _attach(self) -> None:
+        self._kubelet.look()  # first: the programs refuse probes of a kubelet that they do not know
         self.datapath.attach(self._config.waypoint_cgroup)
         self.datapath.forget_other_versions()
         self._held_back = False
@@ -279,6 +281,7 @@ class Supervisor:
                     "connection-log": self._connection_log.run(),
                     "request-log": keep_bounded(self._request_log, lambda: envoy.reopen_logs(self._config.envoy_admin_socket)),
                     "calls": self._calls.run(),
+                    "kubelet": self._kubelet.run(),
                 }
             )
         finally:
@@ -635,6 +638,12 @@ class Supervisor:
         self.datapath.configure(waypoint_cgroup_id=self._config.waypoint_cgroup.stat().st_ino, tracing=len(wanted))
         table.prune(wanted)
 
+    def _recognise(self, found: kubelet.Kubelet) -> None:
+        """Have the kernel take the calls of what was found for the kubelet's."""
+        number = self.ids.number("workload", kubelet.caller(self._config.node))
+        self.ids.save()
+        self.datapath.recognise_kubelet(found, number)
+
     def _on_event(self, event: Event) -> None:
         self._tracer.on_event(event)
         self._connection_log.on_event(event)
@@ -682,6 +691,7 @@ class Supervisor:
         problems += [f"workload {name} is not redirected: {reason}" for name, reason in sorted(missing.items())]
         if self._probed.problem:
             problems.append(self._probed.problem)
+        problems += self._kubelet.problems(self._residents.values())
         problems += self._names.problems()
         problems += externals.problems(snapshot, self._roots)
         problems += self._identity.problems()

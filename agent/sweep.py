@@ -24,13 +24,16 @@ _Meant = tuple[str, int]
 class Sweep:
     """Not thread-safe, and not to run while a snapshot is brought into force: a name that comes back meanwhile must not be forgotten."""
 
-    def __init__(self, maps: Mapping[str, Map], ids: Ids, clock: Callable[[], float] = time.monotonic) -> None:
-        """`clock` is in seconds."""
+    def __init__(
+        self, maps: Mapping[str, Map], ids: Ids, clock: Callable[[], float] = time.monotonic, kept: frozenset[str] = frozenset()
+    ) -> None:
+        """`clock` is in seconds; `kept` are names of callers that are in no snapshot, and stay."""
         self._tables = {
             name: (maps[name], maps[name].layout.key.unpacker(*kinds), tuple(kinds.values())) for name, kinds in _TABLES.items()
         }
         self._ids = ids
         self._clock = clock
+        self._kept = kept
         self._gone: dict[_Meant, float] = {}
         """What is named in the tables but not in the snapshot, and since when."""
 
@@ -41,7 +44,7 @@ class Sweep:
         for name, (table, members, kinds) in self._tables.items():
             found[name] = [(key, [(k, n) for k, n in zip(kinds, members(key), strict=True) if n]) for key, _ in table.items()]
         strangers = {
-            name: (_WORKLOAD, self._ids.number(_WORKLOAD, name)) for name in self._ids.names(_WORKLOAD) if name not in snapshot.workloads
+            name: (_WORKLOAD, self._ids.number(_WORKLOAD, name)) for name in self._ids.names(_WORKLOAD) if not self._stays(name, snapshot)
         }
         meant = {one for rows in found.values() for _, members in rows for one in members} | set(strangers.values())
         self._gone = {one: self._gone.get(one, now) for one in meant if not self._exists(*one, snapshot)}
@@ -59,11 +62,14 @@ class Sweep:
         self._ids.save()
         return removed
 
+    def _stays(self, workload: str, snapshot: Snapshot) -> bool:
+        return workload in snapshot.workloads or workload in self._kept
+
     def _exists(self, kind: str, number: int, snapshot: Snapshot) -> bool:
         """Is what the number means in the snapshot?"""
         name = self._ids.name(number)
         if kind == _WORKLOAD:
-            return name in snapshot.workloads
+            return self._stays(name, snapshot)
         if kind == _SERVICE:
             return name.rpartition(":")[0] in snapshot.services
         # As agent.policy writes them: a policy with the index of its rule, policies of which no rule matches, or no policy at all.

@@ -301,6 +301,7 @@ class Watch:
                     dialled=event.dialled,
                     to="waypoint" if event.redirected else event.target or event.remote,
                     past="waypoint, which is away" if event.reason == Reason.FAIL_OPEN else "",
+                    probe="of the kubelet" if event.reason == Reason.PROBE else "",
                     via="tunnel" if event.tunnelled else "",
                     remote=event.remote,
                     pid=event.pid,

@@ -95,7 +95,7 @@ class Tracing:
         if not (0 <= request.duration_s <= LONGEST_S and 0 <= request.slow_ms < math.inf):  # which NaN is not either
             raise NotWatched(f"--duration is a number of seconds from 0 to {LONGEST_S:.0f}, --slow one of milliseconds")
         snapshot = self._node.snapshot
-        source = plan.find_workload(snapshot, request.source)
+        source = plan.find_caller(snapshot, request.source, request.destination, self._config.node)
         if request.receiving:
             parts = self._received(request, source)
         else:
@@ -134,6 +134,10 @@ class Tracing:
         local = next((one for one in self._node.enrolled.local if one.workload.name == source.name), None)
         asked = _nodes(snapshot, behind, self._config.node)
         here = self._here(behind)
+        probes = plan.is_kubelet(source)
+        if probes and request.probe:
+            yield encode(planned)
+            raise NotWatched("only the kubelet itself can call as the kubelet: without --probe its calls are shown")
         if local is None and (request.probe or not (asked or here)):
             yield encode(planned)
             raise NotWatched(f"connections of {source.name} cannot be watched here: it is not enrolled")
@@ -149,13 +153,13 @@ class Tracing:
         async with contextlib.AsyncExitStack() as stack:
             self._node.tracer.add(watch)
             stack.callback(self._node.tracer.end, watch)
-            if local is None and here:  # nobody tells of its calls but who refuses them
+            if local is None and here and not probes:  # nobody tells of its calls but who refuses them
                 refusing = self._node.tracer.add(self._reception(source, here, watch.found))
                 stack.callback(self._node.tracer.end, refusing)
             stack.push_async_callback(session.close)
             await asyncio.gather(self._node.tracing_armed(), session.follow(asked[:MOST_NODES]))
             problems = [*planned.problems, *session.problems]
-            if local is None:
+            if local is None and not probes:
                 problems.append("only what receivers refuse can be shown of it")
             if len(asked) > MOST_NODES:
                 problems.append(

@@ -153,6 +153,52 @@ static __always_inline u32 mesh_tunnel_to(const struct mesh_known *target, u16 p
 	return number;
 }
 
+/* Is this the kubelet? Only the kernel is asked: in which network namespace, cgroup and process connect() runs. Names and addresses are anybody's. */
+static __always_inline bool mesh_is_kubelet(const struct mesh_kubelet *kubelet, u64 netns_cookie)
+{
+	if (!kubelet || kubelet->netns_cookie != netns_cookie || !kubelet->process || bpf_get_current_cgroup_id() != kubelet->cgroup)
+		return false;
+	return kubelet->process == MESH_KUBELET_ANY || bpf_get_current_pid_tgid() >> 32 == kubelet->process;
+}
+
+/* A call from a namespace that is not enrolled. Nothing is decided about it here; the receiver is told if it is a probe. */
+static __always_inline int mesh_connect_outside(struct bpf_sock_addr *ctx, const struct mesh_addr *destination, u16 port, u64 netns_cookie, u32 epoch,
+						struct mesh_known *target)
+{
+	struct mesh_decision decision = { .verdict = MESH_VERDICT_ALLOW, .reason = MESH_REASON_PROBE };
+	u32 zero = 0;
+	struct mesh_kubelet *kubelet = mesh_kubelet.lookup(&zero);
+	struct bpf_sock *sk = ctx->sk;
+	struct mesh_sock *sock;
+
+	if (!mesh_is_kubelet(kubelet, netns_cookie) || !sk)
+		return MESH_PASS;
+	mesh_sock.sk_storage_delete(sk); /* of an earlier connect() of this socket */
+	if (!mesh_know_address(destination, epoch, target) || !target->netns_cookie || !mesh_probed(target, port))
+		return MESH_PASS;
+	sock = mesh_sock.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!sock) {
+		mesh_count(MESH_COUNT_STORAGE_FAILED); /* the receiver takes it for a stranger's */
+		return MESH_PASS;
+	}
+	__builtin_memset(sock, 0, sizeof(*sock));
+	sock->start_ns = bpf_ktime_get_ns();
+	sock->source = kubelet->workload;
+	sock->target = target->id;
+	sock->protocol = IPPROTO_TCP;
+	sock->dialled = *destination;
+	sock->dialled_port = port;
+	sock->remote = *destination;
+	sock->remote_port = port;
+	sock->direction = MESH_OUTBOUND;
+	sock->verdict = MESH_VERDICT_ALLOW;
+	sock->probe = 1;
+	sock->traced = mesh_traced(mesh_config.lookup(&zero), sock->source, sock->target, 0);
+	if (sock->traced)
+		mesh_report_call(MESH_EVENT_CONNECT, sock, &decision, bpf_get_socket_cookie(ctx));
+	return MESH_PASS;
+}
+
 /* Decides for the call described by `destination` and `port`, and may change both. */
 static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_addr *destination, u16 *port, u8 protocol)
 {
@@ -169,7 +215,7 @@ static __always_inline int mesh_connect(struct bpf_sock_addr *ctx, struct mesh_a
 	u32 tunnel = 0;
 
 	if (!mesh_know_namespace(netns_cookie, epoch, &self))
-		return MESH_PASS;
+		return protocol == IPPROTO_TCP ? mesh_connect_outside(ctx, destination, *port, netns_cookie, epoch, &target) : MESH_PASS;
 	if (!sk)
 		return MESH_REFUSE;
 	config = mesh_config.lookup(&zero);

@@ -218,6 +218,21 @@ static __always_inline u32 mesh_mtls_of(const struct mesh_known *known, u16 port
 	return word & MESH_WORKLOAD_MTLS;
 }
 
+/* Does the kubelet call this port, by what the workload's pod declares? */
+static __always_inline bool mesh_probed(const struct mesh_known *known, u16 port)
+{
+	struct mesh_mtls_key key = { .workload = known->id, .port = port };
+	u64 *row, word;
+
+	if (!(known->flags & MESH_WORKLOAD_PROBED) || known->policy == MESH_POLICY_CLOSED)
+		return false;
+	row = mesh_mtls.lookup(&key);
+	if (!row)
+		return false;
+	word = *(volatile u64 *)row;
+	return word >> 32 == mesh_mtls_owner(&key) && word & MESH_WORKLOAD_PROBED; /* that of another port by now: refused, and tried again soon */
+}
+
 /* The identity of somebody who is known by an address only. */
 static __always_inline u32 mesh_stranger(const struct mesh_addr *address, u32 epoch)
 {

@@ -24,6 +24,7 @@ BPF_ANNOTATE_KV_PAIR(_name, _key, _leaf)
 /* Configuration, written by the agent, read here. */
 MESH_MAP("array", u32, struct mesh_config, mesh_config, 1, 0);
 MESH_MAP("array", u32, u32, mesh_epoch, 1, 0); /* 0 or 1 */
+MESH_MAP("array", u32, struct mesh_kubelet, mesh_kubelet, 1, 0);
 MESH_MAP("hash", u64, struct mesh_workload, mesh_workload, 4096, BPF_F_NO_PREALLOC);
 MESH_MAP("hash", struct mesh_addr, struct mesh_workload, mesh_address, 262144, BPF_F_NO_PREALLOC);
 MESH_MAP("hash", struct mesh_mtls_key, u64, mesh_mtls, 65536, BPF_F_NO_PREALLOC);

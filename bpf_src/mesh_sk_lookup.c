@@ -151,6 +151,13 @@ int mesh_sk_lookup(struct bpf_sk_lookup *ctx)
 	}
 	if (flow)
 		seen = *flow; /* once: its memory may be another flow's a moment later */
+	if (seen.flags & MESH_FLOW_PROBE && mesh_probed(&self, ends.destination_port)) {
+		decision.verdict = MESH_VERDICT_ALLOW;
+		decision.reason = MESH_REASON_PROBE;
+		who.source = seen.workload;
+		mesh_count_verdict(&who, &decision);
+		return SK_PASS; /* to the application, whoever reads the requests of others */
+	}
 	if (seen.netns_cookie) {
 		who.source = seen.workload;
 		who.service = seen.service;

@@ -129,10 +129,11 @@ static __always_inline void mesh_on_connect(struct bpf_sock_ops *ctx)
 		return;
 	}
 	mesh_flow_key_of(&ends, true, &flow_key);
-	flow.netns_cookie = bpf_get_netns_cookie(ctx);
+	flow.netns_cookie = sock->probe ? 0 : bpf_get_netns_cookie(ctx);
 	flow.workload = sock->source;
 	flow.service = sock->service;
-	flow.flags = (sock->direction == MESH_FROM_WAYPOINT ? MESH_FLOW_WAYPOINT : 0) | (sock->traced ? MESH_FLOW_TRACED : 0);
+	flow.flags = (sock->direction == MESH_FROM_WAYPOINT ? MESH_FLOW_WAYPOINT : 0) | (sock->traced ? MESH_FLOW_TRACED : 0) |
+		     (sock->probe ? MESH_FLOW_PROBE : 0);
 	if (mesh_flow.update(&flow_key, &flow))
 		mesh_count(MESH_COUNT_FLOW_FAILED);
 }
@@ -199,7 +200,8 @@ static __always_inline void mesh_on_accepted(struct bpf_sock_ops *ctx)
 		sock->source = flow->workload;
 		sock->service = flow->service;
 		sock->traced = flow->flags & MESH_FLOW_TRACED ? 1 : 0;
-		sock->accelerated = self.flags & MESH_WORKLOAD_ACCELERATE && !(flow->flags & MESH_FLOW_WAYPOINT);
+		sock->probe = flow->flags & MESH_FLOW_PROBE ? 1 : 0;
+		sock->accelerated = self.flags & MESH_WORKLOAD_ACCELERATE && !(flow->flags & (MESH_FLOW_WAYPOINT | MESH_FLOW_PROBE));
 		mesh_flow.delete(&flow_key); /* used up: nobody may live on it who takes these addresses later */
 	} else if (mesh_know_address(&ends.remote, epoch, &peer) && !peer.netns_cookie) {
 		sock->source = peer.id;

@@ -39,6 +39,7 @@ enum mesh_reason {
 	MESH_REASON_NO_TUNNEL = 11,      /* the destination is STRICT, and the waypoint is not ready to prove who it is */
 	MESH_REASON_FAIL_OPEN = 12,      /* let through: the waypoint is away, and the service's fail mode is open */
 	MESH_REASON_EGRESS = 13,         /* nobody declared the destination, and the caller may go nowhere else; or a name from outside led into the mesh */
+	MESH_REASON_PROBE = 14,          /* let in whatever the policies say: the kubelet asks a pod of its node how it is */
 };
 
 enum mesh_direction {
@@ -90,6 +91,7 @@ enum mesh_counter {
 #define MESH_WORKLOAD_MTLS_PORTS 16u /* some of its ports have a row in mesh_mtls, which says both of the above in place of its own flags */
 #define MESH_WORKLOAD_EGRESS_DENY 32u /* it may go to services and workloads, and nowhere else */
 #define MESH_WORKLOAD_LOGGED 64u     /* the ends of its connections are reported */
+#define MESH_WORKLOAD_PROBED 128u    /* the kubelet calls some of its ports: those with this bit in their row of mesh_mtls */
 #define MESH_WORKLOAD_MTLS (MESH_WORKLOAD_TUNNEL | MESH_WORKLOAD_STRICT)
 
 #define MESH_SERVICE_WAYPOINT 1u /* L7 */
@@ -104,12 +106,22 @@ enum mesh_counter {
 #define MESH_FLOW_WAYPOINT 1u /* opened by this node's waypoint */
 #define MESH_FLOW_TRACED 2u
 #define MESH_FLOW_ARRIVED 4u /* UDP: counted at the receiver */
+#define MESH_FLOW_PROBE 8u   /* opened by this node's kubelet: of nobody in the mesh, so without a cookie */
 
 /* Times and sizes that the agent may change while programs run. One element. */
 struct mesh_config {
 	__u64 waypoint_cgroup; /* cgroup2 id of Envoy; 0 = no waypoint */
 	__u32 tracing;         /* number of rows in mesh_trace; 0 = do not look */
 	__u32 pad;
+};
+
+/* The kubelet of this node. One element; all of it must fit. The agent writes a zero `process` before another kubelet, so that no moment mixes two. */
+#define MESH_KUBELET_ANY 0xffffffffu
+struct mesh_kubelet {
+	__u32 process;  /* as the kernel counts them (init's PID namespace); 0 = there is none, MESH_KUBELET_ANY = whoever is in the cgroup */
+	__u32 workload; /* stands for it in counters and events */
+	__u64 cgroup;   /* cgroup2 id of its own cgroup; those below it do not count */
+	__u64 netns_cookie; /* the node's own namespace */
 };
 
 /* Who somebody is to the policies, and what protects it, has two slots: a change of policies fills the slot that is not in force and then turns
@@ -130,7 +142,8 @@ struct mesh_workload {
 	__u32 pad;
 };
 
-/* A port whose mode is not its workload's. The value is one word, as above: owner (mesh_mtls_owner) << 32 | MESH_WORKLOAD_MTLS. */
+/* A port whose mode is not its workload's, or which the kubelet calls. The value is one word, as above: owner (mesh_mtls_owner) << 32 |
+ * MESH_WORKLOAD_MTLS | MESH_WORKLOAD_PROBED. */
 struct mesh_mtls_key {
 	__u32 workload;
 	__u16 port; /* host order */
@@ -319,7 +332,9 @@ struct mesh_sock {
 	__u8 loaded; /* 1: counted in mesh_load */
 	__u8 accelerated; /* 1: both ends want it, this end is asked; what became of it is in mesh_joined */
 	__u8 logged; /* 1: its end is reported */
-	__u64 spare[4]; /* socket storage cannot move to a map of another layout: room for what comes */
+	__u8 probe;  /* 1: the kubelet's, which no policy decides about */
+	__u8 spare_bytes[7];
+	__u64 spare[3]; /* socket storage cannot move to a map of another layout: room for what comes */
 };
 
 struct mesh_stats_key {

@@ -465,6 +465,7 @@ def _workload(world: _World, out: Compiled, workload: Object) -> pb.Workload:
         mtls=_MODES[mtls],
         mtls_ports=[pb.PortMtls(port=port, mode=_MODES[mode]) for port, mode in sorted(mtls_ports.items())],
         authentications=sorted(item.key.qualified for item in world.authentications[name]),
+        probe_ports=spec.get("probePorts", ()) if enrolled else (),
         egress_deny=enrolled and (namespace.annotations.get(EGRESS_ANNOTATION, world.egress) if namespace else world.egress) == "deny",
     )
 

@@ -128,8 +128,11 @@ class Relay(relay_pb2_grpc.RelayServicer):
             return [request.node]
         if not request.HasField("trace"):
             return sorted(self._lines)
-        # Nobody knows the source: any agent has the same model, and says what is called nearly so.
-        return [self._node_of(request.trace.source) or next(iter(sorted(self._lines)), "")]
+        if found := self._node_of(request.trace.source):
+            return [found]
+        # Nobody knows the source. A kubelet is that of the destination's node; else any agent has the same model, and says what is called nearly so.
+        called = self._node_of(request.trace.destination.partition(":")[0])
+        return [called if called in self._lines else next(iter(sorted(self._lines)), "")]
 
 
 class _Inbox:

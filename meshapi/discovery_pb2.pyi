@@ -431,6 +431,7 @@ class Workload(_message.Message):
     EGRESS_DENY_FIELD_NUMBER: _builtins.int
     AUTHENTICATIONS_FIELD_NUMBER: _builtins.int
     POD_UID_FIELD_NUMBER: _builtins.int
+    PROBE_PORTS_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     name: _builtins.str
     service_account: _builtins.str
@@ -477,6 +478,10 @@ class Workload(_message.Message):
     def authentications(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """sorted "NAMESPACE/NAME" of every RequestAuthentication that selects it"""
 
+    @_builtins.property
+    def probe_ports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """sorted TCP ports that its node's kubelet calls: probes and lifecycle handlers of its containers"""
+
     def __init__(
         self,
         *,
@@ -500,10 +505,11 @@ class Workload(_message.Message):
         egress_deny: _builtins.bool = ...,
         authentications: _abc.Iterable[_builtins.str] | None = ...,
         pod_uid: _builtins.str = ...,
+        probe_ports: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceleration", b"acceleration", "addresses", b"addresses", "authentications", b"authentications", "awaits_tunnels", b"awaits_tunnels", "backing", b"backing", "egress_deny", b"egress_deny", "enrolled", b"enrolled", "labels", b"labels", "mtls", b"mtls", "mtls_ports", b"mtls_ports", "name", b"name", "namespace", b"namespace", "network_namespace", b"network_namespace", "node", b"node", "pod_uid", b"pod_uid", "policies", b"policies", "ready", b"ready", "service_account", b"service_account", "weight", b"weight", "zone", b"zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceleration", b"acceleration", "addresses", b"addresses", "authentications", b"authentications", "awaits_tunnels", b"awaits_tunnels", "backing", b"backing", "egress_deny", b"egress_deny", "enrolled", b"enrolled", "labels", b"labels", "mtls", b"mtls", "mtls_ports", b"mtls_ports", "name", b"name", "namespace", b"namespace", "network_namespace", b"network_namespace", "node", b"node", "pod_uid", b"pod_uid", "policies", b"policies", "probe_ports", b"probe_ports", "ready", b"ready", "service_account", b"service_account", "weight", b"weight", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -32,12 +32,13 @@ from pathlib import Path
 
 from agent import features, files
 from agent.bpf import acceleration, libbpf, migrate, sets, source
-from agent.bpf.manifest import HOOKED, PROGRAMS, Counter, Manifest, Program
+from agent.bpf.manifest import HOOKED, KUBELET_ANY, PROGRAMS, Counter, Manifest, Program
 from agent.bpf.maps import Map
 from agent.bpf.migrate import Fate, Migration
 from agent.bpf.sets import Others, Set
 from agent.config import Config
 from agent.errors import EnvironmentUnfit, KernelRefused
+from agent.kubelet import ANY, Kubelet
 
 _log = logging.getLogger(__name__)
 
@@ -340,6 +341,16 @@ class DataPath:
         table = self.maps["mesh_config"]
         key = table.layout.key.pack(**{"": 0})
         table.put(key, table.layout.value.pack(waypoint_cgroup=waypoint_cgroup_id, tracing=tracing))
+
+    def recognise_kubelet(self, found: Kubelet, workload: int) -> None:
+        """Have the programs take the calls of what was found for probes, counted under the number `workload`; nobody's, if it has no cgroup."""
+        table = self.maps["mesh_kubelet"]
+        process = KUBELET_ANY if found.process == ANY else found.process
+        key = table.layout.key.pack(**{"": 0})
+        row = table.layout.value.pack(process=process, workload=workload, cgroup=found.cgroup, netns_cookie=found.netns_cookie)
+        if table.get(key) != [row]:
+            table.put(key, bytes(table.layout.value.size))  # a program may be reading: never half of one kubelet and half of another
+            table.put(key, row)
 
 
 async def run_loader(job: source.Job, log: Path) -> None:

@@ -60,6 +60,7 @@ class Record(NamedTuple):
     redirected: int
     protocol: int
     accelerated: int
+    probe: int = 0
 
 
 NO_RECORD = Record._make([0] * len(Record._fields))

@@ -331,7 +331,8 @@ class Tables:
             flags.get(workload.name, 0)
             | self._modes(workload, workload.mtls)
             | (m.WORKLOAD_MTLS_PORTS if workload.mtls_ports else 0)
-            | (m.WORKLOAD_EGRESS_DENY if workload.egress_deny else 0),
+            | (m.WORKLOAD_EGRESS_DENY if workload.egress_deny else 0)
+            | (m.WORKLOAD_PROBED if self._probed(workload) else 0),
             self._tunnels.get(workload.identity(self._trust_domain), 0) if self._tunnelled(workload) else 0,
             policies.identities[members],
             policies.sets[workload.policies],
@@ -346,15 +347,19 @@ class Tables:
         tunnel = m.WORKLOAD_TUNNEL if workload.node != self._node and self._direct.tunnels(workload, mode) else 0
         return tunnel | (m.WORKLOAD_STRICT if mode is Mtls.STRICT else 0)
 
+    def _probed(self, workload: Workload) -> tuple[int, ...]:
+        """The ports that this node's kubelet calls."""
+        return workload.probe_ports if workload.node == self._node and workload.enrolled else ()
+
     def _mtls(self, workload: Workload) -> Rows:
-        """Rows of the ports that have a mode of their own."""
-        if not workload.mtls_ports:
+        """Rows of the ports that have a mode of their own, or that the kubelet calls."""
+        probed = self._probed(workload)
+        if not workload.mtls_ports and not probed:
             return {}
         number = self._ids.number("workload", workload.name)
-        return {
-            self._rows.mtls_key(number, port): self._rows.mtls(number, port, self._modes(workload, mode))
-            for port, mode in workload.mtls_ports
-        }
+        words = {port: self._modes(workload, mode) for port, mode in workload.mtls_ports}
+        words |= {port: self._modes(workload, workload.mtls_of(port)) | m.WORKLOAD_PROBED for port in probed}
+        return {self._rows.mtls_key(number, port): self._rows.mtls(number, port, word) for port, word in words.items()}
 
     def _address(
         self, raw: bytes, snapshot: Snapshot, here: Mapping[str, Namespace], policies: _Policies, flags: Mapping[str, int]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from agent import flows
+from agent import flows, kubelet
 from agent.bpf.manifest import Direction, Reason, Verdict
 from agent.bpf.maps import Map
 from agent.bpf.sockets import Sockets
@@ -79,6 +79,8 @@ class Kernel:
     def _seen(self, direction: int, source: int, target: int, service: int, port: int, protocol: int, outcome: Outcome) -> Seen | None:
         """A call, told once: by its caller, and by the receiver of a caller that nobody knows."""
         caller, receiver = self._ids.name(source), self._ids.name(target)
+        if caller.startswith(f"{kubelet.NAMESPACE}/"):
+            return None  # a probe, which no policy decides about
         name, _, dialled = self._ids.name(service).rpartition(":")
         inbound = direction == Direction.INBOUND
         if inbound:

@@ -143,6 +143,11 @@ def _join(controller: str, address: str | None, token_file: Path | None, account
     help="Answer for the names of services in workloads' namespaces.  [default: on, except on a Kubernetes node]",
 )
 @click.option("--cluster-domain", default="cluster.local", show_default=True, help="What the whole names of services end in.")
+@click.option(
+    "--kubelet-cgroup",
+    type=_DIRECTORY,
+    help="cgroup2 directory of the kubelet: whoever is in it may probe pods.  [default: the kubelet's own process is found]",
+)
 @click.option("--keep-denied-connections", is_flag=True, help="Let living connections go on that a changed policy forbids.")
 @click.option("--wireguard-port", type=click.IntRange(1, 65535), default=WIREGUARD_PORT, show_default=True, help="UDP, between nodes.")
 @click.option(
@@ -180,6 +185,7 @@ def run(  # noqa: PLR0913  one parameter for each option
     envoy_concurrency: int,
     names: bool | None,
     cluster_domain: str,
+    kubelet_cgroup: Path | None,
     keep_denied_connections: bool,
     wireguard_port: int,
     wireguard_address: tuple[str, ...],
@@ -217,6 +223,7 @@ def run(  # noqa: PLR0913  one parameter for each option
         envoy_concurrency=envoy_concurrency,
         names=not kubernetes_node() if names is None else names,
         cluster_domain=cluster_domain,
+        kubelet_cgroup=kubelet_cgroup,
         keep_connections=keep_denied_connections,
         record_flows=record_flows,
         map_capacities=map_capacity,

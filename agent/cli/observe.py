@@ -253,6 +253,7 @@ def trace(  # noqa: PLR0913  each is an option
     """Explain what happens to calls from SOURCE to DESTINATION, then watch them.
 
     SOURCE is a workload, DESTINATION a service or a workload, each NAMESPACE/NAME, or NAME in the namespace of -n; DESTINATION may end in :PORT.
+    `kubelet` as SOURCE is that of the DESTINATION's node: its probes of that workload.
     Exit code 1 if the call is denied.
     """
     source, destination = within(namespace, source), within(namespace, destination)

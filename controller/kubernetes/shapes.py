@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -28,6 +28,7 @@ _LAST_APPLIED: Final = "kubectl.kubernetes.io/last-applied-configuration"
 _OWN: Final = "meshagent.io/"
 _SLICE_OF: Final = "kubernetes.io/service-name"
 _MANAGED_BY: Final = "endpointslice.kubernetes.io/managed-by"
+_PORT_DIGITS: Final = 5
 _ENDED: Final = frozenset({"Succeeded", "Failed"})
 
 
@@ -105,9 +106,31 @@ class _Port(msgspec.Struct):
     protocol: str = "TCP"
 
 
+class _Call(msgspec.Struct):
+    """What the kubelet connects to: HTTPGetAction, TCPSocketAction or GRPCAction."""
+
+    port: int | str | None = None
+    host: str = ""
+
+
+class _Handler(msgspec.Struct):
+    http: _Call | None = msgspec.field(name="httpGet", default=None)
+    tcp: _Call | None = msgspec.field(name="tcpSocket", default=None)
+    grpc: _Call | None = None
+
+
+class _Lifecycle(msgspec.Struct):
+    start: _Handler | None = msgspec.field(name="postStart", default=None)
+    stop: _Handler | None = msgspec.field(name="preStop", default=None)
+
+
 class _Container(msgspec.Struct):
     ports: list[_Port] | None = None
     restart: str | None = msgspec.field(name="restartPolicy", default=None)
+    liveness: _Handler | None = msgspec.field(name="livenessProbe", default=None)
+    readiness: _Handler | None = msgspec.field(name="readinessProbe", default=None)
+    startup: _Handler | None = msgspec.field(name="startupProbe", default=None)
+    lifecycle: _Lifecycle | None = None
 
 
 class _PodSpec(msgspec.Struct):
@@ -212,9 +235,9 @@ def _pod(raw: bytes) -> Seen | None:
     )
     if wrong is not None:
         return _seen(key, meta, None, wrong)
-    sidecars = [one for one in spec.init_containers or () if one.restart == "Always"]
+    containers = [*(spec.containers or ()), *(one for one in spec.init_containers or () if one.restart == "Always")]
     ports: dict[str, int] = {}
-    for port in (port for container in (*(spec.containers or ()), *sidecars) for port in container.ports or ()):
+    for port in (port for container in containers for port in container.ports or ()):
         if port.name and 0 < port.number < 65536:
             ports.setdefault(f"{port.name}/{port.protocol}", port.number)
     ready = meta.deleted is None and any(one.type == "Ready" and one.status == "True" for one in status.conditions or ())
@@ -227,11 +250,33 @@ def _pod(raw: bytes) -> Seen | None:
     }
     if ports:
         shaped["ports"] = ports
+    if called := {port for container in containers for port in _called(container)}:
+        shaped["probePorts"] = sorted(called)
     if spec.host_network:
         shaped["hostNetwork"] = True
     if meta.deleted is not None:
         shaped["terminating"] = True
     return _seen(key, meta, shaped)
+
+
+def _called(container: _Container) -> Iterator[int]:
+    """The ports of its own pod that the kubelet calls for a container, by name as pkg/probe/util.go (ResolveContainerPort) finds them.
+
+    A host is another place, and the kubelet's calls there are nobody's probes here.
+    """
+    life = container.lifecycle or _Lifecycle()
+    named = {one.name: one.number for one in reversed(container.ports or ()) if one.name}  # the first of a name counts
+    for handler in (container.liveness, container.readiness, container.startup, life.start, life.stop):
+        for call in (handler.http, handler.tcp, handler.grpc) if handler is not None else ():
+            if call is not None and not call.host:
+                port = call.port if isinstance(call.port, int) else named.get(call.port or "", call.port)
+                if 0 < (number := port if isinstance(port, int) else _decimal(port)) < 65536:
+                    yield number
+
+
+def _decimal(text: str | None) -> int:
+    """A number that was written as text, which is the last thing that the kubelet tries; 0 if it is none."""
+    return int(text) if text and text.isascii() and text.isdigit() and len(text) <= _PORT_DIGITS else 0
 
 
 def _node(raw: bytes) -> Seen | None:

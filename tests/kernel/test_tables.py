@@ -59,6 +59,7 @@ workloads = st.builds(
     mtls=modes,
     mtls_ports=st.lists(st.tuples(st.sampled_from([80, 8080, 9]), modes), max_size=2, unique_by=lambda pair: pair[0]).map(tuple),
     egress_deny=st.booleans(),
+    probe_ports=st.sampled_from([(), (8080,), (80, 9)]),
 )
 ports = st.lists(
     st.builds(

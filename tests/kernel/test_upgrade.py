@@ -29,7 +29,7 @@ LARGER = (
     ("mesh_types.h", "struct mesh_origdst {\n", "struct mesh_origdst {\n\t__u64 added;\n"),
     ("mesh_types.h", "struct mesh_stats {\n\t__u64 opened;", "struct mesh_stats {\n\t__u64 added;\n\t__u64 opened;"),
     ("mesh_types.h", "struct mesh_workload {\n", "struct mesh_workload {\n\t__u64 added;\n"),
-    ("mesh_types.h", "__u64 spare[4];", "__u64 added;\n\t__u64 spare[3];"),
+    ("mesh_types.h", "__u64 spare[3];", "__u64 added;\n\t__u64 spare[2];"),
     ("mesh_maps.h", "u32, u64, mesh_counter, MESH_COUNT_MAX,", "u32, u64, mesh_counter, MESH_COUNT_MAX + 1,"),
 )
 OTHER_SOCKETS = (

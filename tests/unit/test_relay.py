@@ -169,6 +169,19 @@ def test_the_controller_finds_the_node_of_a_workload_and_of_a_service(tmp_path: 
     run(tmp_path, scenario)
 
 
+def test_the_kubelet_is_asked_about_at_the_node_of_whom_it_probes(tmp_path: Path) -> None:
+    async def scenario(controller: Controller, near: Place, _far: Place) -> None:
+        asked = agent_pb2.TraceRequest(source="kubelet", destination="default/elsewhere:8080", duration_s=0.05)
+        async with asking(controller) as relay:
+            told = [one async for one in relay.Ask(pb.AskRequest(trace=asked))]
+            assert [(one.node, json.loads(one.document)["source"]) for one in told] == [("node-2", "(kubelet)/node-2")]
+        async with asking(near) as agent:
+            documents = [json.loads(one.document) async for one in agent.Trace(asked)]
+            assert [one["source"] for one in documents] == ["(kubelet)/node-2"]
+
+    run(tmp_path, scenario)
+
+
 def test_every_connected_node_tells_its_status(tmp_path: Path) -> None:
     async def scenario(controller: Controller, _near: Place, _far: Place) -> None:
         async with asking(controller) as relay:

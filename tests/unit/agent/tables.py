@@ -68,7 +68,7 @@ def load() -> Table:
 def sock() -> Table:
     """mesh_sock: of each kind of member what is read."""
     words = [(name, "I") for name in ("source", "target", "service", "rule")]
-    bytes_ = [(name, "B") for name in ("direction", "verdict", "redirected", "protocol", "accelerated")]
+    bytes_ = [(name, "B") for name in ("direction", "verdict", "redirected", "protocol", "accelerated", "probe")]
     ports = [(name, "H") for name in ("dialled_port", "origdst_port")]
     return Table(MapLayout(_codec(("", "I")), _codec(("start_ns", "Q"), ("established_ns", "Q"), *words, *ports, *bytes_)))
 

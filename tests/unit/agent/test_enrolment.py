@@ -189,7 +189,7 @@ def pod(uid: str = UID, addresses: tuple[str, ...] = ("10.0.0.1",)) -> Workload:
 def sandbox(mark: int, process: int = 0) -> Pod:
     """A pod whose sandbox is this process, the tests' own if none is given."""
     pid = process or os.getpid()
-    started = pods._started(pid)
+    started = pods.birth(pid)
     assert started is not None
     return Pod("/kubepods/pod", pid, started, (4, mark))
 

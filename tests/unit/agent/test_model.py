@@ -42,6 +42,7 @@ def damaged(draw: st.DrawFn) -> bytes:
         part.zone, part.weight, part.acceleration = draw(TEXT), draw(NUMBER), draw(TEXT)
         part.mtls = draw(st.integers(0, 9))
         part.mtls_ports.add(port=draw(NUMBER), mode=draw(st.integers(0, 9)))
+        part.probe_ports.extend(draw(st.lists(NUMBER, max_size=3)))
         part.backing.add(service=draw(TEXT)).ports.add(service_port=draw(NUMBER), target_port=draw(NUMBER), protocol=draw(TEXT))
     content = bytearray(entity.SerializeToString())
     for position, value in draw(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=3)):
@@ -163,6 +164,21 @@ def test_a_uid_that_is_none_is_refused(uid: str) -> None:
         entity = pb.Entity(workload=pb.Workload(namespace="n", name="a", node="n1", pod_uid=uid))
         with pytest.raises(ValueError, match="workload n/a has a pod UID"):
             decode(entity.SerializeToString(), node)
+
+
+def test_the_ports_that_a_kubelet_calls_are_kept_for_its_own_node() -> None:
+    message = pb.Workload(namespace="n", name="a", node="n1", probe_ports=[9090, 8080, 9090])
+    for node, expected in ((None, (8080, 9090)), ("n1", (8080, 9090)), ("n2", ())):
+        found = decode(pb.Entity(workload=message).SerializeToString(), node)
+        assert isinstance(found, Workload)
+        assert found.probe_ports == expected
+
+
+@pytest.mark.parametrize("port", [0, 65536, 65536 + 8080])
+def test_a_probe_port_that_is_none_is_refused_and_not_taken_for_another(port: int) -> None:
+    entity = pb.Entity(workload=pb.Workload(namespace="n", name="a", node="n1", probe_ports=[8080, port]))
+    with pytest.raises(ValueError, match=f"workload n/a has a probe port {port} that is none"):
+        decode(entity.SerializeToString(), "n1")
 
 
 def test_every_mode_has_the_same_name_and_number_on_both_sides() -> None:

@@ -26,7 +26,7 @@ from agent.model import (
     Source,
     Workload,
 )
-from agent.plan import find_destination, find_workload, plan, targets
+from agent.plan import find_caller, find_destination, find_workload, plan, targets
 from agent.traffic import LoadBalancing, TrafficPolicy
 
 
@@ -352,3 +352,40 @@ def test_a_call_to_the_outside_is_decided_by_the_policies_of_its_external_servic
     found = plan(model, model.workloads[f"default/{caller}"], f"api.example.com:{port}", "mesh.test")
     assert (found.verdict, found.level, found.reason) == (verdict, "L7", "ExternalService default/api")
     assert found.problems == ()
+
+
+PROBED = dataclasses.replace(REDIS, node="node-2", mtls=Mtls.STRICT, probe_ports=(8080, 9090))
+
+
+@pytest.mark.parametrize(
+    ("destination", "found", "verdict", "rule", "problems"),
+    [
+        pytest.param(
+            "redis", "default/redis:8080", "ALLOW", "a probe of the kubelet, which no policy decides about", 0, id="its-first-probe"
+        ),
+        pytest.param("redis:9090", "default/redis:9090", "ALLOW", "a probe of the kubelet, which no policy decides about", 0, id="another"),
+        pytest.param("redis:6379", "default/redis:6379", "DENY", "default/redis-clients: no rule matches", 2, id="no-probe"),
+        pytest.param("redis:8080/udp", "default/redis:8080/udp", "DENY", "default/redis-clients: no rule matches", 2, id="datagrams"),
+    ],
+)
+def test_the_plan_of_a_kubelets_call_tells_probes_from_other_calls(
+    destination: str, found: str, verdict: str, rule: str, problems: int
+) -> None:
+    model = snapshot(workload("frontend"), PROBED, policies=(ALLOW_FRONTEND,))
+    caller = find_caller(model, "kubelet", destination, "node-1")
+    assert (caller.name, caller.node) == ("(kubelet)/node-2", "node-2")  # nobody else's probes are its
+    planned = plan(model, caller, destination, "mesh.local")
+    assert (planned.destination, planned.verdict, planned.rule, len(planned.problems)) == (found, verdict, rule, problems)
+
+
+def test_a_kubelet_calls_pods_and_no_services() -> None:
+    model = snapshot(services=(service("cart", 80),))
+    caller = find_caller(model, "kubelet", "cart", "node-1")
+    with pytest.raises(NotFound, match="default/cart is a service, and the kubelet calls pods: name a workload"):
+        plan(model, caller, "cart", "mesh.local")
+
+
+def test_a_workload_that_is_called_kubelet_is_that_workload() -> None:
+    model = snapshot(workload("kubelet"), PROBED)
+    assert find_caller(model, "kubelet", "redis", "node-1").name == "default/kubelet"
+    assert find_caller(model, "default/redis", "redis", "node-1") is PROBED

@@ -218,14 +218,14 @@ def test_a_sandbox_that_was_replaced_is_found_again(tmp_path: Path, process: Cal
 
 def test_the_number_of_a_process_that_ended_is_not_the_sandbox(process: Callable[..., int]) -> None:
     pid = process()
-    assert Pod(pid=pid, started=pods._started(pid) or 0).lives()
+    assert Pod(pid=pid, started=pods.birth(pid) or 0).lives()
     assert not Pod(pid=pid, started=1).lives()
     assert not Pod().lives()
 
 
 def test_the_end_of_a_sandbox_can_be_waited_for(process: Callable[..., int]) -> None:
     pid = process()
-    found = Pod(pid=pid, started=pods._started(pid) or 0)
+    found = Pod(pid=pid, started=pods.birth(pid) or 0)
     held = found.open()
     try:
         assert not select.select([held], [], [], 0)[0]

@@ -70,11 +70,12 @@ class Node:
         verdict: int = 0,
         mark: int = 0,
         cgroup: int = APPLICATION,
+        probe: int = 0,
     ) -> Forbidden | None:
         """What is wrong with it."""
         number = self.ids.number("workload", source) if source else 0
         of = self.ids.number("workload", target) if target else 0
-        record = Record(1, 1, number, of, 0, 0, port, origdst_port, direction, verdict, redirected, 6, 0)
+        record = Record(1, 1, number, of, 0, 0, port, origdst_port, direction, verdict, redirected, 6, 0, probe)
         ports = (port, 50000) if direction == Direction.INBOUND else (50000, port)
         ident = struct.pack("!HH", *ports) + socket.inet_aton(at.addresses[0]).ljust(16, b"\0") + socket.inet_aton(remote).ljust(16, b"\0")
         live = LiveSocket(socket.AF_INET, 1, ident.ljust(48, b"\0"), 0, 0, 0, 0, record, mark, cgroup)
@@ -260,3 +261,11 @@ def test_a_connection_that_the_kernel_does_not_close_leaves_no_other_open() -> N
     with pytest.raises(KernelRefused, match="not this one"):
         next(closing)
     assert not destroyer.open
+
+
+def test_a_probe_of_the_kubelet_is_let_alone_and_other_calls_of_the_node_are_not(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    for at, port, rule in ((SERVER, 80, NO), (replace(SERVER, mtls=Mtls.STRICT), 80, "STRICT: plaintext from outside this node")):
+        calls = {"source": "(kubelet)/here", "direction": Direction.INBOUND}
+        assert node.rule(at, "192.0.2.1", port, probe=1, **calls) == ""
+        assert node.rule(at, "192.0.2.1", port, **calls) == rule

@@ -110,3 +110,17 @@ def test_a_name_without_rows_is_forgotten_too(tmp_path: Path) -> None:
         node.now = now
         node.sweep.run(ALL)
     assert set(node.ids.names("workload")) == {"d/a", "d/b"}
+
+
+def test_a_caller_that_is_in_no_snapshot_and_is_to_stay_keeps_its_counters_and_its_name(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    number = node.ids.number("workload", "(kubelet)/n")
+    sweep = Sweep(cast("Any", node.maps), node.ids, lambda: node.now, frozenset({"(kubelet)/n"}))
+    node.maps["mesh_stats"].add({"source": number, "target": node.a})
+    sweep.run(ALL)
+    node.now += 2 * KEPT_S
+    assert sweep.run(ALL) == 0
+    assert node.ids.name(number) == "(kubelet)/n"
+    assert node.sweep.run(ALL) == 0  # another sweep sees it for the first time
+    node.now += KEPT_S
+    assert node.sweep.run(ALL) == 1

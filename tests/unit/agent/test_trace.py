@@ -126,7 +126,7 @@ def test_how_a_connection_ended_is_its_outcome(reason: Close, outcome: str, step
     assert (seen.next_step is None) if step is None else (step in str(seen.next_step))
 
 
-@pytest.mark.parametrize("reason", [r for r in Reason if r not in {Reason.NONE, Reason.FAIL_OPEN}])
+@pytest.mark.parametrize("reason", [r for r in Reason if r not in {Reason.NONE, Reason.FAIL_OPEN, Reason.PROBE}])
 def test_a_denial_is_reported_at_once_with_the_next_step(reason: Reason) -> None:
     watch = Watch(L4, "node-1")
     watch.on_event(event(EventKind.DENIED, verdict=Verdict.DENY, reason=reason, rule="default/p: no rule matches"))

@@ -346,6 +346,7 @@ def test_values_arrive_where_they_belong() -> None:
         "60",
     )
     assert (agent["cgroup"], agent["keep-denied-connections"], agent["no-record-flows"]) == ("/sys/fs/cgroup/unified", "", "")
+    assert agent["kubelet-cgroup"] == "/sys/fs/cgroup/unified/system.slice/kubelet.service"
     pod = of(FULL, "Deployment")["spec"]
     assert pod["replicas"] == 3
     assert pod["template"]["spec"]["imagePullSecrets"] == [{"name": "registry"}]

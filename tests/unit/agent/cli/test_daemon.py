@@ -54,7 +54,7 @@ def test_the_defaults_are_a_node_with_a_controller_beside_it(started: list[Confi
 def test_every_option_reaches_the_configuration(started: list[Config], tmp_path: Path) -> None:
     values: dict[str, Any] = {
         "controller": "10.0.0.1:1", "trust-domain": "t", "cgroup": "/c", "pin-dir": "/p", "run-dir": "/r", "state-dir": "/s",
-        "metrics-address": "127.0.0.1", "metrics-port": 23, "envoy": "/e", "envoy-concurrency": 7,
+        "metrics-address": "127.0.0.1", "metrics-port": 23, "envoy": "/e", "envoy-concurrency": 7, "kubelet-cgroup": "/c/k",
     }  # fmt: skip
     result = run("--node", "n1", *pems(tmp_path), *(str(part) for name, value in values.items() for part in (f"--{name}", value)))
     assert result.exit_code == 0, result.output
@@ -62,7 +62,7 @@ def test_every_option_reaches_the_configuration(started: list[Config], tmp_path:
         Config(
             node="n1", controller="10.0.0.1:1", tls=TlsFiles(tmp_path / "ca", tmp_path / "cert", tmp_path / "key"), trust_domain="t",
             cgroup=Path("/c"), pin_dir=Path("/p"), run_dir=Path("/r"), state_dir=Path("/s"), metrics_address="127.0.0.1", metrics_port=23,
-            envoy="/e", envoy_concurrency=7,
+            envoy="/e", envoy_concurrency=7, kubelet_cgroup=Path("/c/k"),
         )
     ]  # fmt: skip
 

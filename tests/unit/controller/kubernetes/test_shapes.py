@@ -88,6 +88,32 @@ def test_ports_of_containers_have_names() -> None:
     assert found["ports"] == {"http/TCP": 8080, "dns/UDP": 53, "dns/TCP": 5353, "admin/TCP": 15000}
 
 
+def test_the_ports_that_the_kubelet_calls_are_those_of_probes_and_lifecycle_handlers() -> None:
+    named = [{"name": "web", "containerPort": 8080}, {"name": "web", "containerPort": 1}, {"containerPort": 7}]
+    containers = [
+        {
+            "ports": named,
+            "livenessProbe": {"httpGet": {"path": "/live", "port": "web"}, "periodSeconds": 5},
+            "readinessProbe": {"grpc": {"port": 9090}},
+            "startupProbe": {"tcpSocket": {"port": "7070"}},
+            "lifecycle": {"preStop": {"httpGet": {"port": 6060}}, "postStart": {"exec": {"command": ["true"]}}},
+        },
+        {"livenessProbe": {"exec": {"command": ["true"]}}, "readinessProbe": {"tcpSocket": {"port": "web"}}},  # that of another container
+        {
+            "livenessProbe": {"httpGet": {"port": 5050, "host": "192.0.2.1"}},
+            "readinessProbe": {"httpGet": {"port": 65536}},
+            "startupProbe": {},
+        },
+        {"readinessProbe": {"tcpSocket": {"port": 8080}}, "startupProbe": None, "lifecycle": None},
+    ]
+    before = [
+        {"restartPolicy": "Always", "startupProbe": {"httpGet": {"port": 4040}}},
+        {"startupProbe": {"httpGet": {"port": 3030}}},  # the API server refuses it: such a container runs to its end
+    ]
+    assert spec("Pod", pod(containers=containers, initContainers=before))["probePorts"] == [4040, 6060, 7070, 8080, 9090]
+    assert "probePorts" not in spec("Pod", pod(containers=[{"ports": named}]))
+
+
 @pytest.mark.parametrize(
     ("item", "field"),
     [

@@ -86,6 +86,13 @@ def test_a_pod_is_enrolled_where_a_label_of_it_or_its_namespace_says_so(
     assert (found.enrolled, bool(found.pod_uid), found.network_namespace) == (enrolled, enrolled, "")
 
 
+def test_only_of_a_pod_in_the_mesh_it_is_said_what_its_kubelet_calls() -> None:
+    containers = [{"readinessProbe": {"httpGet": {"port": "web"}}, "ports": [{"name": "web", "containerPort": 8080}]}]
+    pods = [pod(name, f"10.1.0.{len(name)}", labels={"meshagent.io/mode": name}, containers=containers) for name in ("mesh", "no")]
+    model = compiled(Namespace=[{"metadata": {"name": "shop"}}], Pod=pods)
+    assert [list(workload(model, f"shop/{name}").probe_ports) for name in ("mesh", "no")] == [[8080], []]
+
+
 def test_a_pod_in_the_hosts_network_is_no_workload_and_stands_behind_its_services_as_its_node() -> None:
     pods = [pod(name, "192.0.2.1", labels={"app": "proxy"}, hostNetwork=True) for name in ("a", "bb")]
     pods.append(pod("ccc", "192.0.2.1", labels={"app": "proxy"}, hostNetwork=True, ready=False))
