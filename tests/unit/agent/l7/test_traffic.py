@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -255,6 +256,32 @@ def test_round_robin_takes_turns(tmp_path: Path) -> None:
         )
     # Each of Envoy's workers takes its own turns.
     assert all(8 <= count <= 12 for count in found.values()), found
+
+
+@pytest.mark.parametrize(
+    ("kind", "least", "most"),
+    [
+        pytest.param(Balancing.LEAST_REQUEST, 0.0, 0.3, id="least-request"),
+        pytest.param(Balancing.RANDOM, 0.35, 0.65, id="random"),  # 4.5 standard deviations of 230
+    ],
+)
+def test_a_slow_endpoint_is_asked_less_by_who_looks_at_what_is_under_way(
+    tmp_path: Path, kind: Balancing, least: float, most: float
+) -> None:
+    """Least request is what comes nearest to balancing by latency: requests under way are the rate times the time that each takes (Little's law)."""
+
+    def slow(_: BaseHTTPRequestHandler) -> int:
+        time.sleep(0.1)
+        return 200
+
+    def work(port: int) -> Counter[str]:
+        with ThreadPoolExecutor(10) as pool:
+            return Counter(answer.name for answer in pool.map(lambda _: harness.request(port), range(230)))
+
+    with servers(quick=plain, slow=slow) as targets:
+        found, _ = through_envoy(tmp_path, policy(balancing=LoadBalancing(kind)), targets, work)
+    assert found.total() == 230
+    assert least <= found["slow"] / 230 <= most, found
 
 
 def test_more_than_the_limit_is_a_503_that_says_overload(tmp_path: Path) -> None:
