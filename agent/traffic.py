@@ -20,6 +20,7 @@ class Balancing(enum.Enum):
     RANDOM = 2
     RING_HASH = 3
     MAGLEV = 4
+    LATENCY = 5
 
 
 class CheckKind(enum.Enum):

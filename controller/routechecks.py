@@ -74,9 +74,6 @@ def _rule(path: Path, rule: Mapping[str, Any]) -> Iterator[Found]:
                 yield from _filter(here, item, rule)
     if "sessionPersistence" in rule:
         yield from _session((*path, "sessionPersistence"), rule["sessionPersistence"])
-        if sum(backend.get("weight", 1) > 0 for backend in rule.get("backendRefs", [])) > 1:
-            message = "is supported for rules with one backend: a share of requests is drawn before the session is looked at"
-            yield (*path, "sessionPersistence"), message
 
 
 def _filter(path: Path, item: Mapping[str, Any], rule: Mapping[str, Any]) -> Iterator[Found]:

@@ -237,6 +237,7 @@ _TYPES: Final = {
     "Random": pb.LoadBalancing.RANDOM,
     "RingHash": pb.LoadBalancing.RING_HASH,
     "Maglev": pb.LoadBalancing.MAGLEV,
+    "Latency": pb.LoadBalancing.LATENCY,
 }
 _PER: Final = {
     "Service": pb.RateLimit.SERVICE,

@@ -2007,6 +2007,7 @@ class LoadBalancing(_message.Message):
         RANDOM: LoadBalancing._Type.ValueType  # 2
         RING_HASH: LoadBalancing._Type.ValueType  # 3
         MAGLEV: LoadBalancing._Type.ValueType  # 4
+        LATENCY: LoadBalancing._Type.ValueType  # 5
 
     class Type(_Type, metaclass=_TypeEnumTypeWrapper): ...
     LEAST_REQUEST: LoadBalancing.Type.ValueType  # 0
@@ -2014,6 +2015,7 @@ class LoadBalancing(_message.Message):
     RANDOM: LoadBalancing.Type.ValueType  # 2
     RING_HASH: LoadBalancing.Type.ValueType  # 3
     MAGLEV: LoadBalancing.Type.ValueType  # 4
+    LATENCY: LoadBalancing.Type.ValueType  # 5
 
     TYPE_FIELD_NUMBER: _builtins.int
     CHOICES_FIELD_NUMBER: _builtins.int

@@ -22,11 +22,10 @@ from envoy.extensions.filters.http.composite.v3 import composite_pb2
 from envoy.extensions.filters.http.cors.v3 import cors_pb2
 from envoy.extensions.filters.http.jwt_authn.v3 import config_pb2
 from envoy.extensions.filters.http.rbac.v3 import rbac_pb2
-from envoy.extensions.filters.http.stateful_session.v3 import stateful_session_pb2
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2 as hcm_pb2
 from envoy.type.matcher.v3 import metadata_pb2, value_pb2
 
-from agent.l7 import jwt, names, tokens
+from agent.l7 import jwt, names, sessions, tokens
 from agent.l7.resources import packed
 from agent.model import Authentication, ClaimCondition, Route
 
@@ -75,8 +74,7 @@ def verify_first(configuration: route_pb2.RouteConfiguration, authentications: S
     for name in (names.DENY_FILTER, names.ALLOW_FILTER):
         filters[name].CopyFrom(packed(rbac_pb2.RBACPerRoute(rbac=rbac_pb2.RBAC())))
     filters[names.CORS_FILTER].CopyFrom(packed(cors_pb2.CorsPolicy()))
-    session = stateful_session_pb2.StatefulSessionPerRoute(stateful_session=stateful_session_pb2.StatefulSession())
-    filters[names.SESSION_FILTER].CopyFrom(packed(session))
+    sessions.nothing(filters)
     reader = _reader(authentications)
     if reader.providers:
         action = composite_pb2.ExecuteFilterAction()

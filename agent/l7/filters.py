@@ -1,4 +1,4 @@
-"""The filters of a route's rule as Envoy has them: redirects, rewrites, CORS, sessions. Pure functions, called by `agent.l7.routes`.
+"""The filters of a route's rule as Envoy has them: redirects, rewrites, CORS. Pure functions, called by `agent.l7.routes`.
 
 What they mean: https://gateway-api.sigs.k8s.io/reference/spec/#httproutefilter; Envoy's fields:
 https://www.envoyproxy.io/docs/envoy/v1.37.0/api-v3/config/route/v3/route_components.proto.
@@ -8,22 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from envoy.config.core.v3 import extension_pb2
 from envoy.config.route.v3 import route_components_pb2
 from envoy.extensions.filters.http.cors.v3 import cors_pb2
-from envoy.extensions.filters.http.stateful_session.v3 import stateful_session_pb2
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2 as hcm_pb2
-from envoy.extensions.http.stateful_session.cookie.v3 import cookie_pb2 as cookie_session_pb2
-from envoy.extensions.http.stateful_session.header.v3 import header_pb2 as header_session_pb2
-from envoy.type.http.v3 import cookie_pb2
 from envoy.type.matcher.v3 import regex_pb2, string_pb2
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.duration_pb2 import Duration
 
 from agent.l7 import names
 from agent.l7.resources import packed
 from agent.model import MatchKind, RouteMatch
-from agent.routing import Cors, Redirect, Rewrite, Session
+from agent.routing import Cors, Redirect, Rewrite
 
 _STATUS = {
     301: route_components_pb2.RedirectAction.MOVED_PERMANENTLY,
@@ -38,11 +32,6 @@ _PORTS = {"http": 80, "https": 443}
 def http_filters() -> list[hcm_pb2.HttpFilter]:
     """CORS, which answers for the backend before anybody is asked who calls; see `agent.l7.listeners.http_filters`."""
     return [hcm_pb2.HttpFilter(name=names.CORS_FILTER, typed_config=packed(cors_pb2.Cors()), disabled=True)]
-
-
-def session_filters() -> list[hcm_pb2.HttpFilter]:
-    """Session persistence, the last before the router."""
-    return [hcm_pb2.HttpFilter(name=names.SESSION_FILTER, typed_config=packed(stateful_session_pb2.StatefulSession()), disabled=True)]
 
 
 def redirect(
@@ -123,21 +112,3 @@ def cors(target: Mapping[str, AnyMessage], wanted: Cors | None) -> None:
         )
         policy.allow_origin_string_match.append(matcher)
     target[names.CORS_FILTER].CopyFrom(packed(policy))
-
-
-def session(target: Mapping[str, AnyMessage], wanted: Session) -> None:
-    """Switch session persistence on for a route; who brings an endpoint that is no longer there gets another (`strict` is off)."""
-    if wanted.cookie:
-        cookie = cookie_pb2.Cookie(name=wanted.cookie, path=wanted.path)
-        if wanted.lifetime_ms:
-            cookie.ttl.CopyFrom(Duration(seconds=-(-wanted.lifetime_ms // 1000)))
-        state = extension_pb2.TypedExtensionConfig(
-            name="envoy.http.stateful_session.cookie", typed_config=packed(cookie_session_pb2.CookieBasedSessionState(cookie=cookie))
-        )
-    else:
-        state = extension_pb2.TypedExtensionConfig(
-            name="envoy.http.stateful_session.header",
-            typed_config=packed(header_session_pb2.HeaderBasedSessionState(name=wanted.header)),
-        )
-    per_route = stateful_session_pb2.StatefulSessionPerRoute(stateful_session=stateful_session_pb2.StatefulSession(session_state=state))
-    target[names.SESSION_FILTER].CopyFrom(packed(per_route))

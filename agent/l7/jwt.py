@@ -55,10 +55,15 @@ def selecting(workload: Workload, snapshot: Snapshot) -> tuple[Authentication, .
 
 
 def authenticated(authorization: Authorization, authentications: Sequence[Authentication], keep: bool) -> Authorization:
-    """Add the verification of tokens to what a route enforces. `keep` leaves them in the request, for the other node, which verifies once more."""
+    """Add the verification of tokens to what a route enforces. `keep` leaves them in the request, for the other node, which verifies once more.
+
+    What no rule of the route reads is not written: the payload, and lists in it, cost each request some 5 % of Envoy's work.
+    """
     if not authentications:
         return authorization
-    body: bytes = packed(_per_route(authentications, keep)).SerializeToString(deterministic=True)
+    rules = b"".join(authorization.filters.values())
+    lists = tuple(name for name in LISTS if name.encode() in rules) if names.JWT_METADATA.encode() in rules else None
+    body: bytes = packed(_per_route(authentications, keep, lists)).SerializeToString(deterministic=True)
     return Authorization(MappingProxyType({**authorization.filters, names.JWT_FILTER: body}), asks=True)
 
 
@@ -67,10 +72,12 @@ def strips(authentications: Sequence[Authentication]) -> bool:
     return any(not issuer.forward for one in authentications for issuer in one.issuers)
 
 
-def _per_route(authentications: Sequence[Authentication], keep: bool) -> extension_matcher_pb2.ExtensionWithMatcherPerRoute:
+def _per_route(
+    authentications: Sequence[Authentication], keep: bool, lists: Sequence[str] | None
+) -> extension_matcher_pb2.ExtensionWithMatcherPerRoute:
     action = composite_pb2.ExecuteFilterAction(
         typed_config=extension_pb2.TypedExtensionConfig(
-            name="envoy.filters.http.jwt_authn", typed_config=packed(_filter(authentications, keep))
+            name="envoy.filters.http.jwt_authn", typed_config=packed(_filter(authentications, keep, lists))
         )
     )
     return extension_matcher_pb2.ExtensionWithMatcherPerRoute(xds_matcher=always("verify", action))
@@ -82,14 +89,14 @@ def always(name: str, action: Message) -> matcher_pb2.Matcher:
     return matcher_pb2.Matcher(on_no_match=matcher_pb2.Matcher.OnMatch(action=config))
 
 
-def _filter(authentications: Sequence[Authentication], keep: bool) -> config_pb2.JwtAuthentication:
+def _filter(authentications: Sequence[Authentication], keep: bool, lists: Sequence[str] | None) -> config_pb2.JwtAuthentication:
     result = config_pb2.JwtAuthentication()
     missing = [one.name for one in authentications if not one.issuers]
     for number, issuer in enumerate(issuer for one in authentications for issuer in one.issuers):
-        result.providers[f"{number}"].CopyFrom(provider(issuer, keep))
+        result.providers[f"{number}"].CopyFrom(provider(issuer, keep, lists))
     rule = result.rules.add(match={"prefix": "/"})
     if missing:
-        result.providers["missing"].CopyFrom(provider(TokenIssuer("missing"), keep))
+        result.providers["missing"].CopyFrom(provider(TokenIssuer("missing"), keep, lists))
         rule.requires.provider_name = "missing"
         return result
     every = sorted(result.providers)
@@ -112,8 +119,8 @@ def _either(provider: str) -> config_pb2.JwtRequirementOrList:
     )
 
 
-def provider(issuer: TokenIssuer, keep: bool) -> config_pb2.JwtProvider:
-    """How tokens of an issuer are found and verified, and what becomes of them."""
+def provider(issuer: TokenIssuer, keep: bool, lists: Sequence[str] | None = LISTS) -> config_pb2.JwtProvider:
+    """How tokens of an issuer are found and verified, and what becomes of them. `lists`: those of `LISTS` that are read; None: nobody reads the payload."""
     result = config_pb2.JwtProvider(
         issuer=issuer.issuer,
         audiences=issuer.audiences,
@@ -123,10 +130,11 @@ def provider(issuer: TokenIssuer, keep: bool) -> config_pb2.JwtProvider:
         forward=issuer.forward or keep,
         forward_payload_header=issuer.payload_header,
         claim_to_headers=[config_pb2.JwtClaimToHeader(header_name=header, claim_name=claim) for header, claim in issuer.claim_headers],
-        payload_in_metadata=names.JWT_PAYLOAD,
+        payload_in_metadata="" if lists is None else names.JWT_PAYLOAD,
         jwt_cache_config={"jwt_cache_size": CACHED_TOKENS},
     )
-    result.normalize_payload_in_metadata.space_delimited_claims.extend(LISTS)
+    if lists:
+        result.normalize_payload_in_metadata.space_delimited_claims.extend(lists)
     result.local_jwks.inline_string = issuer.keys or json.dumps(_NO_KEYS)
     return result
 

@@ -28,7 +28,7 @@ from envoy.extensions.http.early_header_mutation.header_mutation.v3 import heade
 from google.protobuf.duration_pb2 import Duration
 
 from agent.config import INBOUND_PORT, OUTBOUND_PORT
-from agent.l7 import access_log, call_log, claims, fairness, filters, hygiene, jwt, limits, metrics, names, request_log, spans
+from agent.l7 import access_log, call_log, claims, fairness, filters, hygiene, jwt, limits, metrics, names, request_log, sessions, spans
 from agent.l7.clusters import ads, socket_address
 from agent.l7.resources import packed
 from agent.l7.telling import NOTHING, Telling
@@ -230,7 +230,7 @@ def http_filters() -> list[hcm_pb2.HttpFilter]:
         disabled_rbac(names.DENY_FILTER),
         disabled_rbac(names.ALLOW_FILTER),
         *limits.http_filters(),
-        *filters.session_filters(),
+        *sessions.http_filters(),
         hcm_pb2.HttpFilter(name="envoy.filters.http.router", typed_config=packed(router)),
     ]
 

@@ -8,7 +8,7 @@ https://www.envoyproxy.io/docs/envoy/v1.37.0/api-v3/config/route/v3/route_compon
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from envoy.config.core.v3 import base_pb2
 from envoy.config.route.v3 import route_components_pb2, route_pb2, scoped_route_pb2
@@ -17,7 +17,7 @@ from envoy.type.matcher.v3 import regex_pb2, string_pb2
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
 
-from agent.l7 import callers, claims, filters, mirrors, names
+from agent.l7 import callers, claims, filters, mirrors, names, sessions
 from agent.l7.precedence import covers, match_key
 from agent.l7.rbac import Authorization, LocalCallers
 from agent.l7.resources import packed
@@ -132,10 +132,10 @@ def _applying(routes: Iterable[Route], domain: str, around: Around) -> list[rout
     built = []
     for route, r, match in _ordered(applying, domain):
         for conditions in callers.alternatives(route.rules[r].callers, around.local or LocalCallers({})):
-            one = _route(route, r, match, around)
-            one.match.filter_state.extend(conditions)
-            claims.narrow(one.match, route.rules[r].claims)
-            built += _for_connect_too(one) if _takes_connect(route.rules[r], match, around.backends) else [one]
+            for one in _routes(route, r, match, around):
+                one.match.filter_state.extend(conditions)
+                claims.narrow(one.match, route.rules[r].claims)
+                built += _for_connect_too(one) if _takes_connect(route.rules[r], match, around.backends) else [one]
     return built
 
 
@@ -179,9 +179,33 @@ def _virtual_host(domain: str, routes: list[route_components_pb2.Route]) -> rout
     return route_components_pb2.VirtualHost(name=domain, domains=[domain], routes=routes)
 
 
-def _route(route: Route, index: int, match: RouteMatch, around: Around) -> route_components_pb2.Route:
-    """Build one match of a rule."""
-    rule, known = route.rules[index], around.backends
+def _routes(route: Route, index: int, match: RouteMatch, around: Around) -> list[route_components_pb2.Route]:
+    """Build one match of a rule: where sessions are kept, in front a route for those of each backend, at the end one for paths that never bring a cookie."""
+    rule = route.rules[index]
+    drawn = _route(route, index, rule, match, around)
+    if rule.session is None or rule.invalid or rule.redirect:
+        return [drawn]
+    result, marks = [], []
+    for backend, mark in sessions.marked(rule.backends):
+        if backend.weight > 0:
+            marks.append(mark)
+        if _cluster(backend, around.backends) != names.INVALID_CLUSTER:
+            one = _route(route, index, replace(rule, backends=(replace(backend, weight=1),)), match, around)
+            sessions.covers(one.match, rule.session)
+            sessions.resume(one, rule.session, mark)
+            result.append(one)
+    if not drawn.HasField("route"):
+        return [*result, drawn]
+    first = route_components_pb2.Route()
+    first.CopyFrom(drawn)
+    some = sessions.covers(first.match, rule.session)
+    sessions.begin(first, rule.session, marks)
+    return [*result, first, drawn] if some else [*result, first]
+
+
+def _route(route: Route, index: int, rule: RouteRule, match: RouteMatch, around: Around) -> route_components_pb2.Route:
+    """Build one match of a rule, or of one that differs from the rule at `index`, without its session."""
+    known = around.backends
     result = route_components_pb2.Route(name=f"{route.name} {rule.name or f'rule {index}'}", match=_match(match))
     if route.grpc:
         result.match.grpc.SetInParent()
@@ -201,8 +225,6 @@ def _route(route: Route, index: int, match: RouteMatch, around: Around) -> route
     _to_backends(result, rule, known)
     if rule.rewrite:
         filters.rewrite(result.route, rule.rewrite, match)
-    if rule.session:
-        filters.session(result.typed_per_filter_config, rule.session)
     _mirror(result.route, rule, known)
     _time_and_retry(result.route, rule)
     return result

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
+from envoy.config.route.v3 import route_pb2
 from envoy.service.runtime.v3 import rtds_pb2
 from google.protobuf.message import Message
 
@@ -29,6 +30,7 @@ from agent.l7 import (
     gateways,
     hbone,
     jwt,
+    latency,
     limits,
     listeners,
     mirrors,
@@ -50,7 +52,7 @@ from agent.l7.view import Key, View, targets
 from agent.model import NO_DIRECT, Authentication, Direct, LocalWorkload, Mtls, Policy, Route, Service, ServicePort, Snapshot, Workload
 from agent.observability import Marks, Observability
 from agent.policy import Caller, Verdict, decide, named, protecting
-from agent.traffic import TrafficPolicy
+from agent.traffic import Balancing, TrafficPolicy
 
 Loopback = Callable[[str], str]
 _KINDS = (names.CLUSTER, names.ENDPOINTS, names.LISTENER, names.SCOPE, names.ROUTES)
@@ -86,6 +88,7 @@ def tracing(
 _BUCKET = {names.CALLS_BUCKET: pack(call_log.bucket())}
 
 
+_Shared = tuple[frozenset[str], tuple[str, ...], Callable[..., route_pb2.RouteConfiguration], frozenset[str]]
 Owner = tuple[Any, ...]
 """What a resource belongs to, and is built together with: (_SERVICE, NAME, PORT), (_ADDRESS, WORKLOAD), (_LOCAL, WORKLOAD), or one of those below. Of several
 that claim a scope the smallest has it."""
@@ -187,8 +190,8 @@ class Builder:
         self._undecided: frozenset[str] = frozenset()
         """`View.left_to_receivers` of the present view."""
         self._policies: dict[Key, TrafficPolicy] = {}
-        self._shared: tuple[frozenset[str], tuple[str, ...]] = (frozenset(), ())
-        """Clusters that each workload of this node has one of its own of, and those workloads."""
+        self._shared = _shared(frozenset(), (), frozenset())
+        """Clusters that each workload of this node has one of its own of, those workloads, and what goes on with clusters that are balanced by latency."""
 
     def needs_inbound(self, snapshot: Snapshot) -> frozenset[str]:
         """Names of workloads whose policies the caller's side can not decide, also for flows that come through a trusted local waypoint.
@@ -252,7 +255,9 @@ class Builder:
             for key in policy.targets
             if key in view.used
         )
-        self._shared = (limited, tuple(sorted(one.workload.name for one in local)) if limited else ())
+        measured = (policy for policy in snapshot.traffic.values() if policy.balancing.kind is Balancing.LATENCY)
+        by_latency = frozenset(names.service(*key) for policy in measured for key in policy.targets)
+        self._shared = _shared(limited, tuple(sorted(one.workload.name for one in local)) if limited else (), by_latency)
         asked = (zone, loopback is None, distrusted, direct, not local, self._shared, *(getattr(snapshot, name) for name in _COMPARED))
         before, self._shown = self._shown, None  # until it is done
         last = self._result
@@ -862,6 +867,11 @@ def _stands(workload: Workload | None) -> tuple[object, ...]:
 
 def _backends(attached: Iterable[Route]) -> set[Key]:
     return targets(rule for route in attached for rule in route.rules)[0]
+
+
+def _shared(limited: frozenset[str], workloads: tuple[str, ...], by_latency: frozenset[str]) -> _Shared:
+    """The first inputs of `shares.routes`, and what it makes routes with."""
+    return limited, workloads, latency.routes, by_latency
 
 
 def _packed(make: Callable[..., Message], *inputs: Any) -> Resource:

@@ -18,7 +18,7 @@ from envoy.extensions.load_balancing_policies.ring_hash.v3 import ring_hash_pb2
 from envoy.extensions.upstreams.http.v3 import http_protocol_options_pb2
 
 from agent.balancing import SAME_NODE, SAME_ZONE
-from agent.l7 import clusters, names
+from agent.l7 import clusters, latency, names
 from agent.l7.clusters import HTTP2_PROTOCOLS, Target
 from agent.l7.limits import milliseconds
 from agent.l7.resources import packed
@@ -110,6 +110,9 @@ def _balance(result: cluster_pb2.Cluster, wanted: LoadBalancing) -> None:
         # In the cluster and not in each route: it holds whichever route leads here.
         result.ClearField("lb_policy")
         result.load_balancing_policy.policies.add(typed_extension_config=_hashing(wanted))
+        return
+    if wanted.kind is Balancing.LATENCY:
+        latency.balance(result)
         return
     result.lb_policy = _LB_POLICIES[wanted.kind]
     slow = cluster_pb2.Cluster.SlowStartConfig(slow_start_window=milliseconds(wanted.slow_start_ms))

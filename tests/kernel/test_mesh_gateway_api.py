@@ -34,6 +34,11 @@ def rewrite(path: str, fields: str, more: str = "") -> str:
     return f"{{{prefix(path)}, filters: [{{type: URLRewrite, urlRewrite: {{{fields}}}}}{more}], {TO_V1}}}"
 
 
+def persistent(fields: str, v1: int = 30) -> str:
+    backends = f"{{name: echo-v1, port: 80, weight: {v1}}}, {{name: echo-v2, port: 80, weight: 70}}"
+    return f"[{{sessionPersistence: {{{fields}}}, backendRefs: [{backends}]}}]"
+
+
 REPLACE = "path: {{type: ReplacePrefixMatch, replacePrefixMatch: '{}'}}"
 FULL = "path: {{type: ReplaceFullPath, replaceFullPath: {}}}"
 EDIT = (
@@ -92,6 +97,8 @@ ROUTES = {
     "cookie": "[{sessionPersistence: {cookie: {name: stay}}, backendRefs: [{name: echo, port: 80}]}]",
     "lasting": "[{sessionPersistence: {absoluteTimeout: 1h, cookie: {lifetimeType: Permanent}}, backendRefs: [{name: echo, port: 80}]}]",
     "header": "[{sessionPersistence: {type: Header, header: {name: x-stay}}, backendRefs: [{name: echo, port: 80}]}]",
+    "split-cookie": persistent("cookie: {name: stay}"),
+    "split-header": persistent("type: Header, header: {name: x-stay}"),
     "merged": "",
     "frontend": f"[{{{SAYS.format('set')}, {TO_V2}}}]",
     "ports": "",
@@ -419,6 +426,37 @@ def test_a_session_stays_with_its_endpoint(lab: Lab, at: dict[str, str], place: 
     assert gateway.pods(lab, place, f"http://{at['header']}/?[1-{CALLS}]", "-H", f"x-stay: {value}") == {answer["pod"]: CALLS}
     (cookie,) = ask(lab, f"{at['lasting']}/", place=place)["headers"]["set-cookie"]
     assert "max-age=3600" in cookie.lower()
+
+
+@pytest.mark.parametrize("place", ["frontend", V2])
+def test_a_session_stays_with_its_backend_where_weights_draw_one_for_others_also_when_they_change(
+    lab: Lab, at: dict[str, str], place: str
+) -> None:
+    sessions: dict[str, str] = {}
+    for _ in range(CALLS):
+        answer = ask(lab, f"{at['split-cookie']}/", place=place)
+        sessions[answer["pod"]] = answer["headers"]["set-cookie"][0].partition(";")[0]
+    assert sessions.keys() == {"echo-v1", "echo-v2"}
+    answer = ask(lab, f"{at['split-header']}/", place=place)
+    (value,) = answer["headers"]["x-stay"]
+
+    def hold() -> None:
+        for pod, cookie in sessions.items():
+            found = gateway.pods(lab, place, f"http://{at['split-cookie']}/?[1-{CALLS}]", "-H", f"Cookie: a=b; {cookie}")
+            assert found == {pod: CALLS}
+        found = gateway.pods(lab, place, f"http://{at['split-header']}/?[1-{CALLS}]", "-H", f"x-stay: {value}")
+        assert found == {answer["pod"]: CALLS}
+
+    hold()
+    fields = {"split-cookie": "cookie: {name: stay}", "split-header": "type: Header, header: {name: x-stay}"}
+    try:
+        with shop.changed(lab):
+            lab.apply("".join(gateway.route(name, persistent(said, v1=0)) for name, said in fields.items()).removesuffix("---"))
+        shop.takes(lambda: gateway.pods(lab, place, f"http://{at['split-cookie']}/?[1-{CALLS}]") == {"echo-v2": CALLS})
+        hold()
+    finally:
+        with shop.changed(lab):
+            lab.apply("".join(gateway.route(name, persistent(said)) for name, said in fields.items()).removesuffix("---"))
 
 
 def test_a_session_with_nonsense_gets_an_endpoint(lab: Lab, at: dict[str, str]) -> None:

@@ -27,6 +27,7 @@ RULES = {
     "edits": f"[{{filters: [{{type: RequestHeaderModifier, requestHeaderModifier: {{{EDIT}}}}}, "
     f"{{type: ResponseHeaderModifier, responseHeaderModifier: {{set: [{{name: x-out, value: y}}]}}}}], {TO_V1}}}]",
     "invalid": "[{backendRefs: [{name: nobody, port: 7070}]}]",
+    "session": "[{sessionPersistence: {type: Header, header: {name: x-stay}}, backendRefs: [{name: echo-v1, port: 7070}, {name: echo-v2, port: 7070}]}]",
     "copies": f"[{{filters: [{{type: RequestMirror, requestMirror: {{backendRef: {{name: echo-v2, port: 7070}}}}}}], {TO_V1}}}]",
 }
 GUARDED = """
@@ -107,6 +108,14 @@ def test_calls_are_mirrored(lab: Lab, at: dict[str, str]) -> None:
     before = gateway.seen(lab, "echo-v2").get("/copy.Me/Now", 0)
     assert {one["pod"] for one in gateway.call(lab, "frontend", f"{at['copies']}:7070", "/copy.Me/Now", 23)} == {"echo-v1"}
     shop.takes(lambda: gateway.seen(lab, "echo-v2").get("/copy.Me/Now", 0) - before == 23)
+
+
+def test_calls_with_a_sessions_metadata_stay_with_its_backend(lab: Lab, at: dict[str, str]) -> None:
+    target = f"{at['session']}:7070"
+    sessions = {one["pod"]: one["headers"]["x-stay"] for one in gateway.call(lab, "frontend", target, "/a.B/C", 23)}
+    assert sessions.keys() == {"echo-v1", "echo-v2"}
+    for pod, value in sessions.items():
+        assert {one["pod"] for one in gateway.call(lab, "frontend", target, "/a.B/C", 23, x_stay=value)} == {pod}
 
 
 def test_an_http_route_for_the_port_of_a_grpc_route_says_that_it_lost(lab: Lab, at: dict[str, str]) -> None:

@@ -329,8 +329,6 @@ PREFIX = "path: {type: ReplacePrefixMatch, replacePrefixMatch: /x}"
         ("{sessionPersistence: {cookie: {lifetimeType: Permanent}}}",
          'sessionPersistence.absoluteTimeout: is required for cookies of lifetimeType "Permanent"'),
         ("{sessionPersistence: {cookie: {path: '/; Domain=x'}}}", 'sessionPersistence.cookie.path: must start with "/" and hold no blanks and no ";"'),
-        ("{sessionPersistence: {}, backendRefs: [{name: cart, port: 80}, {name: cart, port: 81}]}",
-         "sessionPersistence: is supported for rules with one backend: a share of requests is drawn before the session is looked at"),
         ("{sessionPersistence: {type: Header, header: {name: X-Meshagent-Session}}}",
          'sessionPersistence.header.name: "X-Meshagent-Session" never arrives: the waypoint removes it from every request'),
         ("{matches: [{headers: [{name: a, value: b}]}, {headers: [{name: a, value: b}, {name: X-Envoy-Internal, value: 'true'}]}]}",

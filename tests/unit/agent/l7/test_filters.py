@@ -279,8 +279,12 @@ def test_filters_cost_nothing_until_a_route_asks_for_them() -> None:
     manager = harness.manager(harness.decoded(resources, names.LISTENER, "outbound/default/caller"))
     assert isinstance(manager, hcm_pb2.HttpConnectionManager)
     order = [item.name for item in manager.http_filters]
-    assert order.index(names.CORS_FILTER) < order.index(names.DENY_FILTER) < order.index(names.SESSION_FILTER) < len(order) - 1
-    assert all(item.disabled for item in manager.http_filters if item.name in {names.CORS_FILTER, names.SESSION_FILTER})
+    assert order.index(names.CORS_FILTER) < order.index(names.DENY_FILTER) < order.index(names.SESSION_READER) < len(order) - 3
+    assert all(
+        item.disabled
+        for item in manager.http_filters
+        if item.name in {names.CORS_FILTER, names.SESSION_READER, names.SESSION_WRITER, names.SESSION_FILTER}
+    )
 
 
 def test_ten_thousand_matches_of_one_service_are_built_in_seconds_and_taken_by_a_real_envoy(tmp_path: Path) -> None:

@@ -296,6 +296,29 @@ def provider(config: AnyMessage) -> Any:
     return one
 
 
+@pytest.mark.parametrize(
+    ("source", "claims", "payload", "lists"),
+    [
+        pytest.param(Source(service_accounts=("default/caller",)), (), "", [], id="nothing"),
+        pytest.param(Source(request_principals=("*",)), (), names.JWT_PAYLOAD, [], id="who"),
+        pytest.param(Source(), (ClaimCondition(("groups",), ("a",)),), names.JWT_PAYLOAD, [], id="a-claim"),
+        pytest.param(Source(), (ClaimCondition(("scope",), ("a",)),), names.JWT_PAYLOAD, ["scope"], id="a-list"),
+        pytest.param(Source(), (ClaimCondition(("permission",), (), ("a",)),), names.JWT_PAYLOAD, ["permission"], id="another"),
+    ],
+)
+@pytest.mark.parametrize("action", [Action.ALLOW, Action.DENY, Action.AUDIT])
+def test_of_a_token_that_is_written_which_rules_read(
+    action: Action, source: Source, claims: tuple[ClaimCondition, ...], payload: str, lists: list[str]
+) -> None:
+    asking = Policy(GUARD.name, action, (PolicyRule((source,), (Operation(paths=("/",)),), also_operations=(Operation(claims=claims),)),))
+    snapshot = dataclasses.replace(nodes("node-1"), policies={GUARD.name: asking})
+    local = [harness.local(one) for one in snapshot.workloads.values()]
+    built = Builder("node-1", harness.TRUST_DOMAIN).build(snapshot, local, "")
+    route = harness.decoded(built, names.ROUTES, names.service("default/s", 80)).virtual_hosts[0].routes[0]
+    found = provider(route.typed_per_filter_config[names.JWT_FILTER])
+    assert (found.payload_in_metadata, list(found.normalize_payload_in_metadata.space_delimited_claims)) == (payload, lists)
+
+
 def test_a_changed_key_changes_routes_and_no_listener() -> None:
     snapshot = nodes("node-1")
     builder = Builder("node-1", harness.TRUST_DOMAIN)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from agent.l7 import names, traffic
+from agent.l7 import latency, names, traffic
 from agent.l7.clusters import Target
 from agent.l7.resources import Resources
 from agent.l7.snapshot import Builder, build
@@ -255,6 +256,64 @@ def test_round_robin_takes_turns(tmp_path: Path) -> None:
         )
     # Each of Envoy's workers takes its own turns.
     assert all(8 <= count <= 12 for count in found.values()), found
+
+
+@pytest.mark.parametrize(
+    ("kind", "least", "most"),
+    [
+        pytest.param(Balancing.LEAST_REQUEST, 0.0, 0.3, id="least-request"),
+        pytest.param(Balancing.RANDOM, 0.35, 0.65, id="random"),  # 4.5 standard deviations of 230
+    ],
+)
+def test_a_slow_endpoint_is_asked_less_by_who_looks_at_what_is_under_way(
+    tmp_path: Path, kind: Balancing, least: float, most: float
+) -> None:
+    """Least request is what comes nearest to balancing by latency: requests under way are the rate times the time that each takes (Little's law)."""
+
+    def slow(_: BaseHTTPRequestHandler) -> int:
+        time.sleep(0.1)
+        return 200
+
+    def work(port: int) -> Counter[str]:
+        with ThreadPoolExecutor(10) as pool:
+            return Counter(answer.name for answer in pool.map(lambda _: harness.request(port), range(230)))
+
+    with servers(quick=plain, slow=slow) as targets:
+        found, _ = through_envoy(tmp_path, policy(balancing=LoadBalancing(kind)), targets, work)
+    assert found.total() == 230
+    assert least <= found["slow"] / 230 <= most, found
+
+
+@pytest.mark.parametrize(
+    ("kind", "retry", "most"),
+    [
+        pytest.param(Balancing.LATENCY, None, 0.25, id="latency"),
+        pytest.param(Balancing.LATENCY, Retry(1, (503,), 5), 0.25, id="latency-of-a-backend"),
+        pytest.param(Balancing.LEAST_REQUEST, None, 0.75, id="least-request"),
+    ],
+)
+def test_by_latency_a_slow_endpoint_is_asked_less_even_by_one_request_after_the_other(
+    tmp_path: Path, kind: Balancing, retry: Retry | None, most: float
+) -> None:
+    def slow(_: BaseHTTPRequestHandler) -> int:
+        time.sleep(0.05)
+        return 200
+
+    first: Counter[str] = Counter()
+
+    def work(port: int) -> list[Answer]:
+        until = time.monotonic() + 4 * latency.UPDATE_S
+        while time.monotonic() < until:
+            first[harness.request(port).name] += 1
+            time.sleep(0.02)
+        return [harness.request(port) for _ in range(115)]
+
+    with servers(quick=plain, slow=slow) as targets:
+        found, _ = through_envoy(tmp_path, policy(balancing=LoadBalancing(kind)), targets, work, retry)
+    share = sum(answer.name == "slow" for answer in found) / len(found)
+    assert most - 0.5 <= share <= most
+    assert first.keys() == {"quick", "slow"}
+    assert not [name for answer in found for name in answer.headers if "load" in name], "what the waypoint tells itself"
 
 
 def test_more_than_the_limit_is_a_503_that_says_overload(tmp_path: Path) -> None:
