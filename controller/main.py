@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ _PATH: Final = click.Path(path_type=Path)
 def _shared(kubeconfig: Path | None, context: str, namespace: str) -> AbstractContextManager[SharedStore]:
     from controller.kubernetes.part import opened  # noqa: PLC0415  the module says why
 
+    logging.getLogger("controller").addHandler(logging.NullHandler())  # a command says what went wrong in one line of its own
     return opened(kubeconfig, context, namespace)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Final, Protocol
@@ -129,6 +130,7 @@ class SharedLedger:
         self._shared, self._lapse = shared, lapse
         self._read: dict[str, tuple[object, list[Issued]]] = {}
         """What was read of each group, and of which version."""
+        self._lock = threading.Lock()
 
     def load(self) -> None:
         """Read what was issued before, by whichever controller. Raises ControllerError."""
@@ -157,13 +159,14 @@ class SharedLedger:
                     self._lapse.forget(("issued", serial))
 
     def _groups(self) -> dict[str, list[Issued]]:
-        versions = self._shared.groups()
-        self._read = {group: held for group, held in self._read.items() if group in versions}
-        for group, version in versions.items():
-            if group not in self._read or self._read[group][0] != version:
-                content = self._shared.read(ISSUED, group) or b""
-                self._read[group] = version, _parsed(content, self._shared.where(f"{group}/{ISSUED}"))[0]
-        return {group: records for group, (_, records) in self._read.items()}
+        with self._lock:  # also asked while another thread appends
+            versions = self._shared.groups()
+            self._read = {group: held for group, held in self._read.items() if group in versions}
+            for group, version in versions.items():
+                if group not in self._read or self._read[group][0] != version:
+                    content = self._shared.read(ISSUED, group) or b""
+                    self._read[group] = version, _parsed(content, self._shared.where(f"{group}/{ISSUED}"))[0]
+            return {group: records for group, (_, records) in self._read.items()}
 
     def _gone(self, records: Iterable[Issued]) -> list[Issued]:
         return [record for record in records if self._lapse.passed(("issued", record.serial), record.until)]
