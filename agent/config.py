@@ -105,6 +105,8 @@ class Config:
     """Remember what was called in the last hour, in memory: for `meshagent policy try`."""
     workload_socket: Path = Path()
     """Where workloads ask for their identities; its directory is its own. Not given: beside `run_dir`, which only root may enter."""
+    replicas: str = ""
+    """HOST:PORT whose name leads to every replica of the controller; empty = there is the one that `controller` leads to."""
 
     api_socket: Path = field(init=False)
     xds_socket: Path = field(init=False)

@@ -20,6 +20,7 @@ import grpc
 
 from agent import memory
 from agent.compact import Table
+from agent.dialling import dial
 from agent.errors import EnvironmentUnfit, MeshError
 from agent.journal import DROP, PUT, Journal
 from agent.model import Authentication, Delta, Gateway, Node, Policy, Route, Service, Snapshot, Workload, decode
@@ -41,17 +42,6 @@ REPORT_S: Final = 10.0
 BULK: Final = 1000
 """So many resources in one response are decoded in a thread of their own: they would hold up everything else."""
 UNSETTLED: Final = 10_000
-_OPTIONS: Final = (
-    # A controller whose machine vanished is noticed within 15 s (https://grpc.io/docs/guides/keepalive/).
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # Each attempt is a new channel and the pauses are ours: no shared connection may keep a pause of its own.
-    ("grpc.use_local_subchannel_pool", 1),
-)
 _REPORT: Final = f"/{pb.DESCRIPTOR.services_by_name['Discovery'].full_name}/ReportTunnels"
 _STREAM: Final = f"/{pb.DESCRIPTOR.services_by_name['Discovery'].full_name}/Stream"
 _KINDS: Final = {
@@ -312,7 +302,7 @@ class Discovery:
 
     async def _follow(self) -> None:
         """One connection, from its first request to its end."""
-        async with await self._channel() as channel:
+        async with await dial(self._config) as channel:
             stream: Any = channel.stream_stream(_STREAM, response_deserializer=pb.DiscoveryResponse.FromString)
             call = stream()
             beside = asyncio.create_task(self._beside(channel)) if self._beside else None
@@ -359,19 +349,6 @@ class Discovery:
             for task in (read, anew):
                 task.cancel()
             await asyncio.gather(read, anew, return_exceptions=True)
-
-    async def _channel(self) -> grpc.aio.Channel:
-        tls = self._config.tls
-        if tls is None:
-            return grpc.aio.insecure_channel(self._config.controller, options=_OPTIONS)
-        try:
-            ca, key, certificate = await asyncio.to_thread(tls.read)  # at every attempt: the files may have been renewed
-        except FileNotFoundError as error:
-            if self._config.join is None:
-                raise
-            raise OSError("this node has not joined yet") from error
-        credentials = grpc.ssl_channel_credentials(ca, key, certificate)
-        return grpc.aio.secure_channel(self._config.controller, credentials, options=(*_OPTIONS, *self._config.channel_options))
 
     async def _take(self, response: pb.DiscoveryResponse, *, first: bool) -> str:
         """Bring `response` into force; return why it was refused, or nothing."""

@@ -18,6 +18,7 @@ import grpc
 
 from agent import files, netns
 from agent.config import Config
+from agent.dialling import dial
 from agent.patience import Backoff
 from meshapi import gateway_pb2 as pb
 
@@ -32,14 +33,6 @@ _IN_MEMORY: Final = frozenset({"tmpfs", "ramfs"})
 _VERSION: Final = 1
 _NAME: Final = "gateways.json"
 _METHOD: Final = f"/{pb.DESCRIPTOR.services_by_name['Gateways'].full_name}/Certificates"
-_OPTIONS: Final = (  # as in agent/discovery.py
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.use_local_subchannel_pool", 1),
-)
 
 
 class GatewayCertificates:
@@ -104,7 +97,7 @@ class GatewayCertificates:
 
     async def _follow(self) -> None:
         """One connection, until it ends or nothing is wanted any more."""
-        async with await self._channel() as channel:
+        async with await dial(self._config) as channel:
             method: Any = channel.unary_stream(_METHOD, pb.CertificatesRequest.SerializeToString, pb.GatewayCertificates.FromString)
             call = method(pb.CertificatesRequest(node=self._config.node))
             reading, unwanted = asyncio.ensure_future(self._read(call)), asyncio.ensure_future(self._unwanted.wait())
@@ -123,14 +116,6 @@ class GatewayCertificates:
             if not self._unwanted.is_set():
                 self._last_error = ""
                 self._take({one.name: (one.chain, one.key) for one in message.certificates})
-
-    async def _channel(self) -> grpc.aio.Channel:
-        tls = self._config.tls
-        if tls is None:
-            return grpc.aio.insecure_channel(self._config.controller, options=_OPTIONS)
-        ca, key, certificate = await asyncio.to_thread(tls.read)  # at every attempt: the files may have been renewed
-        credentials = grpc.ssl_channel_credentials(ca, key, certificate)
-        return grpc.aio.secure_channel(self._config.controller, credentials, options=(*_OPTIONS, *self._config.channel_options))
 
     def _take(self, found: Certificates) -> None:
         if found == self.held:

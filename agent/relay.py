@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 RETRY_S: Final = 5.0
 COMPILE_TIMEOUT_S: Final = 60.0
 AT_ONCE: Final = 64
-"""Questions; a controller that asks more is told so."""
+"""Questions, of all controllers together; one that asks more is told so."""
 _LONGEST_ERROR: Final = 500
 """Characters of what another machine says went wrong."""
 _LOST = (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError)
@@ -40,14 +40,21 @@ class Relay:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._channel: grpc.aio.Channel | None = None
+        self._open = 0
+        """Questions that are being answered, whoever asked."""
 
     async def run(self, channel: grpc.aio.Channel) -> None:
-        """Offer to answer for as long as the channel to the controller lives; to be cancelled when it ends."""
+        """Ask over the channel to the controller, and offer to answer, for as long as it lives; to be cancelled when it ends.
+
+        Where the controller has replicas, all of them are offered that by `agent.replicas`.
+        """
         self._channel = channel
         try:
+            if self._config.replicas:
+                await asyncio.Event().wait()
             while True:
                 try:
-                    await self._offer(channel)
+                    await self.offer(channel)
                 except _LOST as error:
                     if isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNIMPLEMENTED:
                         return  # an older controller
@@ -89,7 +96,8 @@ class Relay:
             raise NotFound(f"the controller, which reads the files, did not: {error.details() or error.code().name.lower()}") from error
         return found
 
-    async def _offer(self, channel: grpc.aio.Channel) -> None:
+    async def offer(self, channel: grpc.aio.Channel) -> None:
+        """Answer what is asked over a channel until that ends, or the call does."""
         call: Any = relay_pb2_grpc.RelayStub(channel).Offer()
         answers: dict[int, asyncio.Task[None]] = {}
         writing = asyncio.Lock()  # a gRPC call takes one message after the other
@@ -112,11 +120,12 @@ class Relay:
                 if question.enough:
                     if question.number in answers:
                         answers.pop(question.number).cancel()
-                elif len(answers) >= AT_ONCE:
+                elif self._open >= AT_ONCE:
                     await reply(pb.Reply(number=question.number, end=True, code=8, error=f"{AT_ONCE} questions are open: try again later"))
                 else:
+                    self._open += 1
                     task = answers[question.number] = asyncio.create_task(self._answer(question, reply))
-                    task.add_done_callback(functools.partial(_forget, answers, question.number))
+                    task.add_done_callback(functools.partial(self._forget, answers, question.number))
         finally:
             for task in (running := list(answers.values())):
                 task.cancel()
@@ -126,6 +135,10 @@ class Relay:
             for task in writes:
                 task.cancel()
             await asyncio.gather(*writes, return_exceptions=True)
+
+    def _forget(self, answers: dict[int, asyncio.Task[None]], number: int, _task: asyncio.Task[None]) -> None:
+        self._open -= 1
+        answers.pop(number, None)
 
     async def _answer(self, question: pb.Question, reply: Any) -> None:
         """Ask the agent's own socket, and pass on what it says."""
@@ -152,7 +165,3 @@ def _written(writes: set[asyncio.Task[None]], task: asyncio.Task[None]) -> None:
     writes.discard(task)
     if not task.cancelled():
         task.exception()  # whoever still waits for it has it, too
-
-
-def _forget(answers: dict[int, asyncio.Task[None]], number: int, _task: asyncio.Task[None]) -> None:
-    answers.pop(number, None)

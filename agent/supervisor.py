@@ -48,6 +48,7 @@ from agent.observability import Observability
 from agent.patience import within
 from agent.quota import Quotas
 from agent.relay import Relay
+from agent.replicas import Replicas
 from agent.report import (
     AccelerationStatus,
     CertificateStatus,
@@ -258,6 +259,7 @@ class Supervisor:
                     "xds": self._serve_waypoint(),
                     "envoy": self._waypoint.run(),
                     "discovery": self._discovery.run(),
+                    "replicas": Replicas(self._config, self._relay.offer).run(),
                     "events": events.run(),
                     "namespaces": self._watch_namespaces(),
                     "truth": self._seek_truth(),

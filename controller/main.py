@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final
 
@@ -22,11 +24,21 @@ from controller.page.settings import PageSettings, page_options
 from controller.schema import read_or_problems
 from controller.server import Controller, Kubernetes, ServerTls, Settings
 from controller.source import Source
+from controller.store import SharedStore
 
 _PATH: Final = click.Path(path_type=Path)
 
 
-@click.group(context_settings={"auto_envvar_prefix": "MESH_CONTROLLER", "show_default": True, "help_option_names": ["-h", "--help"]})
+def _shared(kubeconfig: Path | None, context: str, namespace: str) -> AbstractContextManager[SharedStore]:
+    from controller.kubernetes.part import opened  # noqa: PLC0415  the module says why
+
+    logging.getLogger("controller").addHandler(logging.NullHandler())  # a command says what went wrong in one line of its own
+    return opened(kubeconfig, context, namespace)
+
+
+@click.group(
+    context_settings={"auto_envvar_prefix": "MESH_CONTROLLER", "show_default": True, "help_option_names": ["-h", "--help"], "obj": _shared}
+)
 def main() -> None:
     """Turn Kubernetes-style resources into what the agents of a mesh need."""
 
@@ -151,7 +163,15 @@ async def _serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stopping.set)
     controller = Controller(settings)
     try:
-        await controller.start()
+        starting = asyncio.create_task(controller.start())
+        stop = asyncio.create_task(stopping.wait())
+        await asyncio.wait({starting, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if not starting.done():  # what it waits for may take as long as an API server is away
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return
+        starting.result()
         await controller.run(stopping)
     finally:
         await controller.stop()

@@ -21,7 +21,7 @@ from controller.errors import ControllerError, Problem
 from controller.gatewayservice import Certificates
 from controller.jwks import Keys
 from controller.objects import Key, Object
-from controller.readiness import Readiness
+from controller.readiness import Place, Readiness
 from controller.schema import kinds
 from controller.snapshot import Publication, Snapshot, encode
 from controller.source import Origin, State
@@ -174,7 +174,7 @@ class Mesh:
         state = self.source.state
         self.keys.want(uris(item for key, item in sorted(state.objects.items()) if key.kind == "RequestAuthentication"))
         self.compiled = await asyncio.to_thread(self.compile, state.objects)
-        self.readiness.follow(self.nodes())
+        self.readiness.follow(self.places())
         snapshot = await asyncio.to_thread(self._encoded, changed_at_ns)
         self._report(state)
         self._publish_if_new(snapshot)
@@ -197,18 +197,18 @@ class Mesh:
             self.publication.publish(snapshot)
             _log.info("model published", extra={"version": snapshot.version, "resources": len(snapshot.versions)})
 
-    def nodes(self, workloads: Collection[str] | None = None) -> dict[str, str]:
-        """Return the nodes of these workloads, or of all, as far as they are in the model."""
+    def places(self, workloads: Collection[str] | None = None) -> dict[str, Place]:
+        """Return where these workloads are, or all, as far as they are in the model."""
         entities = self.compiled.entities
-        if workloads is not None:
-            entities = {key: entities[key] for name in workloads if (key := f"workload/{name}") in entities}
-        return {key.partition("/")[2]: entity.workload.node for key, entity in entities.items() if key.startswith("workload/")}
+        keys = (key for key in entities if key.startswith("workload/")) if workloads is None else (f"workload/{name}" for name in workloads)
+        found = {key.partition("/")[2]: entities[key].workload for key in keys if key in entities}
+        return {name: Place(name, workload.node, workload.pod_uid) for name, workload in found.items()}
 
     def node_of(self, name: str) -> str:
         """Return the node of a workload, or of a ready one behind a service, by NAMESPACE/NAME or a name in the namespace default; "" if there is none."""
         name = name if "/" in name else f"default/{name}"
-        if name in (known := self.nodes([name])):
-            return known[name]
+        if name in (known := self.places([name])):
+            return known[name].node
         workloads = (entity.workload for entity in self.compiled.entities.values() if entity.WhichOneof("kind") == "workload")
         behind = [workload for workload in workloads if any(backing.service == name for backing in workload.backing)]
         return min(behind, key=lambda w: (not w.ready, w.namespace, w.name)).node if behind else ""

@@ -24,6 +24,7 @@ from controller.discovery import DiscoveryService
 from controller.errors import ControllerError
 from controller.gatewayservice import GatewayService
 from controller.health import HealthServer
+from controller.identity.directory import Directory
 from controller.identity.plane import Files, IdentityPlane, IdentitySettings
 from controller.jwks import REFRESH_S, Keys
 from controller.mesh import Mesh
@@ -32,7 +33,7 @@ from controller.page.page import Page
 from controller.page.settings import PageSettings
 from controller.proposals import Proposals
 from controller.quota.part import QuotaPart
-from controller.readiness import Readiness, ReportService
+from controller.readiness import FileMemory, Memory, Readiness, ReportService, SharedMemory
 from controller.relay import Relay
 from controller.source import Source
 from controller.wireguard import NodeKeys
@@ -41,6 +42,7 @@ from meshapi.notify import BEAT_S, Notifier
 
 if TYPE_CHECKING:
     from controller.kubernetes.part import KubernetesPart
+    from controller.kubernetes.store import ClusterStore
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class Kubernetes:
     kubeconfig: Path | None = None
     context: str = ""
     namespace: str = ROOT_NAMESPACE
-    """The controller's own: the Lease by which one of several writes status is there."""
+    """The controller's own: the Lease by which one of several writes status is there, and what their authorities remember together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,23 +124,28 @@ class Controller:
         self.settings = settings
         self._clock = clock
         authority = settings.identity.ca.directory if settings.identity is not None else None
-        self._keys: NodeKeys | None = None
-        if settings.wireguard and authority is not None:
-            self._keys = NodeKeys(authority, lambda: self.identity.ca.barred() if self.identity else ())
         self._kubernetes: KubernetesPart | None = None
         if settings.directory is None:
             self._kubernetes = _kubernetes(settings.kubernetes or Kubernetes())
+        self._shared: ClusterStore | None = None
+        """What the authorities of several controllers remember together: only where somebody else's certificate signs, which all of them can have."""
+        if self._kubernetes is not None and settings.identity is not None and settings.identity.ca.foreign:
+            self._shared = self._kubernetes.store()
+        store = self._shared or (Directory(authority) if authority is not None else None)
+        self._keys: NodeKeys | None = None
+        if settings.wireguard and store is not None:
+            self._keys = NodeKeys(store, lambda: self.identity.ca.barred() if self.identity else ())
         self.mesh = Mesh(
             self._kubernetes.source if self._kubernetes is not None else Source(settings.directory or Path()),
             authority=authority is not None,
-            readiness=Readiness(authority),
+            readiness=Readiness(self._memory(authority)),
             keys=Keys(settings.socket.with_name(KEYS), settings.jwks_ca, settings.jwks_refresh_s),
             node_keys=self._keys,
             egress=settings.egress,
         )
         if self._kubernetes is not None:
             self.mesh.looked = self._kubernetes.looked
-        reports = ReportService(self.mesh.readiness, self.mesh.nodes, settings.trust_domain)
+        reports = ReportService(self.mesh.readiness, self.mesh.places, settings.trust_domain)
         self.discovery = DiscoveryService(self.mesh.publication, settings.trust_domain, reports, self._keys)
         self.quotas = QuotaPart(self.mesh, authority or settings.socket.parent, settings.quota_redis, settings.trust_domain, self._clock)
         self.relay = Relay(settings.trust_domain, self.mesh.node_of)
@@ -167,9 +174,15 @@ class Controller:
             raise ControllerError(
                 "--encryption wireguard needs --ca-directory: between nodes that have no WireGuard it is HBONE that encrypts, with certificates"
             )
-        self.mesh.readiness.load()
+        if settings.metrics_port:
+            self._start_metrics()
+        if self._shared is not None:
+            await self._read_shared(self._shared)
+        await asyncio.to_thread(self.mesh.readiness.load)
         if settings.identity is not None:
-            self.identity = IdentityPlane(settings.identity, settings.trust_domain, self._workload, files, settings.listen, self._clock)
+            self.identity = IdentityPlane(
+                settings.identity, settings.trust_domain, self._workload, files, settings.listen, self._clock, self._shared
+            )
             credentials = await self.identity.start()
         if self._keys is not None:
             await asyncio.to_thread(self._keys.start)
@@ -184,12 +197,38 @@ class Controller:
                 raise ControllerError(
                     f"cannot listen on {settings.listen}: is the port taken? see `ss -ltnp`; or give another --listen"
                 ) from error
-        if settings.metrics_port:
-            self._start_metrics()
         await server.start()
         self._server = server
         await self._serve_others()
         _log.info("controller serving", extra={"socket": str(settings.socket), "listen": settings.listen or "off"})
+
+    def _memory(self, authority: Path | None) -> Memory | None:
+        """What remembers who has tunnels; None without an authority."""
+        if self._shared is not None:
+            return SharedMemory(self._shared)
+        if authority is None:
+            return None
+        return FileMemory(Directory(authority), used=authority.is_dir() and any(authority.iterdir()))
+
+    async def _read_shared(self, shared: ClusterStore) -> None:
+        """Wait until everything is known that other controllers have stored: without it this one would make revoked certificates good again."""
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+        def told() -> None:
+            loop.call_soon_threadsafe(news.set)
+            loop.call_soon_threadsafe(self._look)
+
+        shared.listen(told)
+        await asyncio.to_thread(shared.start)
+        while not shared.synced:
+            await news.wait()
+            news.clear()
+
+    def _look(self) -> None:
+        """Other controllers may have changed something."""
+        self.mesh.readiness.look()
+        if self._keys is not None:
+            self._keys.look()
 
     async def _serve_others(self) -> None:
         """What is not on the server of agents."""
@@ -248,6 +287,8 @@ class Controller:
         if self._kubernetes is not None:
             await self._kubernetes.stop()
         await self.mesh.source.close()
+        if self._shared is not None:
+            await asyncio.to_thread(self._shared.close)
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -282,6 +323,8 @@ class Controller:
 
     def _waiting(self) -> str:
         """Why there is nothing to serve yet; "" if there is. Called by any thread."""
+        if self._shared is not None and (why := self._shared.waiting()):
+            return why
         if self._server is None:
             return "starting"
         if self.mesh.publication.current.serial:

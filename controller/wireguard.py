@@ -2,7 +2,7 @@
 
 Only a node's key and where it is reached come from its agent. Which addresses it may use comes from the operator's resources (`Workload.node`), so no agent
 can get another node's. An agent that claims to be reached at the address of another node's workload is not told to anybody: `NodeKeys.entities`.
-The keys are kept in the CA directory: a controller that starts anew must not take away what connections run on.
+The keys are kept beside what the authority remembers: a controller that starts anew must not take away what connections run on.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from controller.errors import ControllerError
-from controller.files import write_atomically
+from controller.store import Documents, Store
 from meshapi import discovery_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -47,9 +46,9 @@ class Stolen(NamedTuple):
 class NodeKeys:
     """Keys by node. `announce` is called on the event loop, everything else from any thread."""
 
-    def __init__(self, directory: Path, barred: Barred) -> None:
-        """`directory`: the CA directory. `barred` names the nodes that an operator has revoked; it blocks, and raises ControllerError."""
-        self._path = directory / FILE
+    def __init__(self, store: Store, barred: Barred) -> None:
+        """`barred` names the nodes that an operator has revoked; it blocks, and raises ControllerError."""
+        self._store = store
         self._barred_now = barred
         self._barred: frozenset[str] = frozenset()
         self._keys: dict[str, bytes] = {}
@@ -58,23 +57,38 @@ class NodeKeys:
         """What was said last of nodes that others are not told."""
         self._lock = threading.Lock()
         self._changed = asyncio.Event()
+        self._fresh = self._foreign = False
+        """Has one of our nodes announced something; may other controllers have been told something?"""
 
     def start(self) -> None:
         """Read what was kept. Blocking. Raises ControllerError: an empty list would take WireGuard from connections that run on it."""
+        self._keys = self._parsed(self._store.read(FILE))
+        self.forget_barred()
+
+    def read(self) -> bool:
+        """Read what other controllers were told; True if it is news. Blocking."""
+        with self._lock:
+            try:
+                keys = self._parsed(self._store.read(FILE))
+            except ControllerError as error:
+                _log.error("WireGuard keys of nodes cannot be read, those that are known stay", extra={"error": str(error)})
+                return False
+            before, self._keys = self._keys, keys
+        return keys != before
+
+    def look(self) -> None:
+        """Other controllers may have been told something."""
+        self._foreign = True
+        self._changed.set()
+
+    def _parsed(self, content: bytes | None) -> dict[str, bytes]:
         try:
-            content = self._path.read_bytes()
-        except FileNotFoundError:
-            content = b'{"nodes": {}}'
-        except OSError as error:
-            raise ControllerError(f"cannot read {self._path}: {error.strerror}; check its owner and mode") from error
-        try:
-            self._keys = _parse(content)
+            return {} if content is None else _parse(content)
         except ValueError as error:
             raise ControllerError(
-                f"{self._path} cannot be used: {error}. Restore it from a backup; without it connections between nodes go on unencrypted until "
-                "their agents have connected again"
+                f"{self._store.where(FILE)} cannot be used: {error}. Restore it from a backup; without it connections between nodes go on unencrypted "
+                "until their agents have connected again"
             ) from error
-        self.forget_barred()
 
     async def announce(self, node: str, said: pb.WireGuard | None) -> None:
         """A node's agent says how the node is reached; None: it has no WireGuard. Stored when this returns.
@@ -83,22 +97,13 @@ class NodeKeys:
         """
         content = None if said is None else check(said).SerializeToString(deterministic=True)
         if await asyncio.to_thread(self._take, node, content):
+            self._fresh = True
             self._changed.set()
 
     def _take(self, node: str, content: bytes | None) -> bool:
-        with self._lock:
-            if self._keys.get(node) == content:
-                return False
-            keys = {name: kept for name, kept in self._keys.items() if name != node}
-            if content is not None:
-                key = pb.WireGuard.FromString(content).public_key
-                for other, kept in keys.items():
-                    if pb.WireGuard.FromString(kept).public_key == key:
-                        raise BadKey(
-                            f"its public key is node {other}'s: each node makes its own; was the machine copied while its agent ran?"
-                        )
-                keys[node] = content
-            self._store(keys)
+        if self._keys.get(node) == content:
+            return False
+        self._change(lambda keys: _announced(keys, node, content))
         _log.info("WireGuard key of a node changed", extra={"node": node, "has": content is not None})
         return True
 
@@ -112,21 +117,24 @@ class NodeKeys:
         except ControllerError as error:  # the authority says so too, and lets nobody in
             _log.error("cannot see which nodes are revoked, their WireGuard keys stay", extra={"error": str(error)})
             return False
-        with self._lock:
-            gone = (barred - self._barred) & self._keys.keys()
-            if gone:
-                self._store({name: kept for name, kept in self._keys.items() if name not in gone})
-                _log.warning("WireGuard keys of revoked nodes forgotten", extra={"nodes": sorted(gone)})
-            self._barred = barred
+        gone = (barred - self._barred) & self._keys.keys()
+        if gone:
+            self._change(lambda keys: {name: kept for name, kept in keys.items() if name not in gone})
+            _log.warning("WireGuard keys of revoked nodes forgotten", extra={"nodes": sorted(gone)})
+        self._barred = barred
         return bool(gone)
 
-    def _store(self, keys: dict[str, bytes]) -> None:
-        nodes = {name: base64.b64encode(kept).decode() for name, kept in sorted(keys.items())}
-        try:
-            write_atomically(self._path, json.dumps({"nodes": nodes}, indent=1) + "\n")
-        except OSError as error:
-            raise ControllerError(f"cannot write {self._path}: {error.strerror or error}; is the disk full or read-only?") from error
-        self._keys = keys
+    def _change(self, work: Callable[[dict[str, bytes]], dict[str, bytes]]) -> None:
+        """Make the keys into others, durably. Raises ControllerError, and whatever `work` does."""
+
+        def written(documents: Documents) -> dict[str, bytes]:
+            keys = work(self._parsed(documents.read(FILE)))
+            nodes = {name: base64.b64encode(kept).decode() for name, kept in sorted(keys.items())}
+            documents.write(FILE, json.dumps({"nodes": nodes}, indent=1) + "\n")
+            return keys
+
+        with self._lock:
+            self._keys = self._store.change(written)
 
     def entities(self, model: Mapping[str, pb.Entity]) -> dict[str, pb.Entity]:
         """A `Node` for each node that has workloads in `model`, by resource name.
@@ -135,8 +143,7 @@ class NodeKeys:
         at here, and not in `announce`, because the workload may come after the announcement.
         """
         nodes = {entity.workload.node for name, entity in model.items() if name.startswith("workload/")}
-        with self._lock:
-            keys = self._keys
+        keys = self._keys
         withheld = _stolen({node: keys[node] for node in nodes if node in keys}, model)
         self._tell(withheld)
         found = {}
@@ -171,7 +178,21 @@ class NodeKeys:
             else:
                 await asyncio.sleep(SETTLE_S)
                 self._changed.clear()
-                return
+                fresh, foreign, self._fresh, self._foreign = self._fresh, self._foreign, False, False
+                if (foreign and await asyncio.to_thread(self.read)) or fresh:
+                    return
+
+
+def _announced(keys: Mapping[str, bytes], node: str, content: bytes | None) -> dict[str, bytes]:
+    """Return the keys after what a node announced. Raises BadKey."""
+    found = {name: kept for name, kept in keys.items() if name != node}
+    if content is not None:
+        key = pb.WireGuard.FromString(content).public_key
+        for other, kept in found.items():
+            if pb.WireGuard.FromString(kept).public_key == key:
+                raise BadKey(f"its public key is node {other}'s: each node makes its own; was the machine copied while its agent ran?")
+        found[node] = content
+    return found
 
 
 def check(said: pb.WireGuard) -> pb.WireGuard:

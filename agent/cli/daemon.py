@@ -83,6 +83,13 @@ def _addresses(_context: click.Context, _parameter: click.Parameter, given: tupl
     return tuple(str(address) for address in found)
 
 
+def _replicas(_context: click.Context, _parameter: click.Parameter, given: str) -> str:
+    host, _, port = given.rpartition(":")
+    if given and not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise click.BadParameter(f"{given!r} is not HOST:PORT")
+    return given
+
+
 def served_cgroup(given: Path | None) -> Path:
     """The cgroup of --cgroup, or its default."""
     return given or features.cgroup2_mount() or Path("/sys/fs/cgroup")
@@ -116,6 +123,13 @@ def _join(controller: str, address: str | None, token_file: Path | None, account
 @click.option("--node", required=True, help="Name of this node, as the resources spell it.")
 @click.option(
     "--controller", default="unix:///run/meshagent/controller.sock", show_default=True, help="gRPC target: unix:///PATH or HOST:PORT."
+)
+@click.option(
+    "--controller-replicas",
+    metavar="HOST:PORT",
+    default="",
+    callback=_replicas,
+    help="Where several controllers serve: the name of a headless Service, which leads to each of them, so that each can ask this agent.",
 )
 @click.option("--tls-ca", type=_FILE, help="CA of the controller, PEM; needed for HOST:PORT.")
 @click.option("--tls-cert", type=_FILE, help="Certificate of this node, PEM.")
@@ -166,6 +180,7 @@ def run(  # noqa: PLR0913  one parameter for each option
     *,
     node: str,
     controller: str,
+    controller_replicas: str,
     tls_ca: Path | None,
     tls_cert: Path | None,
     tls_key: Path | None,
@@ -211,6 +226,7 @@ def run(  # noqa: PLR0913  one parameter for each option
     config = Config(
         node=node,
         controller=controller,
+        replicas=controller_replicas,
         tls=TlsFiles(tls_ca, tls_cert, tls_key) if tls_ca and tls_cert and tls_key else None,
         trust_domain=trust_domain,
         cgroup=served_cgroup(cgroup),

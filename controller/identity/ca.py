@@ -23,14 +23,16 @@ from cryptography import x509
 
 from controller import metrics
 from controller.errors import ControllerError
-from controller.identity import jwt, keys, operator, revocations, rotation, trust
+from controller.identity import about, jwt, keys, operator, revocations, rotation, trust
+from controller.identity.about import About
 from controller.identity.certificates import Chain, Order, check_chain, vouched
 from controller.identity.command import CommandSigner
 from controller.identity.crl import RevocationLists
 from controller.identity.directory import AUTHORITY, REVOKED, STATUS, Directory, signature_of
+from controller.identity.jwtkeys import SharedKeys
 from controller.identity.keys import Keys, Root
 from controller.identity.lapse import Clock, Lapse
-from controller.identity.ledger import Issued, Ledger
+from controller.identity.ledger import FileLedger, Issued, Ledger, SharedLedger
 from controller.identity.names import check_trust_domain, node_of
 from controller.identity.opening import open_keys
 from controller.identity.operator import Intermediate
@@ -40,6 +42,8 @@ from controller.identity.signer import LocalSigner, Made, Signer
 from controller.identity.times import when
 from controller.identity.tokens import TokenStore
 from controller.identity.trust import Known, Publication
+from controller.store import SharedStore
+from controller.waiting import heard
 from meshapi import identity_pb2 as pb
 from meshapi.join import root_hash
 
@@ -77,19 +81,36 @@ class CaSettings:
     hold_s: float = HOLD_S
     """How long the clock must say that something has run out before it is forgotten."""
 
+    @property
+    def foreign(self) -> bool:
+        """Does somebody else's certificate sign, and not a self-made root?"""
+        return self.intermediate is not None or bool(self.command)
+
 
 class CertificateAuthority:
     """One CA directory in use."""
 
-    def __init__(self, settings: CaSettings, trust_domain: str, clock: Clock = time.time, monotonic: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        settings: CaSettings,
+        trust_domain: str,
+        clock: Clock = time.time,
+        monotonic: Clock = time.monotonic,
+        shared: SharedStore | None = None,
+    ) -> None:
+        """`shared`: what several controllers remember together; None: this one is alone."""
         self.settings, self.trust_domain, self.clock = settings, trust_domain, clock
         self.directory = Directory(settings.directory)
-        self.tokens = TokenStore(self.directory, clock)
+        """Of keys, and of everything else unless it is shared."""
+        self.store = shared or self.directory
+        self.tokens = TokenStore(self.store, clock)
         self.trust = Publication()
         self._monotonic = monotonic
         self._lapse = Lapse(clock, monotonic, settings.hold_s)
         self._soon = Lapse(clock, monotonic, min(settings.hold_s, SOON_S))
-        self._ledger, self._recording = Ledger(self.directory, self._lapse), threading.Lock()
+        self._ledger: Ledger = SharedLedger(shared, self._lapse) if shared is not None else FileLedger(self.directory, self._lapse)
+        self._recording = threading.Lock()
+        self._jwt_keys = SharedKeys(shared, clock) if shared is not None else None
         # Not the event loop's own threads: neither a slow signer nor many joins may keep maintenance, or the model, waiting.
         self._signing = ThreadPoolExecutor(SIGNERS, thread_name_prefix="sign")
         # Nor may tokens, which workloads ask for, keep certificates waiting.
@@ -108,7 +129,7 @@ class CertificateAuthority:
         self._keys_version: list[object] = []
         self._known: Known | None = None
         self._delivered: dict[str, frozenset[str]] = {}
-        self._lists = RevocationLists(self.directory, self._lapse)
+        self._lists = RevocationLists(self.store, self._lapse)
         self._waits: list[str] | None = None
         self._published: tuple[object, ...] = ()
         self._end = ""
@@ -147,7 +168,7 @@ class CertificateAuthority:
 
     def barred(self) -> frozenset[str]:
         """Return the revoked nodes that no operator has restored, as of now and not of the last tick; blocks. Raises ControllerError."""
-        return revocations.barred(self.directory)
+        return revocations.barred(self.store)
 
     def delivered(self, node: str, bundle: pb.TrustBundle) -> None:
         """Note that the node was given a bundle."""
@@ -185,8 +206,8 @@ class CertificateAuthority:
 
     def _jwt(self, spiffe_id: str, audience: Sequence[str]) -> tuple[str, int]:
         key = self._keys.jwt_key("signing")
-        if key is None:
-            raise SigningFailed("there is no key for JWT-SVIDs")
+        if key is None or (self._jwt_keys is not None and not self._jwt_keys.knows(key.key.public_key())):
+            raise SigningFailed("there is no key for JWT-SVIDs, or nobody has been told of it yet")
         now = int(self.clock())
         return jwt.sign(key.key, spiffe_id, audience, now, now + self.settings.jwt_lifetime_s), now + self.settings.jwt_lifetime_s
 
@@ -210,17 +231,21 @@ class CertificateAuthority:
             raise
 
     def _start(self) -> None:
-        if self._foreign and self.settings.roots is None:
+        if self.settings.foreign and self.settings.roots is None:
             raise ControllerError("--ca-cert, --ca-key and --ca-command need --ca-root: what agents are to trust")
         with self.directory.locked():
             self.directory.tidy()
-            self._keys = open_keys(self.directory, self.trust_domain, self.settings.lifetime_s, self.clock(), self_made=not self._foreign)
+            self._keys = open_keys(
+                self.directory, self.trust_domain, self.settings.lifetime_s, self.clock(), self_made=not self.settings.foreign
+            )
             # Still locked, and before the rest is read: what changes from here on is read again.
             self._keys_version = self._keys_signature()
-        self._known = trust.read(self.directory)
+        if self._jwt_keys is not None:
+            self._check_shared()
+        self._known = trust.read(self.store)
         self._ledger.load()
         self.tokens.all()
-        revocations.prepare(self.directory)
+        revocations.prepare(self.store)
         self._read_revoked()
         self._lists.load()
         self._outside = self._outside_roots()
@@ -238,9 +263,16 @@ class CertificateAuthority:
             self._owner = None
 
     async def maintain(self, after: Callable[[], None]) -> None:
-        """Every second: take in what commands changed, do what is due, publish; for ever. `after` blocks and follows in the same thread."""
+        """Every second, and when others have changed something: take that in, do what is due, publish; for ever.
+
+        `after` blocks and follows in the same thread.
+        """
+        news, loop = asyncio.Event(), asyncio.get_running_loop()
+        if not isinstance(self.store, Directory):
+            self.store.listen(lambda: loop.call_soon_threadsafe(news.set))
         while True:
-            await asyncio.sleep(TICK_S)
+            await heard(news, TICK_S)
+            news.clear()
             await self.tick(after)
 
     async def tick(self, after: Callable[[], None] = lambda: None) -> None:
@@ -261,10 +293,6 @@ class CertificateAuthority:
 
     # Below here: worker threads.
 
-    @property
-    def _foreign(self) -> bool:
-        return self.settings.intermediate is not None or bool(self.settings.command)
-
     def _make_signer(self) -> Signer:
         own = tuple(root.issuer for root in self._keys.roots)
         if self.settings.command:
@@ -282,7 +310,7 @@ class CertificateAuthority:
 
     def _work(self) -> tuple[pb.TrustBundle | None, list[str]]:
         """Return a new bundle if there is one, and what went wrong."""
-        steps: list[Callable[[], None]] = [self._read_revoked, self._read_keys, self._rotate, self._turn_jwt]
+        steps: list[Callable[[], None]] = [self._read_revoked, self._read_keys, self._rotate, self._turn_jwt, self._share_jwt]
         if self._monotonic() - self._pruned >= min(PRUNE_S, self.settings.hold_s):
             self._pruned = self._monotonic()
             steps.append(self._prune)
@@ -291,7 +319,8 @@ class CertificateAuthority:
         try:
             crl = self._lists.current(self._signer.issuers, self._revoked, self.clock(), self._keys.longest_s)
             problems += _attempt(self._lists.save)  # if not, what is revoked is published all the same
-            content = (self._keys, self._outside, self._revoked, self._signer, crl)
+            others = self._jwt_keys.others if self._jwt_keys is not None else ()
+            content = (self._keys, self._outside, self._revoked, self._signer, crl, others)
             if self._published and all(new is old for new, old in zip(content, self._published, strict=True)):
                 return None, problems
             bundle = self._bundle()
@@ -302,10 +331,10 @@ class CertificateAuthority:
 
     def _read_revoked(self) -> None:
         """Read again what `ca revoke` changed."""
-        version = self.directory.signature(REVOKED)
+        version = self.store.signature(REVOKED)
         if version == self._revoked_version:
             return
-        found = {record.serial: record for record in revocations.read(self.directory)}
+        found = {record.serial: record for record in revocations.read(self.store)}
         with self._recording:  # whatever is recorded after this was asked for by somebody whom the gate does not let have it
             if self._revoked_version is not None:
                 fresh = [record for record in found.values() if record.also and record.serial not in self._revoked]
@@ -315,7 +344,7 @@ class CertificateAuthority:
             self._revoked = {**found, **{record.serial: record for record in chased}}
         _log.info("revocations read", extra={"revoked": len(self._revoked)})
         if self._chased:
-            revocations.add(self.directory, self._chased.values(), self.clock())
+            revocations.add(self.store, self._chased.values(), self.clock())
         self._revoked_version = version
 
     def _meanwhile(self, revoked: Sequence[Revoked]) -> list[Issued]:
@@ -416,8 +445,24 @@ class CertificateAuthority:
             keys.store(self.directory, found)
         self._keys = found
 
+    def _share_jwt(self) -> None:
+        """Tell the other controllers which keys this one has, and read which ones they have."""
+        if self._jwt_keys is None:
+            return
+        if self._jwt_keys.withdrawn:  # by `ca rotate --now`: whoever has it must not be believed any more
+            with self.directory.locked():
+                found = rotation.new_jwt(self._current_keys(), self.clock())
+                keys.store(self.directory, found)
+            self._keys = found
+        self._jwt_keys.tell([key.key.public_key() for key in self._keys.jwt], rotation.JWT_PERIOD_S + self.settings.jwt_lifetime_s)
+
+    def _check_shared(self) -> None:
+        """Make sure that this controller belongs to the others. Raises ControllerError."""
+        about.agree(self.store, About(self.trust_domain, self._keys.longest_s))
+        self._share_jwt()
+
     def _prune(self) -> None:
-        revocations.prune(self.directory, self._lapse)
+        revocations.prune(self.store, self._lapse)
         self._read_revoked()
         with self._recording:
             self._ledger.compact()
@@ -443,16 +488,18 @@ class CertificateAuthority:
 
     def _bundle(self) -> pb.TrustBundle:
         """Return what is trusted now, with its sequence number."""
+        own = [key.key.public_key() for key in self._keys.jwt]
+        others = self._jwt_keys.others if self._jwt_keys is not None else ()
         bundle = pb.TrustBundle(
             trust_domain=self.trust_domain,
             roots=[trust.der(root) for root in self.roots],
             revoked=sorted(trust.serial_bytes(serial) for serial in self._revoked),
-            jwt_keys=jwt.key_set(key.key.public_key() for key in self._keys.jwt),
+            jwt_keys=jwt.key_set((*own, *(key for key in others if key not in own))),
             crl=self._lists.current(self._signer.issuers, self._revoked, self.clock(), self._keys.longest_s),
         )
         known = trust.number(self._known, bundle, self._end_of_chain(), self.clock())
         if known != self._known:
-            trust.write(self.directory, known)
+            trust.write(self.store, known)
             self._known = known
         return bundle
 

@@ -19,10 +19,11 @@ from cryptography.exceptions import UnsupportedAlgorithm
 
 from controller.identity import fields
 from controller.identity.certificates import BACKDATE_S, Issuer, new_crl
-from controller.identity.directory import LISTS, Directory
+from controller.identity.directory import LISTS
 from controller.identity.fields import BadState
 from controller.identity.lapse import Lapse
 from controller.identity.revocations import Revoked
+from controller.store import Documents, Store
 from meshapi.join import root_hash
 
 _log = logging.getLogger(__name__)
@@ -50,31 +51,41 @@ class SignedList:
 class RevocationLists:
     """The lists as they were signed last. Used in one thread."""
 
-    def __init__(self, directory: Directory, lapse: Lapse) -> None:
-        self._directory, self._lapse = directory, lapse
+    def __init__(self, store: Store, lapse: Lapse) -> None:
+        self._store, self._lapse = store, lapse
         self._lists: dict[_Name, SignedList] = {}
         self._issuers: dict[_Name, Issuer] = {}
         self._stored: list[SignedList] = []
         self._left_out: set[_Name] = set()
+        self._dropped: set[_Name] = set()
+        """Lists that have run out."""
         self._pem = b""
 
     def load(self) -> None:
         """Read the lists that an earlier controller signed. Raises ControllerError."""
-        content = self._directory.read(LISTS)
-        try:
-            self._stored = parse(content) if content is not None else []
-        except BadState as error:
-            raise fields.refuse(self._directory.path / LISTS, error, _LOSS) from error
+        self._stored = self._parsed(self._store.read(LISTS))
         self._lists = {(found.issuer, found.subject): found for found in self._stored}
 
     def save(self) -> None:
         """Keep the lists for the next controller, if they have changed. Raises ControllerError."""
         held = list(self._lists.values())
         if held != self._stored:
-            content = {"lists": [{name: getattr(found, name) for name in _FIELDS} for found in held]}
-            with self._directory.locked():
-                self._directory.write(LISTS, json.dumps(content, indent=1) + "\n")
+            self._store.change(self._write)
             self._stored = held
+
+    def _write(self, documents: Documents) -> None:
+        lists = self._lists
+        if not self._store.alone:  # others may have signed for issuers that this controller has never known
+            theirs = {(found.issuer, found.subject): found for found in self._parsed(documents.read(LISTS))}
+            lists = {name: found for name, found in theirs.items() if name not in self._dropped} | lists
+        content = {"lists": [{name: getattr(found, name) for name in _FIELDS} for found in lists.values()]}
+        documents.write(LISTS, json.dumps(content, indent=1) + "\n")
+
+    def _parsed(self, content: bytes | None) -> list[SignedList]:
+        try:
+            return parse(content) if content is not None else []
+        except BadState as error:
+            raise fields.refuse(self._store.where(LISTS), error, _LOSS) from error
 
     def current(self, issuers: Sequence[Issuer], revoked: Mapping[str, Revoked], now: float, longest_s: int) -> bytes:
         """Return the lists, PEM; the same bytes while nothing changes. Nothing if nothing is revoked, or if the keys are elsewhere.
@@ -100,6 +111,7 @@ class RevocationLists:
         elif not lasts_s and self._lapse.passed(("list", name), held.until):
             self._lapse.forget(("list", name))
             del self._lists[name]
+            self._dropped.add(name)
             self._issuers.pop(name, None)
             self._left_out.discard(name)
             return

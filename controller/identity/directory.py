@@ -10,6 +10,7 @@
     status.json     what a rotation waits for; written for `ca show` only
     wireguard.json  WireGuard public keys of nodes (controller.wireguard); public
 
+Controllers that share an API server have authority.json and status.json here, and everything else there (`controller.store`).
 Each file is replaced as a whole (or, issued.jsonl, appended to), so that a crash leaves the old version or the new one. The commands and a running
 controller change them under one lock; the controller sees within a second what a command changed.
 """
@@ -20,14 +21,16 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Final, TypeVar
 
 from controller.errors import ControllerError
 from controller.files import write_atomically
+from controller.store import Documents
 
+T = TypeVar("T")
 AUTHORITY: Final = "authority.json"
 TRUST: Final = "trust.json"
 TOKENS: Final = "tokens.json"
@@ -43,7 +46,9 @@ Signature = tuple[int, int, int]
 
 
 class Directory:
-    """One CA directory. Every method raises ControllerError with what, where, the likely cause and the next step."""
+    """One CA directory: the `Store` of a controller that has it alone. Every method raises ControllerError with what, where, the cause and the next step."""
+
+    alone: Final = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,6 +82,10 @@ class Directory:
                 f"the CA directory {self.path} belongs to user id {status.st_uid}, this process to {os.geteuid()}: run as its owner, "
                 f"or `chown -R` it if it was copied from elsewhere"
             )
+
+    def where(self, name: str) -> str:
+        """Return the path of a file, for people."""
+        return str(self.path / name)
 
     def names(self) -> set[str]:
         """Names of the state files that are there."""
@@ -128,6 +137,11 @@ class Directory:
     def signature(self, name: str) -> Signature | None:
         """Return what tells one version of a file from another; None without the file."""
         return signature_of(self.path / name)
+
+    def change(self, work: Callable[[Documents], T]) -> T:
+        """Let `work` read and replace files while nobody else does."""
+        with self.locked():
+            return work(self)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from controller.errors import ControllerError
@@ -51,8 +50,8 @@ def listed(record: Mapping[str, Any], name: str) -> Sequence[Any]:
     return found
 
 
-def refuse(path: Path, error: BadState, loss: str) -> ControllerError:
-    """Make the message about a state file that cannot be believed. `loss`: what it would mean to delete it."""
+def refuse(place: object, error: BadState, loss: str) -> ControllerError:
+    """Make the message about a state file that cannot be believed. `place`: where it is; `loss`: what it would mean to delete it."""
     return ControllerError(
-        f"{path} cannot be used: {error}. Probably the disk was full, or somebody edited it; it is left as it is. Restore it from a backup; {loss}"
+        f"{place} cannot be used: {error}. Probably the disk was full, or somebody edited it; it is left as it is. Restore it from a backup; {loss}"
     )

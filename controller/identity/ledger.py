@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from controller.errors import ControllerError
 from controller.identity import fields
@@ -19,8 +20,10 @@ from controller.identity.directory import ISSUED, MAX_BYTES, Directory
 from controller.identity.fields import BadState
 from controller.identity.lapse import Lapse
 from controller.identity.names import serial_allowed
+from controller.store import Documents, SharedStore, of_node
 
 _SPARE: Final = 1000  # lines that may have run out before the file is written anew
+_SPARE_OF_NODE: Final = 64  # the same, of one node
 _FIELDS: Final = ("serial", "spiffe_id", "node", "issuer", "until")
 
 
@@ -35,8 +38,24 @@ class Issued:
     until: int
 
 
-class Ledger:
-    """The list, in memory and on disk. Appended to by one thread at a time."""
+class Ledger(Protocol):
+    """The list. Appended to by one thread at a time."""
+
+    def load(self) -> None:
+        """Read what was issued before. Raises ControllerError."""
+
+    def append(self, records: Iterable[Issued]) -> None:
+        """Add certificates, durably. Raises ControllerError: what cannot be recorded must not be issued, because it could not be revoked."""
+
+    def live(self, now: float) -> Iterator[Issued]:
+        """Return the certificates that have not run out."""
+
+    def compact(self) -> None:
+        """Forget what has run out, where that is worth it. Raises ControllerError."""
+
+
+class FileLedger:
+    """The list of a controller that is alone, in memory and on disk."""
 
     def __init__(self, directory: Directory, lapse: Lapse) -> None:
         self._directory, self._lapse = directory, lapse
@@ -104,11 +123,81 @@ class Ledger:
         self._lines = len(self._records)
 
 
+class SharedLedger:
+    """The list of several controllers: a document for each node, which every one of them adds to."""
+
+    def __init__(self, shared: SharedStore, lapse: Lapse) -> None:
+        self._shared, self._lapse = shared, lapse
+        self._read: dict[str, tuple[object, list[Issued]]] = {}
+        """What was read of each group, and of which version."""
+        self._lock = threading.Lock()
+
+    def load(self) -> None:
+        """Read what was issued before, by whichever controller. Raises ControllerError."""
+        for records in self._groups().values():
+            self._gone(records)
+
+    def append(self, records: Iterable[Issued]) -> None:
+        """Add certificates, durably. Raises ControllerError: what cannot be recorded must not be issued, because it could not be revoked."""
+        groups: dict[str, list[Issued]] = {}
+        for record in records:
+            groups.setdefault(of_node(record.node), []).append(record)
+        for group, added in groups.items():
+            self._shared.change(lambda documents, added=added: _add(documents, added), group, known=True)  # type: ignore[misc]
+
+    def live(self, now: float) -> Iterator[Issued]:
+        """Return the certificates that have not run out, as this controller knows it: of its own none is missing."""
+        return (record for records in self._groups().values() for record in records if record.until > now)
+
+    def compact(self) -> None:
+        """Forget what has run out once it is much, or all there is of a node. Raises ControllerError."""
+        for group, records in self._groups().items():
+            gone = {record.serial for record in self._gone(records)}
+            if gone and (len(gone) >= _SPARE_OF_NODE or len(gone) == len(records)):
+                self._shared.change(lambda documents, gone=gone: _remove(documents, gone), group)  # type: ignore[misc]
+                for serial in gone:
+                    self._lapse.forget(("issued", serial))
+
+    def _groups(self) -> dict[str, list[Issued]]:
+        with self._lock:  # also asked while another thread appends
+            versions = self._shared.groups()
+            self._read = {group: held for group, held in self._read.items() if group in versions}
+            for group, version in versions.items():
+                if group not in self._read or self._read[group][0] != version:
+                    content = self._shared.read(ISSUED, group) or b""
+                    self._read[group] = version, _parsed(content, self._shared.where(f"{group}/{ISSUED}"))[0]
+            return {group: records for group, (_, records) in self._read.items()}
+
+    def _gone(self, records: Iterable[Issued]) -> list[Issued]:
+        return [record for record in records if self._lapse.passed(("issued", record.serial), record.until)]
+
+
+def _add(documents: Documents, added: Iterable[Issued]) -> None:
+    held = (documents.read(ISSUED) or b"").decode()
+    lines = held.splitlines(keepends=True)
+    documents.write(ISSUED, "".join([*lines, *(line for line in map(_line, added) if line not in lines)]))
+
+
+def _remove(documents: Documents, serials: Collection[str]) -> None:
+    lines = (documents.read(ISSUED) or b"").splitlines()
+    documents.write(ISSUED, "".join(f"{line.decode()}\n" for line in lines if parse_line(line).serial not in serials))
+
+
+def issued(store: Directory | SharedStore) -> list[Issued]:
+    """Return every certificate on record. Raises ControllerError."""
+    if isinstance(store, Directory):
+        return read(store)[0]
+    found = ((group, store.read(ISSUED, group) or b"") for group in store.groups())
+    return [record for group, content in found for record in _parsed(content, store.where(f"{group}/{ISSUED}"))[0]]
+
+
 def read(directory: Directory) -> tuple[list[Issued], bool]:
     """Return the certificates in a directory's file, and whether every line of it is whole. Raises ControllerError."""
     content = directory.read(ISSUED)
-    if content is None:
-        return [], True
+    return ([], True) if content is None else _parsed(content, directory.where(ISSUED))
+
+
+def _parsed(content: bytes, place: str) -> tuple[list[Issued], bool]:
     records, bad = [], 0
     *lines, rest = content.split(b"\n")
     for line in lines:
@@ -119,7 +208,7 @@ def read(directory: Directory) -> tuple[list[Issued], bool]:
     if bad:
         error = BadState(f"{bad} of its lines are no records")
         loss = "or delete it: revoking by SPIFFE ID then misses what was issued before; `mesh-controller ca rotate` makes up for that"
-        raise fields.refuse(directory.path / ISSUED, error, loss)
+        raise fields.refuse(place, error, loss)
     return records, not rest  # without its end it is an append that a crash cut off
 
 

@@ -20,6 +20,7 @@ from controller.identity.lapse import Clock
 from controller.identity.refusals import SigningFailed
 from controller.identity.service import FindWorkload, IdentityService, JoinService
 from controller.identity.serving import OwnCertificate, Port, Shown, split_names
+from controller.store import SharedStore
 from meshapi import identity_pb2_grpc, limits
 
 _log = logging.getLogger(__name__)
@@ -64,10 +65,18 @@ class IdentityPlane:
     """Identity in one controller. `start` before the ports are bound, `serve_joins` after, `maintain` for ever, `stop`."""
 
     def __init__(
-        self, settings: IdentitySettings, trust_domain: str, workload: FindWorkload, files: Files, listen: str, clock: Clock = time.time
+        self,
+        settings: IdentitySettings,
+        trust_domain: str,
+        workload: FindWorkload,
+        files: Files,
+        listen: str,
+        clock: Clock = time.time,
+        shared: SharedStore | None = None,
     ) -> None:
+        """`shared`: what several controllers remember together."""
         self.settings = settings
-        self.ca = CertificateAuthority(settings.ca, trust_domain, clock)
+        self.ca = CertificateAuthority(settings.ca, trust_domain, clock, shared=shared)
         self.service = IdentityService(self.ca, workload, time.monotonic)
         self.gate = Gate(self.ca)
         self.join_port = 0

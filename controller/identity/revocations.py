@@ -17,6 +17,7 @@ from controller.identity.directory import ISSUED, REVOKED, Directory
 from controller.identity.fields import BadState
 from controller.identity.lapse import Lapse
 from controller.identity.ledger import Issued, check_serial
+from controller.store import Documents, SharedStore, Store
 
 KEPT_S: Final = 600  # after it ran out: clocks of peers may be behind
 EMPTY: Final = '{"revoked": []}'
@@ -43,8 +44,25 @@ class Revoked:
     also: str = ""
 
 
-def prepare(directory: Directory) -> None:
+def prepare(store: Directory | SharedStore) -> None:
     """Make an empty list and ledger before the first certificate is issued. Raises ControllerError if one of them was lost since."""
+    if isinstance(store, Directory):
+        _prepare_files(store)
+    else:
+        store.change(lambda documents: _prepare_shared(store, documents))
+
+
+def _prepare_shared(store: SharedStore, documents: Documents) -> None:
+    if documents.read(REVOKED) is None:
+        if store.groups():
+            raise ControllerError(
+                f"{store.where(REVOKED)} is gone, and certificates have been issued: revoked ones would be good again; put it back from a backup, or, if "
+                f"none was revoked, write {EMPTY!r} there"
+            )
+        documents.write(REVOKED, EMPTY + "\n")
+
+
+def _prepare_files(directory: Directory) -> None:
     path, issued = directory.path / REVOKED, directory.read(ISSUED)
     if directory.signature(REVOKED) is None:
         if issued:
@@ -62,24 +80,24 @@ def prepare(directory: Directory) -> None:
         )
 
 
-def read(directory: Directory) -> list[Revoked]:
-    """Return the certificates in a directory's list. Raises ControllerError: a list that cannot be read must not pass for an empty one."""
-    return _read(directory)[0]
+def read(store: Store) -> list[Revoked]:
+    """Return the certificates on the list. Raises ControllerError: a list that cannot be read must not pass for an empty one."""
+    return _read(store)[0]
 
 
-def barred(directory: Directory) -> frozenset[str]:
-    """Return the nodes that may not come back by themselves. Raises ControllerError."""
-    return _read(directory)[1]
+def barred(store: Store) -> frozenset[str]:
+    """Return the nodes that may not come back by themselves, as of now. Raises ControllerError."""
+    return store.change(lambda documents: _read(store, documents)[1])
 
 
-def _read(directory: Directory) -> tuple[list[Revoked], frozenset[str]]:
-    content, path = directory.read(REVOKED), directory.path / REVOKED
+def _read(store: Store, documents: Documents | None = None) -> tuple[list[Revoked], frozenset[str]]:
+    content, place = (documents or store).read(REVOKED), store.where(REVOKED)
     if content is None:
-        raise fields.refuse(path, BadState("it is gone"), _LOSS)
+        raise fields.refuse(place, BadState("it is gone"), _LOSS)
     try:
         return _parse(content)
     except BadState as error:
-        raise fields.refuse(path, error, _LOSS) from error
+        raise fields.refuse(place, error, _LOSS) from error
 
 
 def parse(content: bytes) -> list[Revoked]:
@@ -98,39 +116,47 @@ def _parse(content: bytes) -> tuple[list[Revoked], frozenset[str]]:
     return certificates, frozenset(nodes)
 
 
-def add(directory: Directory, certificates: Iterable[Issued], now: float, also: str = "", bar: Iterable[str] = ()) -> list[Revoked]:
+def add(store: Store, certificates: Iterable[Issued], now: float, also: str = "", bar: Iterable[str] = ()) -> list[Revoked]:
     """Revoke certificates and bar nodes; return the certificates that were not revoked before."""
-    with directory.locked():
-        held, nodes = _read(directory)
+    certificates, bar = list(certificates), list(bar)
+
+    def work(documents: Documents) -> list[Revoked]:
+        held, nodes = _read(store, documents)
         known, every = {record.serial for record in held}, nodes.union(bar)
         new = [Revoked(**asdict(record), at=int(now), also=also) for record in certificates if record.serial not in known]
         if new or every != nodes:
-            _write(directory, [*held, *new], every)
-    return new
+            _write(documents, [*held, *new], every)
+        return new
+
+    return store.change(work)
 
 
-def restore(directory: Directory, node: str) -> bool:
+def restore(store: Store, node: str) -> bool:
     """Let a node come back; False if nothing kept it away."""
-    with directory.locked():
-        held, nodes = _read(directory)
+
+    def work(documents: Documents) -> bool:
+        held, nodes = _read(store, documents)
         if node in nodes:
-            _write(directory, held, nodes - {node})
-    return node in nodes
+            _write(documents, held, nodes - {node})
+        return node in nodes
+
+    return store.change(work)
 
 
-def prune(directory: Directory, lapse: Lapse) -> list[Revoked]:
-    """Forget what has run out anyway; return what remains."""
-    held = read(directory)
-    gone = {record.serial for record in held if lapse.passed(("revoked", record.serial), record.until + KEPT_S)}
+def prune(store: Store, lapse: Lapse) -> None:
+    """Forget what has run out anyway."""
+    gone = {record.serial for record in read(store) if lapse.passed(("revoked", record.serial), record.until + KEPT_S)}
     if not gone:
-        return held
-    with directory.locked():
-        held, nodes = _read(directory)
-        held = [record for record in held if record.serial not in gone]
-        _write(directory, held, nodes)
+        return
+
+    def work(documents: Documents) -> None:
+        held, nodes = _read(store, documents)
+        if any(record.serial in gone for record in held):
+            _write(documents, [record for record in held if record.serial not in gone], nodes)
+
+    store.change(work)
     for serial in gone:
         lapse.forget(("revoked", serial))
-    return held
 
 
 def _record(item: Any) -> Revoked:
@@ -141,6 +167,6 @@ def _record(item: Any) -> Revoked:
     return Revoked(check_serial(serial), spiffe_id, node, issuer, fields.field(record, "until", int), fields.field(record, "at", int), also)
 
 
-def _write(directory: Directory, records: Iterable[Revoked], nodes: Iterable[str]) -> None:
+def _write(documents: Documents, records: Iterable[Revoked], nodes: Iterable[str]) -> None:
     content = {"revoked": [asdict(record) for record in records], "nodes": sorted(nodes)}
-    directory.write(REVOKED, json.dumps(content, indent=1) + "\n")
+    documents.write(REVOKED, json.dumps(content, indent=1) + "\n")

@@ -76,6 +76,11 @@ def hurry(keys: Keys, now: float) -> Keys:
         keys = switch(keys, now)
     elif keys.root("signing"):
         keys = finish(keys) if keys.root("retired") else begin(keys, now, 0)
+    return new_jwt(keys, now)
+
+
+def new_jwt(keys: Keys, now: float) -> Keys:
+    """Forget all JWT keys, and make others."""
     return replace(keys, jwt=_jwt_keys(now))
 
 

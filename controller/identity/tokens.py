@@ -10,17 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from controller.errors import ControllerError
 from controller.identity import fields
-from controller.identity.directory import TOKENS, Directory, Signature
+from controller.identity.directory import TOKENS
 from controller.identity.fields import BadState
 from controller.identity.lapse import Clock
 from controller.identity.names import SHOWN
 from controller.identity.refusals import Refused
+from controller.store import Documents, Store
 from meshapi.join import Token, parse
 
 SECRET_BYTES: Final = 32
@@ -29,6 +30,7 @@ MAX_LIFETIME_S: Final = 7 * 86_400  # a token that lies about for longer is bett
 KEPT_S: Final = 7 * 86_400  # used and expired tokens stay in the list, so that people see what became of them
 MAX_TOKENS: Final = 10_000
 MAX_TEXT: Final = 1024
+JOINING_S: Final = 60
 _FIELDS: Final = ("hash", "node", "root", "created", "expires", "used", "used_by", "lapsed")
 
 
@@ -61,56 +63,53 @@ class Record:
 
 
 class TokenStore:
-    """The tokens of one CA directory; every change is read, made and written under the directory's lock. All methods block."""
+    """The tokens of one authority; every change is read, made and written while nobody else makes one. All methods block."""
 
-    def __init__(self, directory: Directory, clock: Clock) -> None:
-        self._directory, self._clock = directory, clock
-        self._read: tuple[Signature, list[Record]] | None = None
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store, self._clock = store, clock
+        self._read: tuple[Hashable, list[Record]] | None = None
 
     def create(self, node: str, lifetime_s: int, root: str) -> tuple[Token, Record]:
         """Make a token for one node, or for any ("")."""
         token = Token(secrets.token_bytes(SECRET_BYTES), root)
         now = int(self._clock())
         record = Record(_hash(token), node, root, now, now + lifetime_s)
-        with self._directory.locked():
-            records = [item for item in self.all() if item.expires + KEPT_S > now]
+
+        def work(documents: Documents) -> None:
+            records = [item for item in self._parsed(documents.read(TOKENS)) if item.expires + KEPT_S > now]
             if len(records) >= MAX_TOKENS:
                 raise ControllerError(
                     f"there are {len(records)} tokens: revoke some (mesh-controller token list), or wait until they expire"
                 )
-            self._write([*records, record])
+            _write(documents, [*records, record])
+
+        self._store.change(work)
         return token, record
 
     def all(self) -> list[Record]:
         """Return every token. Raises ControllerError if the file cannot be believed."""
-        signature, read = self._directory.signature(TOKENS), self._read
+        signature, read = self._store.signature(TOKENS), self._read
         if signature is not None and read is not None and read[0] == signature:
             return list(read[1])  # every version of the file is another file
-        content = self._directory.read(TOKENS)
-        if content is None:
-            return []
-        try:
-            records = parse_records(content)
-            self._read = (signature, records) if signature is not None and signature == self._directory.signature(TOKENS) else None
-            return list(records)
-        except BadState as error:
-            loss = (
-                "or delete it: tokens that were not used yet are then void, nothing else is lost (a backup would make used ones good again)"
-            )
-            raise fields.refuse(self._directory.path / TOKENS, error, loss) from error
+        records = self._parsed(self._store.read(TOKENS))
+        self._read = (signature, records) if signature is not None and signature == self._store.signature(TOKENS) else None
+        return list(records)
 
     def revoke(self, identifier: str) -> Record:
         """Remove a token by its id, or a longer beginning of its hash."""
-        with self._directory.locked():
-            records = self.all()
+
+        def work(documents: Documents) -> Record:
+            records = self._parsed(documents.read(TOKENS))
             found = [record for record in records if len(identifier) >= 4 and record.hash.startswith(identifier.lower())]
             if len(found) != 1:
                 raise ControllerError(
                     f"{len(found) or 'no'} token{'s' if len(found) != 1 else ''} with the id {identifier[:SHOWN]!r}: "
                     "`mesh-controller token list` shows them; give the id, not the token"
                 )
-            self._write([record for record in records if record is not found[0]])
-        return found[0]
+            _write(documents, [record for record in records if record is not found[0]])
+            return found[0]
+
+        return self._store.change(work)
 
     def reserve(self, text: str, node: str) -> Record:
         """Use a token up for a node, durably, before anything is given for it; of many concurrent uses one gets through. Raises Refused."""
@@ -120,51 +119,81 @@ class TokenStore:
             wanted = _hash(parse(text))
         except ValueError as error:
             raise Refused("token", str(error)) from error
-        if not any(record.hash == wanted for record in self.all()):  # strangers who guess do not get as far as the lock
+        if not any(record.hash == wanted for record in self.all()):  # strangers who guess get no further
             raise _unknown()
-        with self._directory.locked():
-            records, now = self.all(), self._clock()
-            record = next((item for item in records if item.hash == wanted), None)
-            if record is None:
-                raise _unknown()
-            if record.used:
-                raise Refused(
-                    "token-used",
-                    f"join token {record.id} was used {_ago(now - record.used)} by node {record.used_by}, and a token is good for one join: make a new one; "
-                    "if that was not you, revoke that node's certificate (mesh-controller ca revoke)",
-                )
-            if record.state(now) != "valid":
-                self._lapse(records, now)
-                raise Refused(
-                    "token-expired", f"join token {record.id} expired {_ago(now - record.expires)}: make a new one (token create --ttl)"
-                )
-            if record.node not in {"", node}:
-                raise Refused(
-                    "token-node", f"join token {record.id} is for node {record.node}, not for {node}: check --node, or make another token"
-                )
-            reserved = replace(record, used=max(1, int(now)), used_by=node)
-            self._write([reserved if item is record else item for item in records])
+        found = self._store.change(lambda documents: self._reserved(documents, wanted, node))
+        if isinstance(found, Refused):
+            raise found
+        return found
+
+    def _reserved(self, documents: Documents, wanted: str, node: str) -> Record | Refused:
+        records, now = self._parsed(documents.read(TOKENS)), self._clock()
+        record = next((item for item in records if item.hash == wanted), None)
+        if record is None:
+            return _unknown()
+        if record.used:
+            return Refused(
+                "token-used",
+                f"join token {record.id} was used {_ago(now - record.used)} by node {record.used_by}, and a token is good for one join: make a new one; "
+                "if that was not you, revoke that node's certificate (mesh-controller ca revoke)",
+            )
+        if record.state(now) != "valid":
+            _write(documents, _lapsed(records, now))
+            return Refused(
+                "token-expired", f"join token {record.id} expired {_ago(now - record.expires)}: make a new one (token create --ttl)"
+            )
+        if record.node not in {"", node}:
+            return Refused(
+                "token-node", f"join token {record.id} is for node {record.node}, not for {node}: check --node, or make another token"
+            )
+        if not record.node and not self._store.alone and any(_joining(item, node, now) for item in records):
+            return Refused(
+                "join-concurrent",
+                f"node {node} has joined within the last {JOINING_S} s, or is joining, with another token: wait for that one",
+            )
+        reserved = replace(record, used=max(1, int(now)), used_by=node)
+        _write(documents, [reserved if item is record else item for item in records])
         return reserved
 
     def release(self, reserved: Record) -> None:
         """Give a token back for which nothing was given."""
-        with self._directory.locked():
-            fresh = replace(reserved, used=0, used_by="")
-            self._write([fresh if item == reserved else item for item in self.all()])
+        fresh = replace(reserved, used=0, used_by="")
+
+        def work(documents: Documents) -> None:
+            _write(documents, [fresh if item == reserved else item for item in self._parsed(documents.read(TOKENS))])
+
+        self._store.change(work)
 
     def lapse(self) -> None:
         """Remember which tokens have expired by now."""
         now = self._clock()
         if any(not record.lapsed and record.expires <= now for record in self.all()):
-            with self._directory.locked():
-                self._lapse(self.all(), now)
+            self._store.change(lambda documents: _write(documents, _lapsed(self._parsed(documents.read(TOKENS)), now)))
 
-    def _lapse(self, records: Iterable[Record], now: float) -> None:
-        self._write([replace(record, lapsed=True) if record.expires <= now else record for record in records])
+    def _parsed(self, content: bytes | None) -> list[Record]:
+        if content is None:
+            return []
+        try:
+            return parse_records(content)
+        except BadState as error:
+            loss = (
+                "or delete it: tokens that were not used yet are then void, nothing else is lost (a backup would make used ones good again)"
+            )
+            raise fields.refuse(self._store.where(TOKENS), error, loss) from error
 
-    def _write(self, records: list[Record]) -> None:
-        content = {"tokens": [{name: getattr(record, name) for name in _FIELDS} for record in records]}
-        self._directory.write(TOKENS, json.dumps(content, indent=1) + "\n")
+
+def _joining(record: Record, node: str, now: float) -> bool:
+    """Is a controller giving this node its first certificate, or has it a moment ago? What it gives others may not have read yet."""
+    return not record.node and record.used_by == node and 0 <= now - record.used < JOINING_S
+
+
+def _lapsed(records: Iterable[Record], now: float) -> list[Record]:
+    return [replace(record, lapsed=True) if record.expires <= now else record for record in records]
+
+
+def _write(documents: Documents, records: Iterable[Record]) -> None:
+    content = {"tokens": [{name: getattr(record, name) for name in _FIELDS} for record in records]}
+    documents.write(TOKENS, json.dumps(content, indent=1) + "\n")
 
 
 def parse_records(content: bytes) -> list[Record]:

@@ -18,8 +18,9 @@ from cryptography.hazmat.primitives import serialization
 
 from controller.identity import fields
 from controller.identity.certificates import pem
-from controller.identity.directory import TRUST, Directory
+from controller.identity.directory import TRUST
 from controller.identity.fields import BadState
+from controller.store import Store
 from meshapi import identity_pb2 as pb
 from meshapi.join import root_hash
 
@@ -36,15 +37,15 @@ class Known:
     roots: str
 
 
-def read(directory: Directory) -> Known | None:
-    """Return what a directory's trust.json says; None without one. Raises ControllerError."""
-    content = directory.read(TRUST)
+def read(store: Store) -> Known | None:
+    """Return what trust.json says; None without one. Raises ControllerError."""
+    content = store.read(TRUST)
     if content is None:
         return None
     try:
         return parse(content)
     except BadState as error:
-        raise fields.refuse(directory.path / TRUST, error, "or delete it: the controller writes it anew") from error
+        raise fields.refuse(store.where(TRUST), error, "or delete it: the controller writes it anew") from error
 
 
 def parse(content: bytes) -> Known:
@@ -71,10 +72,9 @@ def number(known: Known | None, bundle: pb.TrustBundle, signing: str, now: float
     return Known(bundle.sequence, digest, signing, pem(roots).decode())
 
 
-def write(directory: Directory, known: Known) -> None:
-    """Replace a directory's trust.json. Raises ControllerError."""
-    with directory.locked():
-        directory.write(TRUST, json.dumps(asdict(known), indent=1) + "\n")
+def write(store: Store, known: Known) -> None:
+    """Replace trust.json. Raises ControllerError."""
+    store.change(lambda documents: documents.write(TRUST, json.dumps(asdict(known), indent=1) + "\n"))
 
 
 def serial_bytes(serial: str) -> bytes:

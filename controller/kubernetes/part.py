@@ -3,19 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
+import threading
+import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from controller.compile import Compiled
+from controller.errors import ControllerError
 from controller.kubernetes.api import Api
 from controller.kubernetes.lease import Lease
 from controller.kubernetes.source import KubernetesSource
 from controller.kubernetes.status import StatusWriter
+from controller.kubernetes.store import ClusterStore
 from controller.source import State
 
 LEASE: Final = "meshagent-controller"
+OPEN_S: Final = 10.0
+
+
+@contextmanager
+def opened(kubeconfig: Path | None, context: str, namespace: str) -> Iterator[ClusterStore]:
+    """What controllers remember together, read once, for a command. Raises ControllerError if it cannot be read soon."""
+    store, news = ClusterStore(functools.partial(Api.connect, kubeconfig, context), namespace), threading.Event()
+    store.listen(news.set)
+    store.start()
+    try:
+        deadline = time.monotonic() + OPEN_S
+        while not store.synced:
+            told = news.wait(max(0.0, deadline - time.monotonic()))
+            if store.problem or not told:
+                why = store.problem or f"the API server has not answered within {OPEN_S:.0f} s"
+                raise ControllerError(f"nothing was read, and nothing was changed: {why}")
+            news.clear()
+        yield store
+    finally:
+        store.close()
 
 
 class KubernetesPart:
@@ -23,7 +50,9 @@ class KubernetesPart:
 
     def __init__(self, kubeconfig: Path | None, context: str, namespace: str) -> None:
         """`namespace` is the controller's own. Raises ControllerError."""
-        api = Api.connect(kubeconfig, context)
+        self._connect = functools.partial(Api.connect, kubeconfig, context)
+        self._namespace = namespace
+        api = self._connect()
         self.source = KubernetesSource(api)
         identity = f"{socket.gethostname()}_{uuid.uuid4()}"  # of two controllers on one host, too
         self._lease = Lease(api, namespace, LEASE, identity, self._turn)
@@ -33,6 +62,10 @@ class KubernetesPart:
         """Take what is in force, and what is to be said of it; right after `source.load` and before the next."""
         if self.source.ready:
             self._writer.take(state, compiled, self.source.basis)
+
+    def store(self) -> ClusterStore:
+        """Where the authorities of several controllers remember together; over a connection of its own."""
+        return ClusterStore(self._connect, self._namespace)
 
     def _turn(self) -> None:
         self._writer.changed()

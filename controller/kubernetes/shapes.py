@@ -167,6 +167,11 @@ class _Plain(msgspec.Struct):
     metadata: _Meta
 
 
+class _Stored(msgspec.Struct):
+    metadata: _Meta
+    documents: dict[str, str] = msgspec.field(default_factory=dict)
+
+
 class _ServicePort(msgspec.Struct):
     port: int = 0
     name: str | None = None
@@ -349,7 +354,15 @@ def _slice(raw: bytes) -> Seen | None:
     return _seen(key, found.metadata, {"service": service, "ports": ports, "endpoints": endpoints})
 
 
+def stored(raw: bytes) -> Seen | None:
+    """A ControllerState (`controller.kubernetes.store`): its documents stand as the spec."""
+    found = _STORED.decode(raw)
+    key = _key("ControllerState", found.metadata)
+    return None if key is None else _seen(key, found.metadata, found.documents)
+
+
 _POD = msgspec.json.Decoder(_Pod)
+_STORED = msgspec.json.Decoder(_Stored)
 _PLAIN = msgspec.json.Decoder(_Plain)
 _SERVICE = msgspec.json.Decoder(_Service)
 _SLICE = msgspec.json.Decoder(_Slice)

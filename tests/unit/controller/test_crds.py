@@ -122,6 +122,7 @@ def test_every_kind_of_our_group_has_one() -> None:
 
 def test_what_is_deployed_is_what_the_file_source_reads() -> None:
     deployed = {file.name: file for file in (ROOT / "deploy/crds").iterdir()}
+    del deployed["meshagent.io_controllerstates.yaml"]  # controllers write it, for themselves
     assert set(deployed) == {f"{GROUP}_{content['spec']['names']['plural']}.yaml" for content in CRDS.values()}
     assert all(file.is_symlink() and file.resolve() == ROOT / "controller/schemas" / name for name, file in deployed.items())
 

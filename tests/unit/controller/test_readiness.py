@@ -15,7 +15,8 @@ import pytest
 from agent.config import Config
 from agent.discovery import Discovery
 from agent.model import Mtls, Snapshot, Workload, decode
-from controller.readiness import FILE, Readiness
+from controller.identity.directory import Directory
+from controller.readiness import FILE, FileMemory, Place, Readiness
 from meshapi import discovery_pb2 as pb
 from meshapi import discovery_pb2_grpc
 from tests.tasks import beside, until
@@ -128,10 +129,10 @@ def test_a_workload_that_leaves_the_model_or_its_node_begins_anew(tmp_path: Path
 
 def test_nothing_is_published_that_a_restart_would_not_know(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    readiness = Readiness(tmp_path / "file")  # no directory: nothing can be stored
+    readiness = Readiness(FileMemory(Directory(tmp_path / "file"), used=False))  # no directory: nothing can be stored
     readiness.load()
     one = pb.Entity(workload=pb.Workload(namespace="default", name="one", node="node-1", enrolled=True))
-    assert readiness.report("node-1", ["default/one"], {"default/one": "node-1"}) == 1
+    assert readiness.report("node-1", ["default/one"], {"default/one": Place("default/one", "node-1")}) == 1
 
     async def check() -> None:
         async def published() -> None:

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from controller.errors import ControllerError
 from controller.identity.ca import CaSettings
+from controller.identity.directory import Directory
 from controller.identity.plane import IdentitySettings
 from controller.main import main
 from controller.server import Controller, Settings
@@ -49,7 +50,7 @@ def test_what_cannot_be_used_is_refused(said: pb.WireGuard, reason: str) -> None
 
 
 def keys(directory: Path, barred: set[str] | None = None) -> NodeKeys:
-    found = NodeKeys(directory, lambda: barred or ())
+    found = NodeKeys(Directory(directory), lambda: barred or ())
     found.start()
     return found
 

@@ -78,7 +78,7 @@ def test_the_plain_manifest_has_each_object_once_and_nothing_else() -> None:
     assert max(names.values()) == 1
     assert Counter(kind for kind, _, _ in names) == {
         "Namespace": 1,
-        "CustomResourceDefinition": 8,
+        "CustomResourceDefinition": 9,
         "ServiceAccount": 2,
         "ClusterRole": 1,
         "ClusterRoleBinding": 1,
@@ -86,7 +86,7 @@ def test_the_plain_manifest_has_each_object_once_and_nothing_else() -> None:
         "RoleBinding": 1,
         "Deployment": 1,
         "DaemonSet": 1,
-        "Service": 2,
+        "Service": 3,
         "PodDisruptionBudget": 1,
         "NetworkPolicy": 1,
         "MutatingAdmissionPolicy": 1,
@@ -138,10 +138,13 @@ def test_every_kind_of_the_file_source_is_read_but_secrets() -> None:
     assert plurals <= {resource for resources in READ.values() for resource in resources}
 
 
-def test_in_its_own_namespace_the_controller_has_one_lease() -> None:
+def test_in_its_own_namespace_the_controller_has_one_lease_and_what_it_remembers() -> None:
     rules = of(PLAIN, "Role")["rules"]
-    assert granted(rules) == {("coordination.k8s.io", "leases", verb) for verb in ("create", "get", "update")}
-    assert [rule.get("resourceNames") for rule in rules] == [None, ["meshagent-controller"]]
+    assert granted(rules) == {
+        *(("coordination.k8s.io", "leases", verb) for verb in ("create", "get", "update")),
+        *(("meshagent.io", "controllerstates", verb) for verb in ("get", "list", "watch", "create", "update", "delete")),
+    }
+    assert [rule.get("resourceNames") for rule in rules] == [None, ["meshagent-controller"], None]
     assert rules[0]["verbs"] == ["create"]
 
 
@@ -271,8 +274,26 @@ def test_nodes_are_upgraded_one_by_one_and_controllers_without_a_gap() -> None:
     }
     assert of(FULL, "DaemonSet")["spec"]["updateStrategy"]["rollingUpdate"]["maxUnavailable"] == "10%"
     controller = of(PLAIN, "Deployment")["spec"]
-    assert (controller["replicas"], controller["strategy"]["rollingUpdate"]) == (1, {"maxSurge": 1, "maxUnavailable": 0})
+    assert (controller["replicas"], controller["strategy"]["rollingUpdate"]) == (2, {"maxSurge": 1, "maxUnavailable": 0})
     assert of(PLAIN, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
+    spread = controller["template"]["spec"]["topologySpreadConstraints"]
+    assert {(one["topologyKey"], one["whenUnsatisfiable"]) for one in spread} == {
+        ("kubernetes.io/hostname", "ScheduleAnyway"),
+        ("topology.kubernetes.io/zone", "ScheduleAnyway"),
+    }
+
+
+@BOTH
+def test_agents_find_every_replica_of_the_controller_where_it_listens(objects: list[Node]) -> None:
+    (agent,) = of(objects, "DaemonSet")["spec"]["template"]["spec"]["containers"]
+    host, _, port = options(agent)["controller-replicas"].rpartition(":")
+    name, namespace, _ = host.split(".")
+    found = of(objects, "Service", name, namespace)["spec"]
+    (listening,) = (one for one in found["ports"] if str(one["port"]) == port)
+    (controller,) = of(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert (found["clusterIP"], listening["targetPort"]) == ("None", "discovery")
+    assert options(controller)["listen"].endswith(f":{port}"), "what the name leads to is the pod itself, so the port is the container's"
+    assert found["selector"].items() <= of(objects, "Deployment")["spec"]["template"]["metadata"]["labels"].items()
 
 
 @BOTH

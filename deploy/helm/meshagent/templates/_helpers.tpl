@@ -27,5 +27,6 @@ imagePullSecrets:
 
 {{- /* Names are fixed: a node has one mesh, and so has a cluster. */}}
 {{- define "meshagent.controller" -}}meshagent-controller{{- end }}
+{{- define "meshagent.replicas" -}}meshagent-controller-replicas{{- end }}
 {{- define "meshagent.agent" -}}meshagent-agent{{- end }}
 {{- define "meshagent.address" -}}{{ include "meshagent.controller" . }}.{{ .Release.Namespace }}.svc{{- end }}

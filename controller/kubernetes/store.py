@@ -1,0 +1,286 @@
+"""What several controllers remember together, in the API server: ControllerStates in their own namespace, read by a watch, written against a version.
+
+One object is one group of documents: `authority` is the group "", each node has its own. A kind of our own, and not a ConfigMap: rights to it are rights to
+nothing else of the namespace, and the roles that let people edit ConfigMaps do not let them take a revocation back. Who writes names the version that it read;
+if somebody was faster (409) it reads again and does its work again, so nothing that anybody wrote is lost
+(https://kubernetes.io/docs/reference/using-api/api-concepts/#resource-versions). It has a thread with an event loop of its own, for callers that block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from controller.errors import ControllerError
+from controller.kubernetes.api import Api, ApiError, TooLarge, Unreachable
+from controller.kubernetes.reflector import Reflector
+from controller.kubernetes.shapes import Kind, Seen, stored
+from controller.objects import Key
+from controller.store import Documents
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+KIND: Final = "ControllerState"
+PLURAL: Final = "controllerstates"
+_VERSION: Final = "meshagent.io/v1alpha1"
+AUTHORITY: Final = "authority"
+"""Name of the object of the group ""."""
+MOST: Final = 1 << 20
+"""Bytes of one object: etcd takes 1.5 MiB (https://etcd.io/docs/latest/dev-guide/limit/)."""
+CHANGE_S: Final = 30.0
+"""How long others may be faster, or the API server be busy, before a change is given up."""
+PAUSE_S: Final = 0.02
+LONGEST_PAUSE_S: Final = 0.5
+STALE_S: Final = 20.0
+"""After so long without news this controller says that it is not ready: it may not know what was revoked since."""
+_UNKNOWN: Final = "it is not known whether it was written there"
+_BUSY: Final = frozenset({429, 503})
+
+
+class ClusterStore:
+    """See the module. `start` and `close` once; everything else blocks and may be called by any thread but its own."""
+
+    alone: Final = False
+
+    def __init__(self, connect: Callable[[], Api], namespace: str) -> None:
+        """`connect` makes the connection; called in this store's thread."""
+        self._connect, self._namespace = connect, namespace
+        self._path = f"/apis/{_VERSION}/namespaces/{namespace}/{PLURAL}"
+        self._told: list[Callable[[], object]] = []
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        """Changes of one object by this process follow one another: they would only be in each other's way."""
+        self._loop = asyncio.new_event_loop()
+        self._thread: threading.Thread | None = None
+        self._following: asyncio.Task[None] | None = None
+        self._api: Api
+        self._reflector: Reflector
+        self._stale_since: float | None = None
+        self._ended = ""
+
+    # Start and end.
+
+    def start(self) -> None:
+        """Begin to read. Raises ControllerError if there is nothing to connect to."""
+        self._api = self._connect()
+        self._reflector = Reflector(self._api, Kind(KIND, self._path, stored), self._changed)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="state", daemon=True)
+        self._thread.start()
+        self._call(self._follow())
+
+    def close(self) -> None:
+        """Stop reading; changes that are being made fail."""
+        if self._thread is None:
+            return
+        self._call(self._end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._thread = None
+        self._loop.close()
+
+    def waiting(self) -> str:
+        """Why what others have changed may not be known here; "" if it is."""
+        if self._thread is None or self._ended:
+            return f"what the certificate authority must remember is not being read {self._ended}"
+        problem, since = self._reflector.problem, self._stale_since
+        if self._reflector.synced and (problem is None or since is None or time.monotonic() - since < STALE_S):
+            return ""
+        return (
+            f"what the certificate authority must remember is not known: {problem.message if problem else 'the API server is being asked'}"
+        )
+
+    @property
+    def problem(self) -> str:
+        """Why nothing newer is known; "" if nothing is wrong."""
+        return self._reflector.problem.message if self._thread is not None and self._reflector.problem is not None else ""
+
+    @property
+    def synced(self) -> bool:
+        """Has everything been read once?"""
+        return self._thread is not None and self._reflector.synced and not self._reflector.absent
+
+    def listen(self, told: Callable[[], object]) -> None:
+        """Have `told` called after each change, by this store's thread."""
+        self._told.append(told)
+
+    # Documents.
+
+    def where(self, name: str) -> str:
+        """Return where a document is, for people."""
+        group, _, document = name.rpartition("/")
+        return f"ControllerState {self._namespace}/{group or AUTHORITY}, {document}"
+
+    def groups(self) -> dict[str, object]:
+        """Return the groups other than "", each with its version."""
+        return {key.name: (seen.uid, seen.version) for key, seen in self._reflector.store.copy().items() if key.name != AUTHORITY}
+
+    def read(self, name: str, group: str = "") -> bytes | None:
+        """Return a document as this controller knows it; None if there is none."""
+        text = self.signature(name, group)
+        return None if text is None else text.encode()
+
+    def signature(self, name: str, group: str = "") -> str | None:
+        """Return what tells one version of a document from another: all of it."""
+        return _documents(self._reflector.store.get(self._key(group))).get(name)
+
+    def change(self, work: Callable[[Documents], T], group: str = "", *, known: bool = False) -> T:
+        """Let `work` read and replace documents of a group. Raises ControllerError; then nothing was changed, unless it says that it is not known."""
+        key = self._key(group)
+        with self._locks[key.name]:
+            deadline, pause = time.monotonic() + CHANGE_S, PAUSE_S
+            while True:
+                try:
+                    held = self._reflector.store.get(key) if known else self._call(self._get(key), "nothing was written")
+                    found = _Changes(_documents(held))
+                    result = work(found)
+                    if found.changed:
+                        self._check(key, found.documents)
+                        self._call(self._store(key, held, found.documents), _UNKNOWN)
+                except ApiError as error:
+                    busy = error.code in _BUSY
+                    if not busy and error.code not in {404, 409}:
+                        raise self._refusal(key, error) from error
+                    if time.monotonic() > deadline:
+                        why = f"the API server is busy ({error})" if busy else "others change it all the time"
+                        raise ControllerError(f"{self.where(f'{group}/')[:-2]} cannot be changed: {why}; nothing was, try again") from error
+                    known = False
+                    time.sleep(pause * (0.5 + random.random()))  # noqa: S311 - spreads load, keeps no secret
+                    pause = min(2 * pause, LONGEST_PAUSE_S)
+                else:
+                    return result
+
+    # Below here: the store's own thread.
+
+    async def _follow(self) -> None:
+        self._following = asyncio.create_task(self._reflector.run())
+        self._following.add_done_callback(self._over)
+
+    def _over(self, following: asyncio.Task[None]) -> None:
+        if not following.cancelled():
+            self._ended = repr(following.exception())
+            _log.error("what other controllers change is not read any more: this is a bug, please report it", extra={"error": self._ended})
+
+    async def _end(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        await self._api.close()
+
+    def _changed(self) -> None:
+        problem = self._reflector.problem
+        if problem is None:
+            self._stale_since = None
+        elif self._stale_since is None:
+            self._stale_since = time.monotonic()
+            _log.error("what other controllers change is not known", extra={"error": problem.message})
+        for told in self._told.copy():
+            told()
+
+    async def _get(self, key: Key) -> Seen | None:
+        """Ask for an object as it is now: a get without a version is answered by a quorum."""
+        try:
+            return self._take(await self._api.get(f"{self._path}/{key.name}", {}))
+        except ApiError as error:
+            if error.code != 404 or await self._absent():
+                raise
+            return None
+
+    async def _absent(self) -> bool:
+        """Is it the kind that the API server does not know, and not the object?"""
+        try:
+            await self._api.get(self._path, {"limit": "1"})
+        except ApiError as error:
+            if error.code == 404:
+                raise ApiError(
+                    0, "NoKind", "the API server does not know ControllerStates: install their CustomResourceDefinition"
+                ) from error
+            raise
+        return False
+
+    async def _store(self, key: Key, held: Seen | None, documents: dict[str, str]) -> None:
+        """Bring an object from the version that was read to these documents; one without any has nothing to say, and goes."""
+        path = f"{self._path}/{key.name}"
+        if documents:
+            metadata = {"name": key.name, "namespace": key.namespace}
+            metadata |= {} if held is None else {"resourceVersion": held.version, "uid": held.uid}
+            body = {"apiVersion": _VERSION, "kind": KIND, "metadata": metadata, "documents": documents}
+            answer = await (self._api.send("POST", self._path, body) if held is None else self._api.send("PUT", path, body))
+            self._take(json.dumps(answer).encode())
+        elif held is not None:
+            await self._api.send("DELETE", path, {"preconditions": {"uid": held.uid, "resourceVersion": held.version}})
+
+    def _take(self, answer: bytes) -> Seen:
+        """Know at once what was read or written here, and not only when the watch says so."""
+        try:
+            seen = stored(answer)
+        except msgspec.MsgspecError as error:
+            raise Unreachable("an answer that is no ControllerState") from error
+        if seen is None:
+            raise Unreachable("an answer about another object")
+        before = self._reflector.store.get(seen.key)
+        if before is None or seen.after(before):
+            self._reflector.store[seen.key] = seen
+        return seen
+
+    # Any thread.
+
+    def _call(self, work: Coroutine[Any, Any, T], consequence: str = "") -> T:
+        if self._thread is None or threading.current_thread() is self._thread:
+            work.close()
+            raise ControllerError("the state of the certificate authority is not open: this is a bug, please report it")
+        try:
+            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        except CancelledError as error:
+            raise ControllerError("the controller is ending: nothing more is written") from error
+        except (Unreachable, TooLarge) as error:
+            raise ControllerError(f"the API server has not answered ({error}): {consequence}; do it again when it does") from error
+
+    def _check(self, key: Key, documents: dict[str, str]) -> None:
+        size = sum(len(name) + len(text.encode()) for name, text in documents.items())
+        if size > MOST:
+            raise ControllerError(
+                f"ControllerState {self._namespace}/{key.name} has no room for more than {MOST >> 10} KiB, this would be {size >> 10}: nothing was written. "
+                "Of what was revoked or issued much goes when its certificates run out; a shorter --svid-lifetime makes that sooner"
+            )
+
+    def _refusal(self, key: Key, error: ApiError) -> ControllerError:
+        hint = "see the Role of whoever does this: get, list, watch, create, update and delete of controllerstates.meshagent.io"
+        hint = hint if error.code in {401, 403} else "nothing was written"
+        return ControllerError(f"the API server refuses ControllerState {self._namespace}/{key.name}: {error}; {hint}")
+
+    def _key(self, group: str) -> Key:
+        return Key(KIND, self._namespace, group or AUTHORITY)
+
+
+class _Changes:
+    """Documents of one object, and what is to become of them."""
+
+    def __init__(self, documents: dict[str, str]) -> None:
+        self.documents = dict(documents)
+        self.changed = False
+
+    def read(self, name: str) -> bytes | None:
+        """Return a document; None if there is none."""
+        text = self.documents.get(name)
+        return None if text is None else text.encode()
+
+    def write(self, name: str, text: str) -> None:
+        """Replace it; "" removes it."""
+        self.changed |= self.documents.get(name, "") != text
+        self.documents[name] = text
+        if not text:
+            del self.documents[name]
+
+
+def _documents(seen: Seen | None) -> dict[str, str]:
+    return dict(seen.object.spec) if seen is not None and seen.object is not None else {}
