@@ -20,20 +20,12 @@ ROOT = Path(__file__).parents[2]
 MANIFEST = ROOT / "deploy/kubernetes/meshagent.yaml"
 OWN = "meshagent-system"
 NEEDED = ("kube-controller-manager", "kube-scheduler", "kube-proxy")
-READY_S = 180.0
+READY_S = 120.0
 _OPENSSL = (
     "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 3650 -subj /CN=meshagent "
     "-addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign,cRLSign -keyout tls.key -out tls.crt"
 )
 """The chart's notes, word for word."""
-
-
-def takes(condition: Callable[[], object], seconds: float = READY_S) -> None:
-    """Wait until it is so."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 @dataclass(slots=True)
@@ -79,10 +71,24 @@ class Cluster:
         found: list[dict[str, Any]] = json.loads(self.plane.kubectl("get", "pods", "-n", space, *select, "-o", "json"))["items"]
         return [one for one in found if "deletionTimestamp" not in one["metadata"]]
 
+    def told(self) -> str:
+        """Pods, events and what the mesh logged last, for a test that fails."""
+        asked = [("get", "pods", "-A", "-o", "wide"), ("get", "events", "-A", "--sort-by=.lastTimestamp")]
+        asked += [("logs", "-n", OWN, "--tail=20", what) for what in ("deployment/meshagent-controller", "daemonset/meshagent-agent")]
+        return "\n".join("\n".join(self.plane.kubectl(*one, check=False).splitlines()[-30:]) for one in asked)
+
     def agent(self, *command: str, check: bool = True) -> str:
         """Run a command in the agent's pod, as kubectl exec."""
         (pod,) = self.pods(OWN, "agent")
         return self.plane.kubectl("exec", "-n", OWN, pod["metadata"]["name"], "--", *command, check=check)
+
+
+def takes(condition: Callable[[], object], of: Cluster | None = None, seconds: float = READY_S) -> None:
+    """Wait until it is so; what a cluster says is told otherwise."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, of.told() if of else ""
+        time.sleep(0.1)
 
 
 @contextmanager

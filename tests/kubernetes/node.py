@@ -31,7 +31,7 @@ PACKAGES = ("containerd", "runc", "containernetworking-plugins", "busybox-static
 PAUSE, BOX = "registry.test/pause:1", "registry.test/box:1"
 APPLETS = ("sh", "httpd", "sleep", "mkdir", "cat", "touch", "ls", "true")
 """Nothing that looks up names: linked statically it ends with SIGSEGV, even for an address."""
-START_S = 60.0
+START_S = 120.0
 _KUBELET = Path("/var/lib/kubelet")
 """Sockets of device plugins are there whatever --root-dir says."""
 DNS = "169.254.20.10"

@@ -217,7 +217,7 @@ def test_the_images_have_one_tag_which_is_that_of_the_release() -> None:
     ]
 
 
-CAPABILITIES = ["BPF", "NET_ADMIN", "NET_BIND_SERVICE", "SYS_ADMIN", "SYS_CHROOT", "SYS_PTRACE"]
+CAPABILITIES = ["BPF", "DAC_OVERRIDE", "NET_ADMIN", "NET_BIND_SERVICE", "SYS_ADMIN", "SYS_CHROOT", "SYS_PTRACE"]
 
 
 @BOTH
@@ -259,6 +259,20 @@ def test_the_agent_sees_the_node_and_mounts_what_it_works_on() -> None:
     assert {mount.get("mountPropagation") for mount in container["volumeMounts"]} == {None, "HostToContainer"}, (
         "Bidirectional is for privileged ones"
     )
+
+
+def test_what_cleans_nodes_is_the_agents_daemonset_and_sees_the_same_of_them() -> None:
+    runs, cleans = (of(load(DEPLOY / "kubernetes" / name), "DaemonSet") for name in ("meshagent.yaml", "uninstall.yaml"))
+    assert cleans["metadata"] == runs["metadata"]
+    assert cleans["spec"]["updateStrategy"]["rollingUpdate"]["maxUnavailable"] == "100%"
+    before, after = (item["spec"]["template"]["spec"] for item in (runs, cleans))
+    (agent,), (cleaner,) = before.pop("containers"), after.pop("containers")
+    assert after == before
+    same = ("image", "securityContext", "volumeMounts")
+    assert [cleaner[key] for key in same] == [agent[key] for key in same]
+    assert cleaner["args"][:3] == ["/run/meshagent", "sh", "-c"]
+    assert cleaner["args"][3].startswith("meshagent uninstall ")
+    assert not {"startupProbe", "livenessProbe"} & set(cleaner), "nothing listens"
 
 
 def test_nodes_are_upgraded_one_by_one_and_controllers_without_a_gap() -> None:
