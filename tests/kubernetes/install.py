@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +23,15 @@ MANIFEST = ROOT / "deploy/kubernetes/meshagent.yaml"
 OWN = "meshagent-system"
 NEEDED = ("kube-controller-manager", "kube-scheduler", "kube-proxy")
 READY_S = 120.0
+_CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
+_NETWORK = (
+    "link set lo up",
+    "link add wire type veth peer name far",
+    "link set far up",
+    "link set wire up",
+    "address add 192.0.2.2/24 dev wire",
+    "route add default dev wire",
+)
 _OPENSSL = (
     "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 3650 -subj /CN=meshagent "
     "-addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign,cRLSign -keyout tls.key -out tls.crt"
@@ -92,9 +103,26 @@ def takes(condition: Callable[[], object], of: Cluster | None = None, seconds: f
 
 
 @contextmanager
+def own_network() -> Iterator[None]:
+    """A network namespace for what this thread starts, with an address and a way out that leads nowhere: pods' addresses are nobody else's there."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    try:
+        if libc.unshare(_CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "unshare")
+        for command in _NETWORK:
+            subprocess.run(["ip", *command.split()], check=True)
+        yield
+    finally:
+        libc.setns(before, _CLONE_NEWNET)
+        os.close(before)
+
+
+@contextmanager
 def cluster(assets: Path, directory: Path) -> Iterator[Cluster]:
     """A cluster of one node, on which nothing is installed."""
     with ExitStack() as stack:
+        stack.enter_context(own_network())
         plane = stack.enter_context(controlplane.running(assets, directory / "plane", whole=True))
         plane.install_gateway_api()
         machine = stack.enter_context(node.running(plane, directory / "node", cgroup.mount_point(), "node-1"))
