@@ -4,7 +4,7 @@ PY := .venv/bin/python
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=MESH_REQUIRE_KERNEL,KEEP)
 PROTOS := $(wildcard meshapi/*.proto)
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo package test test-package test-unit test-kernel test-kernels test-kubernetes check generate pictures lock bench bench-l4 bench-l7 bench-fairness bench-mtls bench-identity bench-agent bench-hooks bench-maps bench-observe bench-scale bench-kubernetes clean
+.PHONY: help setup setup-dev demo package test test-package test-unit test-kernel test-kernels test-kubernetes images check generate pictures lock bench bench-l4 bench-l7 bench-fairness bench-mtls bench-identity bench-agent bench-hooks bench-maps bench-observe bench-scale bench-kubernetes clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,8 +31,11 @@ test-kernels: ## kernel tests on Debian's stock kernels, emulated: about half an
 	@scripts/setup kernels
 	$(ROOT) $(PY) -m tests.kernel.kernels $(KERNELS) $(ARGS)
 
-test-kubernetes: ## a real API server and a real node: etcd and kube-apiserver from KUBEBUILDER_ASSETS, or built once by Go
+images: ## the images of agent and controller, in build/images, with their bills of materials (BASE=IMAGE, TAG=TAG)
 	@scripts/setup kubernetes
+	@$(ROOT) env $(if $(BASE),BASE=$(BASE)) $(if $(TAG),TAG=$(TAG)) scripts/images
+
+test-kubernetes: images ## a real API server, and a node with the mesh on it: etcd and kube-apiserver from KUBEBUILDER_ASSETS, or built once by Go
 	assets=$$(scripts/kubernetes) && $(ROOT) env MESH_KUBERNETES_ASSETS=$$assets $(PY) -m pytest tests/kubernetes
 
 package: setup ## Debian packages of agent and controller, into build/package

@@ -211,7 +211,9 @@ class Envoy:
         return json.dumps(content, indent=1, sort_keys=True)
 
     def _digest(self, binary: Path) -> str:
-        return hashlib.sha256("\0".join((*self._arguments(binary), self._bootstrap(), self._generation)).encode()).hexdigest()
+        """What an Envoy was started as. In containers each version of Envoy has the same path; its size is not the same."""
+        size = str(binary.stat().st_size)
+        return hashlib.sha256("\0".join((*self._arguments(binary), size, self._bootstrap(), self._generation)).encode()).hexdigest()
 
     def _start(self, binary: Path) -> Process:
         config = self._config

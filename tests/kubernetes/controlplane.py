@@ -1,4 +1,8 @@
-"""etcd and kube-apiserver, started for tests on loopback, with certificates and users of their own. Nothing of them is left when `running` ends."""
+"""etcd and kube-apiserver, started for tests, with certificates and users of their own. Nothing of them is left when `running` ends.
+
+Usually the API server is alone, on loopback. A `whole` control plane also has kube-controller-manager and kube-scheduler, which make pods of Deployments and
+DaemonSets, service accounts with their tokens and endpoints of Services; pods reach its API server at the machine's address and at the Service `kubernetes`.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,7 @@ class ControlPlane:
 
     assets: Path
     directory: Path
+    whole: bool = False
     port: int = 0
     etcd_port: int = 0
     peer_port: int = 0
@@ -42,9 +47,14 @@ class ControlPlane:
     _ca: tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None = None
 
     @property
+    def address(self) -> str:
+        """Where the API server listens."""
+        return address() if self.whole else "127.0.0.1"
+
+    @property
     def url(self) -> str:
         """Of the API server."""
-        return f"https://127.0.0.1:{self.port}"
+        return f"https://{self.address}:{self.port}"
 
     def kubeconfig(self, user: str = "admin", *groups: str) -> Path:
         """Write the kubeconfig file of a user; `admin` may do everything."""
@@ -103,6 +113,8 @@ class ControlPlane:
         """Start what does not run, and wait until the API server is ready."""
         self._start_etcd()
         self._start_apiserver()
+        if self.whole:
+            self._start_controllers()
 
     def stop(self, name: str = "kube-apiserver", number: signal.Signals = signal.SIGKILL) -> None:
         """End one part."""
@@ -129,7 +141,7 @@ class ControlPlane:
         keys = self.directory
         options = {
             "etcd-servers": f"http://127.0.0.1:{self.etcd_port}",
-            "bind-address": "127.0.0.1",
+            "bind-address": self.address,
             "secure-port": str(self.port),
             "tls-cert-file": str(keys / "server.crt"),
             "tls-private-key-file": str(keys / "server.key"),
@@ -140,9 +152,13 @@ class ControlPlane:
             "api-audiences": "https://kubernetes.default.svc",
             "authorization-mode": "RBAC",
             "service-cluster-ip-range": "10.96.0.0/16",
-            "disable-admission-plugins": "ServiceAccount",  # whose accounts a controller-manager would make
+            "disable-admission-plugins": "" if self.whole else "ServiceAccount",  # whose accounts a controller-manager makes
             "allow-privileged": "true",
-            "endpoint-reconciler-type": "none",
+            "endpoint-reconciler-type": "lease" if self.whole else "none",
+            # How exec and logs reach a kubelet.
+            "kubelet-preferred-address-types": "InternalIP",
+            "kubelet-client-certificate": str(keys / "kubelet-client.crt"),
+            "kubelet-client-key": str(keys / "kubelet-client.key"),
         }
         self._run("kube-apiserver", options)
         deadline = time.monotonic() + START_S
@@ -151,6 +167,14 @@ class ControlPlane:
             if time.monotonic() > deadline:
                 raise Failed(f"kube-apiserver is not ready after {START_S:.0f} s: {self._tail('kube-apiserver')}")
             time.sleep(0.2)
+
+    def _start_controllers(self) -> None:
+        kubeconfig = str(self.kubeconfig())
+        keys = {"service-account-private-key-file": str(self.directory / "accounts.key"), "root-ca-file": str(self.directory / "ca.crt")}
+        port, scheduler_port = free_ports(2)
+        common = {"kubeconfig": kubeconfig, "leader-elect": "false", "bind-address": "127.0.0.1"}
+        self._run("kube-controller-manager", {**common, **keys, "secure-port": str(port)})
+        self._run("kube-scheduler", {**common, "secure-port": str(scheduler_port)})
 
     def _run(self, name: str, options: dict[str, str]) -> None:
         if name in self._processes:
@@ -177,7 +201,7 @@ class ControlPlane:
     def prepare(self) -> None:
         """Make keys and certificates, and choose ports."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.port, self.etcd_port, self.peer_port = _free_ports(3)
+        self.port, self.etcd_port, self.peer_port = free_ports(3)
         key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test-ca")])
         authority = _certificate(name, name, key.public_key(), key, ca=True)
@@ -186,6 +210,9 @@ class ControlPlane:
         certificate, server_key = self._sign("kube-apiserver", (), server=True)
         (self.directory / "server.crt").write_bytes(certificate)
         (self.directory / "server.key").write_bytes(server_key)
+        certificate, client_key = self._sign("kube-apiserver-kubelet-client", ("system:masters",))
+        (self.directory / "kubelet-client.crt").write_bytes(certificate)
+        (self.directory / "kubelet-client.key").write_bytes(client_key)
         accounts = rsa.generate_private_key(65537, 2048)
         (self.directory / "accounts.key").write_bytes(_pem(accounts))
         (self.directory / "accounts.pub").write_bytes(
@@ -215,9 +242,18 @@ def _certificate(
         .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
     )
     if server:
-        names = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("kubernetes.default.svc")]
+        addresses = (ipaddress.ip_address(text) for text in sorted({"127.0.0.1", "10.96.0.1", address()}))
+        names = [*map(x509.IPAddress, addresses), x509.DNSName("kubernetes.default.svc")]
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
     return builder.sign(signer, hashes.SHA256())
+
+
+def address() -> str:
+    """The machine's own, from which it reaches others: what a kubelet calls the node's InternalIP."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        one.connect(("198.51.100.1", 9))  # RFC 5737; nothing is sent
+        found: str = one.getsockname()[0]
+    return found
 
 
 def _pem(key: Any) -> bytes:
@@ -225,7 +261,7 @@ def _pem(key: Any) -> bytes:
     return found
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [one.getsockname()[1] for one in held]
     for one in held:
@@ -234,13 +270,15 @@ def _free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def running(assets: Path, directory: Path) -> Iterator[ControlPlane]:
+def running(assets: Path, directory: Path, *, whole: bool = False) -> Iterator[ControlPlane]:
     """A control plane that is ready."""
-    found = ControlPlane(assets, directory)
+    found = ControlPlane(assets, directory, whole)
     found.prepare()
     try:
         found.start()
         yield found
     finally:
+        found.stop("kube-scheduler")
+        found.stop("kube-controller-manager")
         found.stop("kube-apiserver")
         found.stop("etcd")

@@ -3,6 +3,9 @@
 containerd and kubelet have a mount namespace of their own, in which cgroup2 is at /sys/fs/cgroup: so it works where the machine itself has the hybrid layout.
 There the controllers of limits belong to cgroup v1 and cannot be had, so containers are made without limits (`_RUNC`); and where the right to make a process
 less likely to be ended for want of memory is missing (CAP_SYS_RESOURCE), containerd is told not to try. All else is as on any node.
+
+Of a whole control plane (`ControlPlane.whole`) a node also has kube-proxy, in nftables mode, and names of Services, answered by dnsmasq at an address of
+NodeLocal DNSCache's kind. Its /run/meshagent is a shared tmpfs, as all of /run is where systemd runs (mount_namespaces(7)).
 """
 
 from __future__ import annotations
@@ -22,14 +25,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.kubernetes.controlplane import ControlPlane, Failed
+from tests.kubernetes.controlplane import ControlPlane, Failed, free_ports
 
-PACKAGES = ("containerd", "runc", "containernetworking-plugins", "busybox-static")
+PACKAGES = ("containerd", "runc", "containernetworking-plugins", "busybox-static", "curl")
 PAUSE, BOX = "registry.test/pause:1", "registry.test/box:1"
-APPLETS = ("sh", "httpd", "wget", "sleep", "nc", "ip", "cat", "touch", "ls", "true")
-START_S = 60.0
+APPLETS = ("sh", "httpd", "sleep", "mkdir", "cat", "touch", "ls", "true")
+"""Nothing that looks up names: linked statically it ends with SIGSEGV, even for an address."""
+START_S = 120.0
 _KUBELET = Path("/var/lib/kubelet")
 """Sockets of device plugins are there whatever --root-dir says."""
+DNS = "169.254.20.10"
+RUN = Path("/run/meshagent")
 _FORWARDING = tuple(Path("/proc/sys/net") / name for name in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"))
 _CNI_PLUGINS = Path("/usr/lib/cni")
 _PAUSE = """
@@ -38,8 +44,13 @@ _PAUSE = """
 static void end(int number) { (void)number; _exit(0); }
 int main(void) { signal(SIGTERM, end); signal(SIGINT, end); for (;;) pause(); }
 """
-_ENTER = 'umount -l /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup; mkdir -p /run/netns; mount -t tmpfs none /run/netns; exec "$@"'
-"""With /run/netns of its own, too: containerd names pods' namespaces there, and leaves the names behind."""
+_ENTER = """
+umount -l /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup
+mkdir -p /run/netns; umount -l /run/netns 2>/dev/null; mount -t tmpfs --make-shared none /run/netns
+exec "$@"
+"""
+"""With /run/netns of its own, too: containerd names pods' namespaces there, and leaves the names behind. What starts later enters the same namespace: kubelet
+mounts volumes there for containerd."""
 _RUNC = """#!/usr/bin/python3 -S
 import json, os, sys
 arguments = sys.argv[1:]
@@ -90,6 +101,8 @@ class Node:
         self._prepare()
         self.start_containerd()
         self.start_kubelet()
+        if self.plane.whole:
+            self._start_network()
 
     def start_containerd(self) -> None:
         """Start containerd, and give it the images of tests."""
@@ -110,8 +123,30 @@ class Node:
         while not self._ready():
             self._alive("kubelet", deadline)
 
+    def _start_network(self) -> None:
+        """Services by address and by name."""
+        (port,) = free_ports(1)
+        self._run("kube-proxy", [*self._proxy(), "--conntrack-max-per-core", "0", "--conntrack-tcp-timeout-established", "0s",
+            "--conntrack-tcp-timeout-close-wait", "0s", "--metrics-bind-address", f"127.0.0.1:{port}", "--healthz-bind-address", ""])  # fmt: skip
+        subprocess.run(["ip", "address", "replace", f"{DNS}/32", "dev", "lo"], check=True)
+        (self.directory / "names").mkdir()
+        self._run("dnsmasq", ["dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--bind-interfaces", "--pid-file=",
+            "--user=root", f"--listen-address={DNS}", "--local=/cluster.local/", f"--hostsdir={self.directory}/names"])  # fmt: skip
+
+    def _proxy(self) -> list[str]:
+        return [str(self.plane.assets / "kube-proxy"), "--proxy-mode", "nftables", "--kubeconfig", str(self.plane.kubeconfig())]
+
+    def name_services(self) -> None:
+        """Answer for the names of those that have an address now."""
+        services = json.loads(self.plane.kubectl("get", "services", "-A", "-o", "json"))["items"]
+        named = ((one["spec"].get("clusterIP", "None"), one["metadata"]) for one in services)
+        lines = [f"{address} {of['name']}.{of['namespace']}.svc.cluster.local\n" for address, of in named if address != "None"]
+        (self.directory / "names" / "services").write_text("".join(lines))
+
     def stop(self) -> None:
         """End everything, pods too."""
+        for name in ("dnsmasq", "kube-proxy"):
+            self._end(name, signal.SIGTERM)
         self._end("kubelet", signal.SIGKILL)
         if "containerd" in self._processes:
             for task in self.ctr("tasks", "list", "-q", check=False).stdout.split():
@@ -119,15 +154,31 @@ class Node:
             for container in self.ctr("containers", "list", "-q", check=False).stdout.split():
                 self.ctr("containers", "delete", container, check=False)
         self._end("containerd", signal.SIGTERM)
+        self._end_shims()
         for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
             point = line.split()[4]
             if point.startswith(f"{self.directory}/"):
                 subprocess.run(["umount", "-l", point], check=False)
-        self._remove_cgroups()
+        if self.plane.whole:
+            subprocess.run([*self._proxy(), "--cleanup"], check=False, capture_output=True)
+            subprocess.run(["ip", "address", "del", f"{DNS}/32", "dev", "lo"], check=False)
+            subprocess.run(["umount", "-l", str(RUN)], check=False)
+            with contextlib.suppress(OSError):
+                RUN.rmdir()
         if self._first:
             shutil.rmtree(_KUBELET, ignore_errors=True)
         for path, value in self._forwarding.items():
             path.write_text(value)
+        self._remove_cgroups()
+
+    def _end_shims(self) -> None:
+        """Of containers that were being made: they would keep the mount namespace, and so the networks of all pods."""
+        own = f"{self.directory}/containerd.sock".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                words = (process / "cmdline").read_bytes().split(b"\0")
+                if b"shim" in words[0] and own in words:
+                    os.kill(int(process.name), signal.SIGKILL)
 
     def ctr(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Ask containerd."""
@@ -151,7 +202,10 @@ class Node:
         time.sleep(0.2)
 
     def _run(self, name: str, argv: Sequence[str]) -> None:
+        first = next((process for process in self._processes.values() if process.poll() is None), None)
         enter = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _ENTER, "sh"]
+        if first is not None:
+            enter = ["nsenter", f"--mount=/proc/{first.pid}/ns/mnt"]
         path = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
         with (self.directory / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
@@ -167,10 +221,13 @@ class Node:
     def _prepare(self) -> None:
         self._first = not _KUBELET.exists()
         self._forwarding = {path: path.read_text() for path in _FORWARDING}
-        missing = [name for name in ("containerd", "runc", "busybox") if shutil.which(name, path="/usr/bin:/usr/sbin:/bin") is None]
+        missing = [name for name in ("containerd", "runc", "busybox", "curl") if shutil.which(name, path="/usr/bin:/usr/sbin:/bin") is None]
         if missing:
             raise Failed(f"{', '.join(missing)} not found: apt-get install --no-install-recommends {' '.join(PACKAGES)}")
         self._remove_cgroups()
+        if self.plane.whole:
+            RUN.mkdir(exist_ok=True)
+            subprocess.run(["mount", "-t", "tmpfs", "--make-shared", "none", str(RUN)], check=True)
         (self.directory / "cni").mkdir(parents=True)
         runc = self.directory / "runc"
         runc.write_text(_RUNC % str(shutil.which("runc", path="/usr/sbin:/usr/bin")))
@@ -183,15 +240,19 @@ class Node:
             "ranges": ranges,
             "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
         }
+        (port,) = free_ports(1)
         network = {"cniVersion": "1.0.0", "name": "test", "plugins": [{"type": "ptp", "ipam": ipam}]}
         (self.directory / "cni" / "10-test.conflist").write_text(json.dumps(network))
         kubelet = {
             "apiVersion": "kubelet.config.k8s.io/v1beta1",
             "kind": "KubeletConfiguration",
-            "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
-            "authorization": {"mode": "AlwaysAllow"},
-            "address": "127.0.0.1",
-            "port": 0,
+            "authentication": {
+                "anonymous": {"enabled": False},
+                "webhook": {"enabled": False},
+                "x509": {"clientCAFile": str(self.plane.directory / "ca.crt")},
+            },
+            "authorization": {"mode": "AlwaysAllow"},  # for certificates of the control plane
+            "port": port,
             "healthzPort": 0,
             "cgroupDriver": "cgroupfs",
             "cgroupsPerQOS": True,
@@ -202,6 +263,8 @@ class Node:
             "localStorageCapacityIsolation": False,
             "podLogsDir": str(self.directory / "logs"),
             "resolvConf": "",
+            "clusterDNS": [DNS],
+            "clusterDomain": "cluster.local",
             "imageGCHighThresholdPercent": 100,
         }
         (self.directory / "kubelet.json").write_text(json.dumps(kubelet))
@@ -210,7 +273,9 @@ class Node:
         subprocess.run(["cc", "-static", "-O2", "-o", str(pause), str(source)], check=True)
         image(self.directory / "pause.tar", PAUSE, {"/pause": pause}, ["/pause"])
         busybox = Path(str(shutil.which("busybox", path="/bin:/usr/bin")))
-        image(self.directory / "box.tar", BOX, {"/bin/busybox": busybox}, ["/bin/sh"], {f"/bin/{name}": "busybox" for name in APPLETS})
+        files = {"/bin/busybox": busybox, "/bin/curl": Path(str(shutil.which("curl")))}
+        files |= {str(library): library for library in libraries(files["/bin/curl"])}
+        image(self.directory / "box.tar", BOX, files, ["/bin/sh"], {f"/bin/{name}": "busybox" for name in APPLETS})
 
     def _remove_cgroups(self) -> None:
         """kubelet refuses to take over cgroups whose limits it cannot write."""
@@ -269,6 +334,12 @@ def image(target: Path, name: str, files: dict[str, Path], entrypoint: Sequence[
             entry = tarfile.TarInfo(path)
             entry.size = len(data)
             archive.addfile(entry, io.BytesIO(data))
+
+
+def libraries(program: Path) -> list[Path]:
+    """What a program is linked with (ldd(1)), its loader too."""
+    said = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=True).stdout
+    return [Path(word) for line in said.splitlines() for word in line.split() if word.startswith("/")]
 
 
 def _digest(content: bytes) -> str:

@@ -80,6 +80,15 @@ class Cluster:
         metadata = {"name": name, "namespace": space, "labels": {"app": name, **(labels or {})}}
         self.plane.apply({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
 
+    def exec(self, space: str, name: str, *command: str) -> str:
+        """Have kubelet run a command in a pod; what it says on both streams, if it fails too."""
+        return self.plane.kubectl("exec", "-n", space, name, "--", *command, check=False)
+
+    def get(self, space: str, name: str, url: str, method: str = "GET") -> str:
+        """The status of a request from a pod; 000 if there is no answer."""
+        said = self.exec(space, name, "curl", "-s", "-m", "5", "-o", "/dev/null", "-w", "status=%{http_code}\n", "-X", method, url)
+        return said.partition("status=")[2][:3]
+
     def close(self, place: Path) -> None:
         """End both, and take the mesh off the node."""
         for process in reversed(self.processes):
@@ -138,3 +147,72 @@ def test_a_pod_that_is_deleted_leaves_nothing_on_the_node(cluster: Cluster) -> N
         plane.kubectl("delete", "pod", "app", "-n", "gone", "--force", "--grace-period=0")
         takes(lambda: not cluster.enrolled("gone/app"))
     takes(lambda: len(list(held.iterdir())) == before)
+
+
+HTTPD = "mkdir -p /tmp/www/{0}; echo {0} > /tmp/www/index.html; echo in {0} > /tmp/www/{0}/index.html; exec httpd -f -p 8080 -h /tmp/www"
+
+
+@pytest.fixture(scope="module")
+def shop(cluster: Cluster) -> Cluster:
+    """A namespace in the mesh: two versions of a server behind Services, and two who call."""
+    plane = cluster.plane
+    plane.install_gateway_api()
+    plane.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop", "labels": {"meshagent.io/mode": "mesh"}}})
+    for name in ("v1", "v2", "friend", "stranger"):
+        plane.apply({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "namespace": "shop"}})
+        cluster.run("shop", name, *(("/bin/sh", "-c", HTTPD.format(name)) if name.startswith("v") else ("/bin/sleep", "1000")))
+    for name, address in (("v1", "10.96.7.1"), ("v2", "10.96.7.2")):
+        ports = [{"name": "web", "port": 80, "targetPort": 8080}]
+        spec = {"clusterIP": address, "selector": {"app": name}, "ports": ports}
+        plane.apply({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "shop"}, "spec": spec})
+    takes(lambda: all(cluster.enrolled(f"shop/{name}") for name in ("v1", "v2", "friend", "stranger")))
+    takes(lambda: cluster.get("shop", "friend", "http://10.96.7.1/") == "200")
+    return cluster
+
+
+def test_a_pod_reaches_a_service_by_its_cluster_address_and_no_proxy_runs_on_the_node(shop: Cluster) -> None:
+    assert shop.exec("shop", "friend", "curl", "-s", "-m", "5", "http://10.96.7.1/") == "v1\n"
+    assert shop.exec("shop", "friend", "curl", "-s", "-m", "5", "http://10.96.7.2/") == "v2\n"
+    assert "10.96.7.1" not in subprocess.run(["nft", "list", "ruleset"], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_route_of_a_service_is_followed_by_requests_of_pods(shop: Cluster) -> None:
+    rules = [
+        {"matches": [{"path": {"type": "PathPrefix", "value": "/v2"}}], "backendRefs": [{"name": "v2", "port": 80}]},
+        {"backendRefs": [{"name": "v1", "port": 80}]},
+    ]
+    spec = {"parentRefs": [{"group": "", "kind": "Service", "name": "v1"}], "rules": rules}
+    route = {"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": {"name": "split", "namespace": "shop"}}
+    shop.plane.apply({**route, "spec": spec})
+    takes(lambda: shop.exec("shop", "friend", "curl", "-s", "-m", "5", "http://10.96.7.1/v2/") == "in v2\n")
+    assert shop.exec("shop", "friend", "curl", "-s", "-m", "5", "http://10.96.7.1/v1/") == "in v1\n"
+    shop.plane.kubectl("delete", "httproute", "split", "-n", "shop")
+    takes(lambda: shop.get("shop", "friend", "http://10.96.7.1/v2/") == "404")
+
+
+def policy(operation: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Who may call v1: its friend, all or what `operation` says."""
+    rule: dict[str, Any] = {"from": [{"source": {"serviceAccounts": ["shop/friend"]}}]}
+    if operation:
+        rule["to"] = [{"operation": operation}]
+    metadata = {"name": "friends", "namespace": "shop"}
+    spec = {"selector": {"matchLabels": {"app": "v1"}}, "action": "ALLOW", "rules": [rule]}
+    return {"apiVersion": "meshagent.io/v1alpha1", "kind": "AuthorizationPolicy", "metadata": metadata, "spec": spec}
+
+
+def test_service_accounts_decide_who_connects_and_who_asks_for_what(shop: Cluster) -> None:
+    pod = shop.plane.kubectl("get", "pod", "v1", "-n", "shop", "-o", "jsonpath={.status.podIP}")
+    urls = "http://10.96.7.1/", f"http://{pod}:8080/"
+    for url in urls:
+        assert (shop.get("shop", "stranger", url), shop.get("shop", "friend", url)) == ("200", "200")
+    shop.plane.apply(policy())
+    takes(lambda: shop.get("shop", "stranger", urls[0]) == "000")
+    assert [shop.get("shop", "stranger", url) for url in urls] == ["000", "000"], "no connection, by whichever address"
+    assert [shop.get("shop", "friend", url) for url in urls] == ["200", "200"]
+    shop.plane.apply(policy({"paths": ["/v1/*"]}))
+    takes(lambda: shop.get("shop", "friend", urls[0]) == "403")
+    for url in urls:
+        assert (shop.get("shop", "friend", f"{url}v1/"), shop.get("shop", "friend", url)) == ("200", "403")
+        assert shop.get("shop", "stranger", f"{url}v1/") in {"000", "403"}, "of whom no rule speaks need not even connect"
+    shop.plane.kubectl("delete", "authorizationpolicy", "friends", "-n", "shop")
+    takes(lambda: shop.get("shop", "stranger", urls[0]) == "200")

@@ -38,7 +38,7 @@ async def until(holds: Callable[[], bool], envoy: Envoy) -> None:
     raise AssertionError(envoy.state)
 
 
-def supervised(directory: Path, work: Callable[[Envoy], Awaitable[None]], **changes: int) -> None:
+def supervised(directory: Path, work: Callable[[Envoy], Awaitable[None]], **changes: int | str) -> None:
     """Run `work` beside a supervised Envoy, with an xDS server; Envoy is left running."""
     settings = harness.config(directory, **changes)
 
@@ -121,6 +121,26 @@ def test_an_envoy_with_another_configuration_is_replaced(tmp_path: Path) -> None
         supervised(tmp_path, work, envoy_concurrency=1)
         supervised(tmp_path, work, envoy_concurrency=1)
         supervised(tmp_path, work, envoy_concurrency=2)
+    finally:
+        stop(tmp_path)
+    assert pids[0] == pids[1] != pids[2]
+
+
+def test_another_envoy_at_the_same_path_takes_the_place_of_the_running_one(tmp_path: Path) -> None:
+    """As in the image of the next version."""
+    pids: list[int | None] = []
+    program = tmp_path / "envoy"
+
+    async def work(envoy: Envoy) -> None:
+        await until(lambda: envoy.state.ready, envoy)
+        pids.append(envoy.state.pid)
+
+    (tmp_path / "cgroup/meshagent-waypoint").mkdir(parents=True)
+    try:
+        for version in ("1", "1", "1.1"):
+            program.write_text(f'#!/bin/sh\n# {version}\nexec {find()} "$@"\n')
+            program.chmod(0o755)
+            supervised(tmp_path, work, envoy=str(program))
     finally:
         stop(tmp_path)
     assert pids[0] == pids[1] != pids[2]

@@ -1,0 +1,129 @@
+"""meshagent as it is installed: deploy/kubernetes/meshagent.yaml on a whole control plane, its pods run by a real kubelet from the images of scripts/images."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lab import cgroup
+from tests.kubernetes import controlplane, node
+from tests.kubernetes.controlplane import ControlPlane
+from tests.kubernetes.node import Node
+
+ROOT = Path(__file__).parents[2]
+MANIFEST = ROOT / "deploy/kubernetes/meshagent.yaml"
+OWN = "meshagent-system"
+NEEDED = ("kube-controller-manager", "kube-scheduler", "kube-proxy")
+READY_S = 120.0
+_CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
+_NETWORK = (
+    "link set lo up",
+    "link add wire type veth peer name far",
+    "link set far up",
+    "link set wire up",
+    "address add 192.0.2.2/24 dev wire",
+    "route add default dev wire",
+)
+_OPENSSL = (
+    "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 3650 -subj /CN=meshagent "
+    "-addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign,cRLSign -keyout tls.key -out tls.crt"
+)
+"""The chart's notes, word for word."""
+
+
+@dataclass(slots=True)
+class Cluster:
+    """One node, whole."""
+
+    plane: ControlPlane
+    machine: Node
+    directory: Path
+
+    def load(self, *names: str) -> None:
+        """Give the node images of scripts/images."""
+        for name in names:
+            self.machine.ctr("images", "import", str(ROOT / "build/images" / f"{name}.tar"))
+
+    def install(self, change: Callable[[str], str] = str) -> None:
+        """What docs/kubernetes.md says."""
+        self.plane.kubectl("apply", "--server-side", "-f", "-", stdin=change(MANIFEST.read_text()))
+        made = self.directory / "ca"
+        if not made.exists():
+            made.mkdir()
+            subprocess.run(_OPENSSL.split(), cwd=made, check=True, capture_output=True)
+        files = [f"--from-file=tls.crt={made}/tls.crt", f"--from-file=tls.key={made}/tls.key", f"--from-file=ca.crt={made}/tls.crt"]
+        self.plane.kubectl("-n", OWN, "create", "secret", "generic", "meshagent-ca", *files, check=False)
+        self.plane.kubectl("-n", OWN, "create", "configmap", "meshagent-root", f"--from-file=ca.crt={made}/tls.crt", check=False)
+        self.machine.name_services()
+
+    def settled(self, kind: str, name: str, space: str = OWN) -> bool:
+        """Are all pods of a Deployment or DaemonSet ready, of its newest generation, and no other is left?"""
+        found: dict[str, Any] = json.loads(self.plane.kubectl("get", kind, name, "-n", space, "-o", "json"))
+        status = found["status"]
+        if status.get("observedGeneration") != found["metadata"]["generation"]:
+            return False
+        if kind == "daemonset":
+            wanted = status["desiredNumberScheduled"]
+            return bool(0 < wanted == status.get("updatedNumberScheduled") == status.get("numberReady"))
+        wanted = found["spec"]["replicas"]
+        return bool(wanted == status.get("updatedReplicas") == status.get("readyReplicas") == status.get("replicas"))
+
+    def pods(self, space: str, component: str = "") -> list[dict[str, Any]]:
+        """Those of a namespace that are not on their way out."""
+        select = ("-l", f"app.kubernetes.io/component={component}") if component else ()
+        found: list[dict[str, Any]] = json.loads(self.plane.kubectl("get", "pods", "-n", space, *select, "-o", "json"))["items"]
+        return [one for one in found if "deletionTimestamp" not in one["metadata"]]
+
+    def told(self) -> str:
+        """Pods, events and what the mesh logged last, for a test that fails."""
+        asked = [("get", "pods", "-A", "-o", "wide"), ("get", "events", "-A", "--sort-by=.lastTimestamp")]
+        asked += [("logs", "-n", OWN, "--tail=20", what) for what in ("deployment/meshagent-controller", "daemonset/meshagent-agent")]
+        return "\n".join("\n".join(self.plane.kubectl(*one, check=False).splitlines()[-30:]) for one in asked)
+
+    def agent(self, *command: str, check: bool = True) -> str:
+        """Run a command in the agent's pod, as kubectl exec."""
+        (pod,) = self.pods(OWN, "agent")
+        return self.plane.kubectl("exec", "-n", OWN, pod["metadata"]["name"], "--", *command, check=check)
+
+
+def takes(condition: Callable[[], object], of: Cluster | None = None, seconds: float = READY_S) -> None:
+    """Wait until it is so; what a cluster says is told otherwise."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, of.told() if of else ""
+        time.sleep(0.1)
+
+
+@contextmanager
+def own_network() -> Iterator[None]:
+    """A network namespace for what this thread starts, with an address and a way out that leads nowhere: pods' addresses are nobody else's there."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    try:
+        if libc.unshare(_CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "unshare")
+        for command in _NETWORK:
+            subprocess.run(["ip", *command.split()], check=True)
+        yield
+    finally:
+        libc.setns(before, _CLONE_NEWNET)
+        os.close(before)
+
+
+@contextmanager
+def cluster(assets: Path, directory: Path) -> Iterator[Cluster]:
+    """A cluster of one node, on which nothing is installed."""
+    with ExitStack() as stack:
+        stack.enter_context(own_network())
+        plane = stack.enter_context(controlplane.running(assets, directory / "plane", whole=True))
+        plane.install_gateway_api()
+        machine = stack.enter_context(node.running(plane, directory / "node", cgroup.mount_point(), "node-1"))
+        yield Cluster(plane, machine, directory)
