@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -44,12 +45,19 @@ class Cluster:
     def up(self, place: Path) -> None:
         """Start the controller and the agent, for all below a cgroup."""
         plane, top = self.plane, self.top
-        self.start("mesh-controller", "run", "--kubernetes", "--kubeconfig", plane.kubeconfig(), "--socket", top / "c.sock")
+        self.start(
+            "mesh-controller", "run", "--kubernetes", "--kubeconfig", plane.kubeconfig(), "--socket", top / "c.sock",
+            "--ca-directory", top / "ca",
+        )  # fmt: skip
         self.start(
             "meshagent", "run", "--node", NAME, "--controller", f"unix:{top}/c.sock", "--cgroup", place, "--run-dir", top / "run",
             "--state-dir", top / "state", "--pin-dir", top / "bpf" / "m", "--metrics-address", "127.0.0.1", "--metrics-port", self.metrics,
         )  # fmt: skip
-        takes(self.status)
+        try:
+            takes(self.status)
+        except AssertionError as error:
+            said = (path.read_text(errors="replace")[-2000:] for path in sorted(top.glob("*.log")))
+            raise Failed("the mesh does not start: {}".format("\n".join(said))) from error
 
     def start(self, program: str, *arguments: object) -> None:
         with (self.top / f"{program}.log").open("ab") as log:
@@ -64,9 +72,9 @@ class Cluster:
     def enrolled(self, name: str) -> bool:
         return any(f"{one['namespace']}/{one['name']}" == name and one["redirected"] for one in self.status().get("workloads", ()))
 
-    def run(self, space: str, name: str, *command: str, labels: dict[str, str] | None = None) -> None:
-        """Have kubelet run a pod."""
-        container = {"name": "app", "image": BOX, "imagePullPolicy": "Never", "command": list(command)}
+    def run(self, space: str, name: str, *command: str, labels: dict[str, str] | None = None, **more: Any) -> None:
+        """Have kubelet run a pod; `more` is of its container."""
+        container = {"name": "app", "image": BOX, "imagePullPolicy": "Never", "command": list(command), **more}
         spec = {
             "nodeName": NAME,
             "automountServiceAccountToken": False,
@@ -216,3 +224,29 @@ def test_service_accounts_decide_who_connects_and_who_asks_for_what(shop: Cluste
         assert shop.get("shop", "stranger", f"{url}v1/") in {"000", "403"}, "of whom no rule speaks need not even connect"
     shop.plane.kubectl("delete", "authorizationpolicy", "friends", "-n", "shop")
     takes(lambda: shop.get("shop", "stranger", urls[0]) == "200")
+
+
+def test_probes_of_the_kubelet_reach_strict_pods_and_other_calls_of_the_node_do_not(cluster: Cluster) -> None:
+    """This kubelet shares its cgroup with everything else here: its process is what is recognised."""
+    plane = cluster.plane
+    plane.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "strict", "labels": {"meshagent.io/mode": "mesh"}}})
+    for kind, spec in (("PeerAuthentication", {"mtls": {"mode": "STRICT"}}), ("AuthorizationPolicy", {})):
+        plane.apply({"apiVersion": "meshagent.io/v1alpha1", "kind": kind, "metadata": {"name": "all", "namespace": "strict"}, "spec": spec})
+
+    def probed(name: str) -> None:
+        """A pod that is ready as soon as the kubelet has been answered over HTTP, and that is killed if it is not over TCP."""
+        plane.apply({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "namespace": "strict"}})
+        cluster.run(
+            *("strict", name, "/bin/httpd", "-f", "-p", "8080", "-h", "/etc"),
+            ports=[{"name": "web", "containerPort": 8080}],
+            readinessProbe={"httpGet": {"path": "/hostname", "port": "web"}, "periodSeconds": 1},
+            livenessProbe={"tcpSocket": {"port": 8080}, "periodSeconds": 1, "failureThreshold": 1, "initialDelaySeconds": 3},
+        )
+        takes(lambda: cluster.enrolled(f"strict/{name}"))
+        ready = "jsonpath={.status.conditions[?(@.type=='Ready')].status}"
+        takes(lambda: plane.kubectl("get", "pod", name, "-n", "strict", "-o", ready) == "True")
+
+    probed("before")
+    address = plane.kubectl("get", "pod", "before", "-n", "strict", "-o", "jsonpath={.status.podIP}")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((address, 8080), timeout=5)
