@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,8 @@ from lab import cgroup, mounts
 from tests.kubernetes import node
 from tests.kubernetes.controlplane import ControlPlane, Failed
 from tests.kubernetes.node import BOX, Node
+from tests.kubernetes.test_hold import MARK
+from tests.kubernetes.test_manifest import objects
 from tests.unit.agent.l7.harness import free_ports
 
 NAME = "node-1"
@@ -41,6 +45,7 @@ class Cluster:
         self.plane, self.machine, self.top = plane, machine, top
         self.processes: list[subprocess.Popen[bytes]] = []
         (self.metrics,) = free_ports(1)
+        self.place = Path()
 
     def up(self, place: Path) -> None:
         """Start the controller and the agent, for all below a cgroup."""
@@ -49,15 +54,21 @@ class Cluster:
             "mesh-controller", "run", "--kubernetes", "--kubeconfig", plane.kubeconfig(), "--socket", top / "c.sock",
             "--ca-directory", top / "ca",
         )  # fmt: skip
-        self.start(
-            "meshagent", "run", "--node", NAME, "--controller", f"unix:{top}/c.sock", "--cgroup", place, "--run-dir", top / "run",
-            "--state-dir", top / "state", "--pin-dir", top / "bpf" / "m", "--metrics-address", "127.0.0.1", "--metrics-port", self.metrics,
-        )  # fmt: skip
+        self.place = place
+        self.start_agent()
         try:
             takes(self.status)
         except AssertionError as error:
             said = (path.read_text(errors="replace")[-2000:] for path in sorted(top.glob("*.log")))
             raise Failed("the mesh does not start: {}".format("\n".join(said))) from error
+
+    def start_agent(self) -> None:
+        """Also another one, when the one before has ended."""
+        top = self.top
+        self.start(
+            "meshagent", "run", "--node", NAME, "--controller", f"unix:{top}/c.sock", "--cgroup", self.place, "--run-dir", top / "run",
+            "--state-dir", top / "state", "--pin-dir", top / "bpf" / "m", "--metrics-address", "127.0.0.1", "--metrics-port", self.metrics,
+        )  # fmt: skip
 
     def start(self, program: str, *arguments: object) -> None:
         with (self.top / f"{program}.log").open("ab") as log:
@@ -72,8 +83,8 @@ class Cluster:
     def enrolled(self, name: str) -> bool:
         return any(f"{one['namespace']}/{one['name']}" == name and one["redirected"] for one in self.status().get("workloads", ()))
 
-    def run(self, space: str, name: str, *command: str, labels: dict[str, str] | None = None, **more: Any) -> None:
-        """Have kubelet run a pod; `more` is of its container."""
+    def run(self, space: str, name: str, *command: str, labels: dict[str, str] | None = None, account: str = "", **more: Any) -> None:
+        """Have kubelet run a pod, with the account of its name or another; `more` is of its container."""
         container = {"name": "app", "image": BOX, "imagePullPolicy": "Never", "command": list(command), **more}
         spec = {
             "nodeName": NAME,
@@ -82,7 +93,7 @@ class Cluster:
             "dnsPolicy": "Default",
             "terminationGracePeriodSeconds": 0,
             "tolerations": [{"operator": "Exists"}],
-            "serviceAccountName": name,
+            "serviceAccountName": account or name,
             "containers": [container],
         }
         metadata = {"name": name, "namespace": space, "labels": {"app": name, **(labels or {})}}
@@ -250,3 +261,57 @@ def test_probes_of_the_kubelet_reach_strict_pods_and_other_calls_of_the_node_do_
     address = plane.kubectl("get", "pod", "before", "-n", "strict", "-o", "jsonpath={.status.podIP}")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((address, 8080), timeout=5)
+
+
+@pytest.fixture(scope="module")
+def marking(shop: Cluster) -> Cluster:
+    """The API server marks pods that are to be in the mesh."""
+    plane = shop.plane
+    plane.apply(*objects("MutatingAdmissionPolicy", "MutatingAdmissionPolicyBinding"))
+    takes(lambda: MARK in plane.kubectl("run", "tried", "-n", "shop", "--image", BOX, "--dry-run=server", "-o", "json"))
+    return shop
+
+
+def starts(marking: Cluster, name: str, number: int) -> float:
+    """Have a pod ask v1 for its page before it does anything else, and keep what came of that; returns seconds from its sandbox's start to its program's."""
+    called = f"{name}-{number}"
+    marking.run(
+        "shop", called, "/bin/sh", "-c", "curl -s -m 5 http://10.96.7.1/ > /run/said; echo $? >> /run/said; sleep 1000", account=name
+    )
+    uid = marking.plane.kubectl("get", "pod", called, "-n", "shop", "-o", "jsonpath={.metadata.uid}")
+    takes(lambda: marking.exec("shop", called, "cat", "/run/said"))
+    directory = marking.machine.cgroup2 / "kubepods" / "besteffort" / f"pod{uid}"
+    found = [int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]) for pid in cgroup.pids(directory)]
+    return (sorted(found)[1] - min(found)) / os.sysconf("SC_CLK_TCK")
+
+
+def test_the_first_thing_that_a_pod_does_is_decided_by_policy(marking: Cluster) -> None:
+    plane = marking.plane
+    plane.apply(policy())
+    takes(lambda: marking.get("shop", "stranger", "http://10.96.7.1/") == "000")
+    took = [starts(marking, name, number) for number in range(5) for name in ("friend", "stranger")]
+    assert {marking.exec("shop", f"friend-{number}", "cat", "/run/said") for number in range(5)} == {"v1\n0\n"}
+    assert {marking.exec("shop", f"stranger-{number}", "cat", "/run/said") for number in range(5)} == {"7\n"}
+    assert plane.kubectl("get", "pod", "friend-1", "-n", "shop", "-o", "jsonpath={.spec.securityContext.sysctls[0].value}") == MARK
+    print(
+        f"from a sandbox's start to its pod's program: {statistics.median(took):.2f} s (median of {len(took)}), at most {max(took):.2f} s"
+    )
+    plane.kubectl("delete", "authorizationpolicy", "friends", "-n", "shop")
+
+
+def test_a_pod_of_the_mesh_waits_for_an_agent_that_is_away(marking: Cluster) -> None:
+    plane = marking.plane
+    agent = marking.processes[-1]
+    agent.kill()
+    agent.wait(30)
+    time.sleep(6)  # the programs give it five seconds
+    marking.run("shop", "late", "/bin/sleep", "1000", account="friend")
+    plane.apply({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "free", "namespace": "default"}})
+    marking.run("default", "free", "/bin/sleep", "1000")
+    takes(lambda: plane.kubectl("get", "pod", "free", "-o", "jsonpath={.status.phase}") == "Running")
+    takes(lambda: "operation not permitted" in plane.kubectl("get", "events", "-n", "shop", "--field-selector", "involvedObject.name=late"))
+    assert plane.kubectl("get", "pod", "late", "-n", "shop", "-o", "jsonpath={.status.phase}") == "Pending"
+    assert marking.get("shop", "friend", "http://10.96.7.1/") == "200"  # those that run go on
+    marking.start_agent()
+    takes(lambda: marking.enrolled("shop/late"), 120)
+    takes(lambda: marking.get("shop", "late", "http://10.96.7.1/") == "200")
