@@ -26,6 +26,8 @@ _OPTIONS: Final = (
 async def dial(config: Config, target: str = "", name: str = "") -> grpc.aio.Channel:
     """Prepare a connection to the controller, or to `target`, one of its replicas, whose certificate is for `name`. Raises OSError."""
     tls = config.tls
+    if tls is None and target:
+        raise OSError("replicas of a controller are called over TLS only: this agent has neither --join nor --tls-cert")
     if tls is None:
         return grpc.aio.insecure_channel(target or config.controller, options=_OPTIONS)
     try:

@@ -297,7 +297,7 @@ class Enrolment:
             return
         self.holding.let_go(
             local.number
-            for local in self._local.values()
+            for local in list(self._local.values())  # `enforce` may change it meanwhile, in its own thread
             if local.number in held
             and local.pod is not None
             and local.bound is not None

@@ -73,10 +73,13 @@ class Holding:
             self._look_after(held, outside, known)
 
     def _places(self) -> dict[bytes, str]:
-        """The directories that have pods in them, by id. Nothing if one is missing: what is below it would be taken for it."""
-        directories = [path for kubepods in self._pods.kubepods for path in parents(kubepods)]
-        found = {_ID.pack(here): path for path in directories if (here := number(path))}
-        return found if len(found) == len(directories) else {}
+        """The directories that have pods in them, by id. Of a kubelet's all or none: what is below a missing one would be taken for it."""
+        found: dict[bytes, str] = {}
+        for kubepods in self._pods.kubepods:
+            numbers = {path: number(path) for path in parents(kubepods)}
+            if all(numbers.values()):
+                found |= {_ID.pack(here): path for path, here in numbers.items()}
+        return found
 
     def _look_after(self, held: dict[int, int], outside: Iterable[str], known: Mapping[bytes, str]) -> None:
         now = time.monotonic_ns()

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Final
 
 from agent import cgroups, netns
+from agent.errors import MeshError
 from agent.model import Workload
 from agent.patience import within
 from agent.pods import KUBEPODS, birth
@@ -180,8 +181,12 @@ class Follower:
             self._lost_at = time.monotonic()
         if now == self._told:
             return
+        try:
+            self._recognise(now)
+        except (OSError, MeshError) as error:
+            _log.error("the kernel cannot be told who the kubelet is; trying again", extra={"reason": str(error)})
+            return
         self._told = now
-        self._recognise(now)
         if now.cgroup:
             _log.info("the kubelet is recognised", extra={"pid": now.pid or None, "cgroup": now.directory})
         elif before.cgroup:
@@ -195,33 +200,41 @@ class Follower:
 
     async def run(self) -> None:
         """Follow it for ever."""
-        watch = Watch()
+        try:
+            watch = Watch()
+        except OSError as error:
+            _log.warning(
+                "the kubelet is looked for now and then only: fs.inotify.max_user_instances is used up", extra={"reason": str(error)}
+            )
+            watch = None
         try:
             while True:
                 await asyncio.to_thread(self.look)
                 await self._news(watch)
         finally:
-            watch.close()
+            if watch is not None:
+                watch.close()
 
-    async def _news(self, watch: Watch) -> None:
+    async def _news(self, watch: Watch | None) -> None:
         """Wait for the end of the process, for its cgroup to come or go, or for some time."""
         found = self.found
         soon = not found.cgroup and time.monotonic() - self._lost_at < SOON_FOR_S
-        if found.directory:
+        if found.directory and watch is not None:
             watch.follow([found.directory])  # of one that has ended the last place is kept: there another one is to come
         loop, news = asyncio.get_running_loop(), asyncio.Event()
         process = _open(found)
         if found.pid and found.cgroup and process is None:
             return  # it has just ended
-        descriptors = [watch.fileno(), *([process] if process is not None else [])]
+        descriptors = [*([watch.fileno()] if watch is not None else []), *([process] if process is not None else [])]
         for descriptor in descriptors:
             loop.add_reader(descriptor, news.set)
         try:
             with contextlib.suppress(asyncio.TimeoutError):
                 await within(news.wait(), SOON_S if soon else RECHECK_S)
-            watch.drain()
-            if watch.take_named() and not found.cgroup:
-                self._lost_at = time.monotonic()  # its cgroup has come, and it will be there soon
+            if watch is not None:
+                watch.drain()
+                if watch.take_named() and not found.cgroup:
+                    self._lost_at = time.monotonic()  # its cgroup has come, and it will be there soon
         finally:
             for descriptor in descriptors:
                 loop.remove_reader(descriptor)

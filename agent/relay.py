@@ -120,7 +120,7 @@ class Relay:
                 if question.enough:
                     if question.number in answers:
                         answers.pop(question.number).cancel()
-                elif self._open >= AT_ONCE:
+                elif self._open >= AT_ONCE or question.number in answers:
                     await reply(pb.Reply(number=question.number, end=True, code=8, error=f"{AT_ONCE} questions are open: try again later"))
                 else:
                     self._open += 1

@@ -61,7 +61,8 @@ class Replicas:
             while True:
                 await self._look(host.strip("[]"), int(port))
                 for address in [address for address, task in self._kept.items() if task.done()]:
-                    self._kept.pop(address).result()
+                    if not (ended := self._kept.pop(address)).cancelled():
+                        ended.result()
                 for address in sorted(self._known - self._kept.keys())[: MOST - len(self._kept)]:
                     self._kept[address] = asyncio.create_task(self._keep(address, host.strip("[]")), name=f"replica {address}")
                 await asyncio.sleep(LOOK_S)
@@ -76,7 +77,7 @@ class Replicas:
     async def _look(self, host: str, port: int) -> None:
         try:
             self._known, problem = frozenset(await self._resolve(host, port)), ""
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             problem = str(error)  # those that are known stay
         if problem != self._problem:
             self._problem = problem

@@ -39,6 +39,8 @@ PAUSE_S = 0.5
 """Between two looks, however quickly changes follow: a look takes about 10 us a connection."""
 LET_GO_S = 10.0
 """What a waypoint has to let go of connections in its pools: requests that are under way then fail."""
+EPHEMERAL = 32768
+"""The lowest port that Linux gives to who calls (Documentation/networking/ip-sysctl.rst, ip_local_port_range)."""
 _UNREAD = "it needs the requests, and this connection goes past whoever reads them"
 _NAMED = 20
 """Connections that are named in the log; of the others only their number."""
@@ -116,6 +118,7 @@ class Judge:
     def older(self, found: LiveSocket, local: LocalWorkload, *, inbound: bool) -> Forbidden | None:
         """The same for one that began before its workload was in the mesh: nobody has vouched for who it is from but the network."""
         here, there = found.ends
+        read = pooled = False
         if ipaddress.ip_address(addresses.text(there[0])).is_loopback:
             return None
         other = self._snapshot.workloads.get(self._who(there[0]))
@@ -124,16 +127,17 @@ class Judge:
             source, target, caller, port = name, local.workload, self._caller(other, there[0]), here[1]
             if target.mtls_of(port) is Mtls.STRICT and name not in self._local:
                 return Forbidden(found, source, target.name, "STRICT: plaintext from outside this node")
-        elif other is None or not other.enrolled:
+            read, pooled = name in self._local and target.name not in self._enforce_inbound, other is not None and other.enrolled
+        elif other is None or not other.enrolled or there[1] >= EPHEMERAL:  # it is not a caller, but a server that has stopped listening
             return None
         else:
             source, target, caller, port = local.workload.name, other, self._caller(local.workload, there[0]), there[1]
         if source == target.name:
             return None
         decision = self._decide(target, caller, port)
-        rules = {Verdict.DENY: decision.rule, Verdict.WAYPOINT: f"{decision.rule}: {_UNREAD}"}
+        rules = {Verdict.DENY: decision.rule, Verdict.WAYPOINT: "" if read else f"{decision.rule}: {_UNREAD}"}
         rule = rules.get(decision.verdict, "")
-        return Forbidden(found, source, target.name, rule) if rule else None
+        return Forbidden(found, source, target.name, rule, pooled and decision.verdict is Verdict.WAYPOINT) if rule else None
 
     def _unread(self, found: LiveSocket, workload: Workload, port: int) -> Forbidden | None:
         """What the waypoint hands on from a tunnel to an application without reading it. Who is at the far end is not known here."""
@@ -190,7 +194,7 @@ class Revocation:
         before, self._rules = self._rules, rules
         known, reading = (before.snapshot, before.enforce_inbound) if before else (None, frozenset[str]())
         fresh = _cookies(rules) - (_cookies(before) if before else set())
-        self._fresh |= fresh
+        self._fresh = (self._fresh | fresh) & _cookies(rules)
         if fresh and not self._config.keep_connections:
             self._wanted.set()
         if not self._config.keep_connections and (affects(known, rules.snapshot) or rules.enforce_inbound - reading):
@@ -228,7 +232,6 @@ class Revocation:
         judge = Judge(rules, self._config, self._ids, self._who, waypoint)
         pooled: dict[int, float] = {}
         seen: set[frozenset[tuple[bytes, int]]] = set()
-        looked: set[int] = set()
         self.problem = ""
         for local in rules.enrolled.local:
             try:
@@ -237,7 +240,6 @@ class Revocation:
                 spared = {cookie: first for cookie, first in since.items() if now - first < LET_GO_S}
                 pooled |= spared
                 found = [f for f in found if f.socket.cookie not in spared]
-                looked.add(local.netns_cookie)
                 for one in self._close(Path(local.netns_path), found):
                     ends = frozenset(one.socket.ends)
                     if ends in seen:  # the other end, which a reset has not reached yet
@@ -254,7 +256,6 @@ class Revocation:
                 pooled |= {cookie: first for cookie, first in self._pooled.items() if now - first < 2 * LET_GO_S}
                 _log.debug("connections of a namespace were not looked at", extra={"workload": local.workload.name, "reason": str(error)})
         self._pooled = pooled
-        self._fresh -= looked
         if self.problem:
             _log.error(self.problem)
         if len(seen) > _NAMED:
@@ -268,7 +269,10 @@ class Revocation:
         namespace = Path(local.netns_path)
         found = [f for s in self._sockets.dump(namespace) if (f := judge.forbidden(s, local))]
         if local.netns_cookie in self._fresh:
-            found += [f for s, inbound in self._sockets.older(namespace, waypoint) if (f := judge.older(s, local, inbound=inbound))]
+            older = [f for s, inbound in self._sockets.older(namespace, waypoint) if (f := judge.older(s, local, inbound=inbound))]
+            if not any(f.pooled for f in older):
+                self._fresh.discard(local.netns_cookie)
+            found += older
         return found
 
     def _close(self, namespace: Path, found: list[Forbidden]) -> Iterator[Forbidden]:

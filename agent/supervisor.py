@@ -579,7 +579,7 @@ class Supervisor:
         try:
             self._enrolment.holding.beat(outside, served=self._discovery.state.connected)
             self._enrolment.let_go()
-        except (MeshError, OSError) as error:
+        except (MeshError, OSError, RuntimeError) as error:
             _log.error("pods that are held back cannot be looked after; new ones wait", extra={"reason": str(error)})
 
     @property

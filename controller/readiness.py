@@ -137,7 +137,10 @@ class SharedMemory:
                 documents.write(FILE, json.dumps({"ready": [list(place) for place in rows]}) + "\n" if rows else "")
 
             self._store.change(work, of_node(node))
-        return self.load() or frozenset()
+        found = self.load()
+        if found is None:
+            raise ControllerError("who has tunnels cannot be read: nobody is taken to have none")
+        return found
 
 
 def _places(content: bytes | None) -> frozenset[Place]:

@@ -68,6 +68,9 @@ class SharedStore(Store, Protocol):
     def listen(self, told: Callable[[], object]) -> None:
         """Have `told` called whenever others may have changed something; by a thread of its own."""
 
+    def waiting(self) -> str:
+        """Why what others have changed may not be known here; "" if it is."""
+
 
 def of_node(node: str) -> str:
     """Return the group of a node, of which the API server takes the name (RFC 1123, 2.1)."""

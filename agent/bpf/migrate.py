@@ -40,7 +40,7 @@ ACCELERATION = frozenset({"mesh_offer", "mesh_pair", "mesh_peers", "mesh_joined"
 _TOGETHER = (CONFIG, ACCELERATION)
 _COPIED_CONFIG = frozenset({"mesh_resolver"})
 """Not part of a snapshot: found out in the namespaces, some time after the start."""
-_WORTHLESS = frozenset({"mesh_budget", "mesh_blank", "mesh_kubelet"})
+_WORTHLESS = frozenset({"mesh_budget", "mesh_blank", "mesh_kubelet", "mesh_alive", "mesh_kubepods"})
 """Found out anew before the programs are attached, or without meaning."""
 # include/uapi/linux/bpf.h, enum bpf_map_type
 PERCPU_ARRAY, RINGBUF, SOCKHASH, SK_STORAGE = 6, 27, 18, 24

@@ -31,6 +31,8 @@ CAPABILITIES: Final = {  # include/uapi/linux/capability.h; deploy/helm/meshagen
     "SYS_ADMIN": 21,
     "SYS_PTRACE": 19,
     "NET_BIND_SERVICE": 10,
+    "DAC_OVERRIDE": 1,
+    "SYS_CHROOT": 18,
 }
 _REPLACED_BY_SYS_ADMIN: Final = {"BPF"}  # bpf_capable(), include/linux/capability.h
 _ONLY_GATEWAYS: Final = {"NET_BIND_SERVICE"}

@@ -49,6 +49,8 @@ def balance(cluster: cluster_pb2.Cluster) -> None:
     )
     report = header_mutation_pb2.HeaderMutation()
     report.mutations.response_mutations.append(mutation_rules_pb2.HeaderMutation(append=header))
+    # An application's own report, which would go first (source/common/orca/orca_parser.cc).
+    report.mutations.response_mutations.append(mutation_rules_pb2.HeaderMutation(remove=f"{_HEADER}-bin"))
     options.http_filters.add(name="envoy.filters.http.header_mutation", typed_config=packed(report))
     options.http_filters.add(name="envoy.filters.http.upstream_codec", typed_config=packed(upstream_codec_pb2.UpstreamCodec()))
     cluster.typed_extension_protocol_options[_OPTIONS].CopyFrom(packed(options))

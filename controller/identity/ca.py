@@ -125,6 +125,8 @@ class CertificateAuthority:
         self._revoked: Mapping[str, Revoked] = {}
         self._revoked_version: object = None
         self._chased: dict[str, Issued] = {}
+        self._unchased: set[str] = set()
+        """Revocations, by serial, after which nobody has looked yet for what their nodes got meanwhile."""
         self._unclaimed: frozenset[str] = frozenset()
         self._keys_version: list[object] = []
         self._known: Known | None = None
@@ -335,10 +337,13 @@ class CertificateAuthority:
         if version == self._revoked_version:
             return
         found = {record.serial: record for record in revocations.read(self.store)}
+        if self._revoked_version is not None:
+            self._unchased |= {record.serial for record in found.values() if record.also and record.serial not in self._revoked}
+        self._revoked = {**self._revoked, **found}  # at once: what follows waits for others, and may fail
         with self._recording:  # whatever is recorded after this was asked for by somebody whom the gate does not let have it
-            if self._revoked_version is not None:
-                fresh = [record for record in found.values() if record.also and record.serial not in self._revoked]
-                self._chased |= {record.serial: record for record in self._meanwhile(fresh)}
+            fresh = [found[serial] for serial in self._unchased & found.keys()]
+            self._chased |= {record.serial: record for record in self._meanwhile(fresh)}
+            self._unchased.clear()
             self._chased = {serial: record for serial, record in self._chased.items() if serial not in found}
             chased = [Revoked(**asdict(record), at=int(self.clock())) for record in self._chased.values()]
             self._revoked = {**found, **{record.serial: record for record in chased}}

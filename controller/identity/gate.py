@@ -7,7 +7,6 @@ that it began with.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
@@ -19,6 +18,7 @@ from cryptography import x509
 
 from controller.identity.ca import CertificateAuthority
 from controller.peers import is_local
+from controller.waiting import heard
 
 _log = logging.getLogger(__name__)
 
@@ -82,8 +82,7 @@ class Gate(grpc.aio.ServerInterceptor):
     async def _ended(self, context: Context) -> None:
         """Return when the caller's certificate is not good any more."""
         while not self._objection(context):
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._ca.trust.changed.wait(), LOOK_S)
+            await heard(self._ca.trust.changed, LOOK_S)
 
     async def _check(self, context: Context) -> None:
         if objection := self._objection(context):

@@ -139,6 +139,8 @@ class SharedLedger:
 
     def append(self, records: Iterable[Issued]) -> None:
         """Add certificates, durably. Raises ControllerError: what cannot be recorded must not be issued, because it could not be revoked."""
+        if problem := self._shared.waiting():  # who was revoked may not be known
+            raise ControllerError(f"nothing is signed: {problem}")
         groups: dict[str, list[Issued]] = {}
         for record in records:
             groups.setdefault(of_node(record.node), []).append(record)

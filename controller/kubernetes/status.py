@@ -7,7 +7,6 @@ Entries of `status.parents` that other controllers made are kept (https://gatewa
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import datetime as dt
 import logging
 import time
@@ -24,6 +23,7 @@ from controller.kubernetes.source import KubernetesSource
 from controller.objects import Key, Object
 from controller.schema import kinds
 from controller.source import State
+from controller.waiting import heard
 
 _log = logging.getLogger(__name__)
 
@@ -67,8 +67,7 @@ class StatusWriter:
         """Write for ever, while this controller has the lease."""
         pause = AGAIN_S
         while True:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._news.wait(), LOOK_S)
+            await heard(self._news, LOOK_S)
             self._news.clear()
             if self._said is None or not self._lease.held or await self._write_all(*self._said):
                 pause = AGAIN_S

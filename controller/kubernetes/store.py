@@ -230,6 +230,7 @@ class ClusterStore:
         before = self._reflector.store.get(seen.key)
         if before is None or seen.after(before):
             self._reflector.store[seen.key] = seen
+            self._changed()  # the watch will not tell of it any more
         return seen
 
     # Any thread.

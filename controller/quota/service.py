@@ -22,6 +22,7 @@ from controller.peers import NotAllowed, require
 from controller.quota.catalogue import Catalogue, Limit
 from controller.quota.fair import HORIZON_S, UNKNOWN, Want, left, shares, steady
 from controller.quota.store import Member, News, State, Store
+from controller.waiting import heard
 from meshapi import discovery_pb2, quota_pb2, quota_pb2_grpc
 from meshapi.quotas import MOST_USAGES
 
@@ -204,8 +205,7 @@ class QuotaService(quota_pb2_grpc.QuotasServicer):
     async def run(self) -> None:
         """Share out for ever."""
         while True:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._due.wait(), TICK_S)
+            await heard(self._due, TICK_S)
             await asyncio.sleep(SETTLE_S)
             self._due.clear()
             await self.turn()
