@@ -57,11 +57,18 @@ HELPERS: Final = {  # enum bpf_func_id; by what uses them in bpf_src
         "ringbuf_reserve": 131,
     },
     "cgroup_sockopt": {"sk_storage_get": 107, "get_netns_cookie": 122},
+    "cgroup_sysctl": {"ktime_get_ns": 5, "sysctl_get_name": 101, "sysctl_get_new_value": 103, "get_current_ancestor_cgroup_id": 123},
+    "cgroup_sock": {"get_current_ancestor_cgroup_id": 123},
     "sk_msg": {"sk_storage_get": 107, "msg_redirect_hash": 71},
     "sk_lookup": {"ktime_get_ns": 5, "sk_release": 86, "sk_assign": 124, "ringbuf_reserve": 131},
 }
 OPTIONAL: Final = {
     ("helper", "cgroup_sock_addr", "set_retval"): "refused connections fail with EPERM instead of ECONNREFUSED",
+    (
+        "helper",
+        "cgroup_sysctl",
+        "get_current_ancestor_cgroup_id",
+    ): "pods wait for an agent that is away, and are not held until they are in the mesh",
     ("program", "sk_msg", "sk_msg_verdict"): "no workload can be accelerated",
     ("helper", "sk_msg", "msg_redirect_hash"): "no workload can be accelerated",
     ("helper", "sk_msg", "sk_storage_get"): "no workload can be accelerated",

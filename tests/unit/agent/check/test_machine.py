@@ -52,7 +52,7 @@ def test_capabilities_that_are_missing_are_named(held: str, expected: Severity, 
 def test_the_capabilities_are_those_of_the_agents_container() -> None:
     chart = Path(__file__).parents[4] / "deploy" / "helm" / "meshagent" / "templates" / "agent.yaml"
     added = set(re.findall(r"^                - ([A-Z_]+) #", chart.read_text(), re.MULTILINE))
-    assert added - {"SYS_CHROOT"} == set(machine.CAPABILITIES)  # which join-host alone needs
+    assert added == set(machine.CAPABILITIES)
 
 
 @pytest.mark.parametrize(("files", "expected"), [(1024, WARNING), (65_535, WARNING), (65_536, OK), (-1, OK)])
