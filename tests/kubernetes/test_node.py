@@ -279,9 +279,13 @@ def starts(marking: Cluster, name: str, number: int) -> float:
         "shop", called, "/bin/sh", "-c", "curl -s -m 5 http://10.96.7.1/ > /run/said; echo $? >> /run/said; sleep 1000", account=name
     )
     uid = marking.plane.kubectl("get", "pod", called, "-n", "shop", "-o", "jsonpath={.metadata.uid}")
-    takes(
-        marking.exec("shop", called, "cat", "/run/said").rstrip("\n")[-1:].isdigit
-    )  # it says something else as long as there is no container
+
+    def has_answered() -> bool:
+        return (
+            marking.exec("shop", called, "cat", "/run/said").rstrip("\n")[-1:].isdigit()
+        )  # as long as there is no container it is told so
+
+    takes(has_answered)
     directory = marking.machine.cgroup2 / "kubepods" / "besteffort" / f"pod{uid}"
     found = [int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]) for pid in cgroup.pids(directory)]
     return (sorted(found)[1] - min(found)) / os.sysconf("SC_CLK_TCK")
