@@ -92,6 +92,16 @@ class ControlPlane:
         text = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)})
         self.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=text)
 
+    def allow(self, user: str, *rules: dict[str, list[str]]) -> None:
+        """Give a user rights in the whole cluster, by a ClusterRole of that name."""
+        group = "rbac.authorization.k8s.io"
+        meta = {"apiVersion": f"{group}/v1", "metadata": {"name": user}}
+        role, subject = {"apiGroup": group, "kind": "ClusterRole", "name": user}, {"apiGroup": group, "kind": "User", "name": user}
+        self.apply(
+            {**meta, "kind": "ClusterRole", "rules": list(rules)},
+            {**meta, "kind": "ClusterRoleBinding", "roleRef": role, "subjects": [subject]},
+        )
+
     def install_crds(self) -> None:
         """Apply the mesh's CRDs, and wait until the server knows them."""
         self._install(CRDS)

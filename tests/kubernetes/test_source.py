@@ -168,15 +168,7 @@ async def test_a_user_who_may_not_read_policies_gets_nothing_into_force_and_is_t
     rule = {"apiGroups": ["*"], "resources": ["*"], "verbs": ["list", "watch"]}
     most = [{**rule, "apiGroups": ["", "discovery.k8s.io", "gateway.networking.k8s.io"]}]
     some = {"apiGroups": ["meshagent.io"], "resources": ["workloads"], "verbs": ["list", "watch"]}
-    role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": "less"}, "rules": [*most, some]}
-    binding = {
-        "apiVersion": "rbac.authorization.k8s.io/v1",
-        "kind": "ClusterRoleBinding",
-        "metadata": {"name": "less"},
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "less"},
-        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "less"}],
-    }
-    plane.apply(role, binding)
+    plane.allow("less", *most, some)
     async with following(plane, "less") as mesh:
         await until(lambda: any(problem.kind == "AuthorizationPolicy" for problem in mesh.state.problems))
         told = next(str(problem) for problem in mesh.state.problems if problem.kind == "AuthorizationPolicy")

@@ -117,15 +117,7 @@ def test_a_document_without_room_is_refused_and_what_stands_there_stays(
 
 def test_who_may_not_write_is_told_which_right_is_missing(plane: ControlPlane, two: tuple[ClusterStore, ClusterStore]) -> None:
     rule = {"apiGroups": ["meshagent.io"], "resources": ["controllerstates"], "verbs": ["get", "list", "watch"]}
-    role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": "reads"}, "rules": [rule]}
-    binding = {
-        "apiVersion": "rbac.authorization.k8s.io/v1",
-        "kind": "ClusterRoleBinding",
-        "metadata": {"name": "reads"},
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "reads"},
-        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": "reads"}],
-    }
-    plane.apply(role, binding)
+    plane.allow("reads", rule)
     two[0].change(lambda documents: documents.write("x", "1"))
     with opened(plane.kubeconfig("reads"), "", OWN) as reader:
         assert reader.read("x") == b"1"

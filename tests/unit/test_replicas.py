@@ -16,11 +16,11 @@ from agent import replicas
 from agent.cli.daemon import run as agent_run
 from agent.config import TlsFiles
 from agent.replicas import MOST, Replicas, resolved
-from controller.server import Controller, ServerTls, Settings
+from controller.server import Controller, ServerTls
 from meshapi import agent_pb2
 from meshapi import relay_pb2 as pb
 from tests.tasks import beside, until
-from tests.unit.controller.harness import Authority
+from tests.unit.controller.harness import Authority, serve
 from tests.unit.test_relay import MESH, Place, asking
 
 NODE = "spiffe://mesh.local/meshagent/node/node-1"
@@ -42,15 +42,8 @@ async def serving(tmp_path: Path, authority: Authority, address: str) -> AsyncIt
     pair = authority.issue("controller", "spiffe://mesh.local/meshagent/controller")
     tls = ServerTls(pair.certificate, pair.key, authority.ca)
     host = address.partition(":")[0]
-    controller, stopping = Controller(Settings(source, tmp_path / f"{host}.sock", address, tls)), asyncio.Event()
-    try:
-        await controller.start()
-        task = asyncio.create_task(controller.run(stopping))
+    async with serve(source, tmp_path / f"{host}.sock", tls, address) as controller:
         yield controller
-        stopping.set()
-        await task
-    finally:
-        await controller.stop()
 
 
 class Agent(Place):

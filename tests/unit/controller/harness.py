@@ -65,9 +65,9 @@ class Authority:
 
 
 @asynccontextmanager
-async def serve(directory: Path, socket: Path, tls: ServerTls | None = None) -> AsyncIterator[Controller]:
-    """Serve `directory` on `socket`, and on an ephemeral TCP port if there are certificates; the directory is watched."""
-    controller = Controller(Settings(directory, socket, "127.0.0.1:0" if tls else "", tls))
+async def serve(directory: Path, socket: Path, tls: ServerTls | None = None, address: str = "127.0.0.1:0") -> AsyncIterator[Controller]:
+    """Serve `directory` on `socket`, and at a TCP address, by default of an ephemeral port, if there are certificates; the directory is watched."""
+    controller = Controller(Settings(directory, socket, address if tls else "", tls))
     stopping = asyncio.Event()
     try:
         await controller.start()
