@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lab.lab import Lab
 
-FAILED = -1
+OK, FAILED = 200, -1
 
 
 @dataclass(slots=True)
@@ -22,6 +22,8 @@ class Seen:
     statuses: Counter[int] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
     """Sorted."""
+    failed: list[tuple[float, int]] = field(default_factory=list)
+    """When those began that were not answered with 200 (seconds since the first request), and what came."""
 
     def percentile(self, share: float) -> float:
         """Seconds that this share of the requests did not take longer than."""
@@ -62,11 +64,15 @@ def asking(
 
 
 def _read(log: Path, seen: Seen) -> None:
-    for line in log.read_text().splitlines():
-        _, status, microseconds = line.split("\t")[:3]
-        seen.statuses[int(status)] += 1
-        seen.seconds.append(int(microseconds) / 1e6)
+    rows = [tuple(int(field) for field in line.split("\t")[:3]) for line in log.read_text().splitlines()]
+    first = min((began for began, _, _ in rows), default=0)
+    for began, status, microseconds in rows:
+        seen.statuses[status] += 1
+        seen.seconds.append(microseconds / 1e6)
+        if status != OK:
+            seen.failed.append(((began - first) / 1e6, status))
     seen.seconds.sort()
+    seen.failed.sort()
 
 
 def available() -> bool:
