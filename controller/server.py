@@ -251,6 +251,8 @@ class Controller:
         tasks.append(asyncio.create_task(forever("heartbeat", self._heartbeat()), name="heartbeat"))
         if self._keys is not None:
             tasks.append(asyncio.create_task(forever("keys", self.mesh.follow_keys(self._keys)), name="keys"))
+        if self._shared is not None:
+            tasks.append(asyncio.create_task(forever("state", self._shared.ended()), name="state"))
         if self._kubernetes is not None:
             tasks.append(asyncio.create_task(forever("kubernetes", self._kubernetes.run()), name="kubernetes"))
         stop = asyncio.create_task(stopping.wait(), name="stop")
