@@ -267,3 +267,15 @@ def test_times_that_no_date_can_have_are_refused() -> None:
     for until in (253_402_300_800, 10**400):
         with pytest.raises(BadState):
             ledger.parse_line(line % until)
+
+
+def test_what_nobody_asks_for_any_more_is_not_watched_for_ever_and_what_somebody_asks_for_is() -> None:
+    wall, steady = Clock(1000.0), Clock(0.0)
+    lapse = Lapse(wall, steady, 100_000)
+    for number in range(997):  # on record until another controller forgets them
+        lapse.passed(("issued", number), 500)
+    while steady.now < 99_999:
+        assert not lapse.passed("kept", 500)
+        steady.now += 60
+    assert lapse.passed("kept", 500)
+    assert len(lapse._since) == 1
