@@ -13,11 +13,13 @@ import ipaddress
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, NamedTuple
 
 from controller.errors import ControllerError
 from controller.store import Documents, Store
+from controller.waiting import heard
 from meshapi import discovery_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class NodeKeys:
         self._changed = asyncio.Event()
         self._fresh = self._foreign = False
         """Has one of our nodes announced something; may other controllers have been told something?"""
+        self._looked = time.monotonic()
 
     def start(self) -> None:
         """Read what was kept. Blocking. Raises ControllerError: an empty list would take WireGuard from connections that run on it."""
@@ -170,12 +173,11 @@ class NodeKeys:
     async def changed(self) -> None:
         """Wait until there is something new to publish."""
         while True:
-            try:
-                await asyncio.wait_for(self._changed.wait(), LOOK_S)
-            except asyncio.TimeoutError:
+            if time.monotonic() - self._looked >= LOOK_S:  # first: there may be news without end
+                self._looked = time.monotonic()
                 if await asyncio.to_thread(self.forget_barred):
                     return
-            else:
+            if await heard(self._changed, max(0.0, self._looked + LOOK_S - time.monotonic())):
                 await asyncio.sleep(SETTLE_S)
                 self._changed.clear()
                 fresh, foreign, self._fresh, self._foreign = self._fresh, self._foreign, False, False

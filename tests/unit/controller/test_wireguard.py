@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from controller import wireguard
 from controller.errors import ControllerError
 from controller.identity.ca import CaSettings
 from controller.identity.directory import Directory
@@ -17,6 +19,7 @@ from controller.main import main
 from controller.server import Controller, Settings
 from controller.wireguard import FILE, BadKey, NodeKeys, check
 from meshapi import discovery_pb2 as pb
+from tests.tasks import beside, until
 from tests.unit.controller.harness import SHOP
 from tests.unit.controller.test_discovery import Stream, names, stream
 
@@ -94,6 +97,38 @@ def test_a_revoked_node_loses_its_key_until_it_announces_it_again(tmp_path: Path
     asyncio.run(found.announce("n1", end(TWO)))  # the gate let it in again
     assert not found.forget_barred()
     assert known(found, "n1") == {"n1": TWO}
+
+
+@pytest.mark.parametrize("news", ["foreign", "fresh"])
+def test_a_revoked_node_loses_its_key_also_while_there_is_news_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, news: str
+) -> None:
+    monkeypatch.setattr(wireguard, "LOOK_S", 1.0)
+    monkeypatch.setattr(wireguard, "SETTLE_S", 0.005)
+    barred: set[str] = set()
+
+    async def check_it() -> None:
+        found = NodeKeys(Directory(tmp_path), lambda: barred)
+        await asyncio.to_thread(found.start)
+        await found.announce("n1", end())
+
+        async def go_on() -> None:
+            for number in itertools.count(1):
+                if news == "foreign":
+                    found.look()
+                else:
+                    await found.announce("n2", end(TWO, number % 60000 + 1, "192.0.2.2"))
+                await asyncio.sleep(0.001)
+
+        async def publish() -> None:
+            while True:
+                await found.changed()
+
+        async with beside(go_on()), beside(publish()):
+            barred.add("n1")
+            await until(lambda: not known(found, "n1")["n1"])
+
+    asyncio.run(check_it())
 
 
 def test_an_endpoint_that_is_another_nodes_workload_is_told_to_nobody_and_said_once(
