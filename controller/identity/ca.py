@@ -110,7 +110,7 @@ class CertificateAuthority:
         self._soon = Lapse(clock, monotonic, min(settings.hold_s, SOON_S))
         self._ledger: Ledger = SharedLedger(shared, self._lapse) if shared is not None else FileLedger(self.directory, self._lapse)
         self._recording = threading.Lock()
-        self._jwt_keys = SharedKeys(shared, clock) if shared is not None else None
+        self._jwt_keys = SharedKeys(shared, self.directory, clock, monotonic) if shared is not None else None
         # Not the event loop's own threads: neither a slow signer nor many joins may keep maintenance, or the model, waiting.
         self._signing = ThreadPoolExecutor(SIGNERS, thread_name_prefix="sign")
         # Nor may tokens, which workloads ask for, keep certificates waiting.
@@ -454,12 +454,14 @@ class CertificateAuthority:
         """Tell the other controllers which keys this one has, and read which ones they have."""
         if self._jwt_keys is None:
             return
-        if self._jwt_keys.withdrawn:  # by `ca rotate --now`: whoever has it must not be believed any more
+        if (withdrawal := self._jwt_keys.withdrawn()) is not None:  # by `ca rotate --now`: whoever has it must not be believed any more
             with self.directory.locked():
                 found = rotation.new_jwt(self._current_keys(), self.clock())
                 keys.store(self.directory, found)
             self._keys = found
-        self._jwt_keys.tell([key.key.public_key() for key in self._keys.jwt], rotation.JWT_PERIOD_S + self.settings.jwt_lifetime_s)
+            self._jwt_keys.renewed(withdrawal)
+        own = [key.key.public_key() for key in self._keys.jwt]
+        self._jwt_keys.tell(own, self.settings.jwt_lifetime_s, rotation.JWT_PERIOD_S + self.settings.jwt_lifetime_s)
 
     def _check_shared(self) -> None:
         """Make sure that this controller belongs to the others. Raises ControllerError."""

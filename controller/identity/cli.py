@@ -288,8 +288,8 @@ def _withdraw_keys(store: SharedStore, at_once: bool) -> None:
     """Do what `rotate` does where several controllers share their state, which have no roots of their own."""
     if not at_once:
         raise ControllerError(_ELSEWHERE)
-    store.change(lambda documents: documents.write(jwtkeys.FILE, jwtkeys.EMPTY))
-    click.echo("the JWT keys are replaced: every controller makes new ones within a second")
+    jwtkeys.withdraw(store)
+    click.echo("the JWT keys are replaced: every controller makes new ones within a second, one that is away when it is back")
 
 
 def _keys(store: AuthorityStore) -> Keys:
