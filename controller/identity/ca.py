@@ -312,7 +312,14 @@ class CertificateAuthority:
 
     def _work(self) -> tuple[pb.TrustBundle | None, list[str]]:
         """Return a new bundle if there is one, and what went wrong."""
-        steps: list[Callable[[], None]] = [self._read_revoked, self._read_keys, self._rotate, self._turn_jwt, self._share_jwt]
+        steps: list[Callable[[], None]] = [
+            self._read_revoked,
+            self._read_keys,
+            self._lists.read,
+            self._rotate,
+            self._turn_jwt,
+            self._share_jwt,
+        ]
         if self._monotonic() - self._pruned >= min(PRUNE_S, self.settings.hold_s):
             self._pruned = self._monotonic()
             steps.append(self._prune)

@@ -6,15 +6,21 @@ import asyncio
 import json
 from pathlib import Path
 
-from controller.identity import jwtkeys, rotation
-from controller.identity.certificates import new_key
-from controller.identity.directory import Directory
+from cryptography import x509
+
+from controller.identity import crl, jwtkeys, ledger, revocations, rotation
+from controller.identity.ca import CertificateAuthority
+from controller.identity.certificates import Issuer, Order, new_crl
+from controller.identity.directory import LISTS, Directory
 from controller.identity.jwtkeys import SharedKeys
 from meshapi import identity_pb2 as pb
-from tests.unit.controller.identity.harness import Clock
+from tests.unit.controller.identity.authorities import make
+from tests.unit.controller.identity.harness import Clock, new_key, request
 from tests.unit.controller.identity.shared import Mesh, Replica, State
 
 TOKENS_S, DAY_S = 300, 86_400
+CART = "spiffe://mesh.local/ns/shop/sa/cart"
+NODE = "spiffe://mesh.local/meshagent/node/n1"
 
 
 def kids(bundle: pb.TrustBundle) -> set[str]:
@@ -106,3 +112,123 @@ def test_keys_of_a_controller_that_has_lived_for_long_are_believed_for_long_afte
         clock.now, steady.now = clock.now + 60, steady.now + 60
     assert told.until - clock.now >= DAY_S - 60
     assert len(writes) < 20
+
+
+def certificate(found: CertificateAuthority, identity: str = CART, node: str = "n1") -> x509.Certificate:
+    (made,) = found.issue_now([Order(identity, (key := new_key()).public_key(), request(key), DAY_S, node)])
+    assert isinstance(made, tuple)
+    return made[0]
+
+
+def revoke(mesh: Mesh, leaf: x509.Certificate) -> None:
+    """As `ca revoke SERIAL` does."""
+    (found,) = (record for record in ledger.issued(Replica(mesh.state)) if int(record.serial, 16) == leaf.serial_number)
+    revocations.add(Replica(mesh.state), [found], mesh.clock())
+
+
+def lists(found: CertificateAuthority) -> dict[str, set[int]]:
+    pems = found.trust.current.crl.decode().split("-----BEGIN X509 CRL-----")[1:]
+    crls = [x509.load_pem_x509_crl(f"-----BEGIN X509 CRL-----{pem}".encode()) for pem in pems]
+    return {crl.issuer.rfc4514_string(): {entry.serial_number for entry in crl} for crl in crls}
+
+
+def tick(*authorities: CertificateAuthority) -> None:
+    for found in authorities:
+        asyncio.run(found.tick())
+
+
+def test_what_one_replica_can_still_sign_for_a_former_issuer_every_replica_tells(tmp_path: Path) -> None:
+    mesh = Mesh(tmp_path)
+    one, _ = mesh.authority("one")
+    cart, redis = certificate(one), certificate(one)
+    mesh.replace("second")
+    tick(one)
+    other, _ = mesh.authority("other")  # has never had the former key
+    revoke(mesh, cart)
+    tick(other, one, other, one)
+    assert lists(one) == lists(other) == {"CN=middle": {cart.serial_number}, "CN=second": set()}
+    revoke(mesh, redis)
+    tick(one, other, other, one)
+    assert lists(one) == lists(other) == {"CN=middle": {cart.serial_number, redis.serial_number}, "CN=second": set()}
+    one.stop()
+    tick(other)
+    late, _ = mesh.authority("late")
+    tick(late)
+    assert lists(late) == lists(other), "what the one that has ended signed was kept"
+
+
+def test_replicas_come_to_the_same_lists_and_then_write_no_more(tmp_path: Path) -> None:
+    mesh = Mesh(tmp_path)
+    one, _ = mesh.authority("one")
+    other, _ = mesh.authority("other")
+    for _ in range(3):
+        revoke(mesh, certificate(one))
+        revoke(mesh, certificate(other))
+        tick(*[one, other] * 3)
+        assert one.trust.current.crl == other.trust.current.crl != b""
+        before = mesh.state.version
+        tick(*[one, other] * 3)
+        assert mesh.state.version == before
+
+
+def test_a_replica_whose_clock_is_behind_and_one_whose_is_not_leave_each_others_lists_alone(tmp_path: Path) -> None:
+    mesh = Mesh(tmp_path)
+    one, _ = mesh.authority("one")
+    other, _ = mesh.authority("other")
+    other.clock = Clock(mesh.clock.now - 900)
+    leaf = certificate(one)
+    revoke(mesh, leaf)
+    tick(*[one, other] * 3)
+    assert lists(one) == lists(other) == {"CN=middle": {leaf.serial_number}}
+    before = mesh.state.version
+    tick(*[one, other] * 3)
+    assert mesh.state.version == before
+
+
+def test_a_replica_that_lags_does_not_replace_a_newer_list_by_the_one_that_it_knows(tmp_path: Path) -> None:
+    mesh = Mesh(tmp_path)
+    one, shared = mesh.authority("one")
+    leaf = certificate(one)
+    mesh.replace("second")
+    tick(one)
+    other, _ = mesh.authority("other", lags=True)
+    mesh.clock.now += 5
+    revoke(mesh, leaf)
+    tick(one)
+    mesh.clock.now += crl.LIFETIME_S - DAY_S  # the list of the issuer that signs is to be renewed
+    before = mesh.state.version
+    tick(other)
+    assert mesh.state.version > before
+    former = next(found for found in crl.parse(shared.read(LISTS) or b"") if found.subject.rfc4514_string() == "CN=middle")
+    assert former.serials == {leaf.serial_number}
+
+
+def test_a_list_that_its_issuer_has_not_signed_is_not_told(tmp_path: Path) -> None:
+    mesh = Mesh(tmp_path)
+    one, shared = mesh.authority("one")
+    leaf = certificate(one)
+    revoke(mesh, leaf)
+    tick(one)
+    stranger = make("middle")
+    entry = (leaf.serial_number, int(mesh.clock()))
+    forged = new_crl(Issuer(stranger.certificate, stranger.key), [entry], 1, mesh.clock(), mesh.clock() + 10**8).decode()
+    (held,) = crl.parse(shared.read(LISTS) or b"")
+    shared.change(lambda documents: documents.write(LISTS, json.dumps({"lists": [{"issuer": held.issuer, "crl": forged}]})))
+    tick(one, one)
+    assert lists(one) == {"CN=middle": {leaf.serial_number}}
+    assert forged not in one.trust.current.crl.decode()
+    revoke(mesh, certificate(one))
+    tick(one)
+    (again,) = crl.parse(shared.read(LISTS) or b"")
+    assert len(again.serials) == 2
+
+
+def test_lists_that_are_damaged_while_a_replica_runs_hold_no_revocation_up(tmp_path: Path) -> None:
+    mesh = Mesh(tmp_path)
+    one, shared = mesh.authority("one")
+    shared.change(lambda documents: documents.write(LISTS, "{"))
+    leaf = certificate(one)
+    revoke(mesh, leaf)
+    tick(one)
+    assert lists(one) == {"CN=middle": {leaf.serial_number}}
+    assert one.is_revoked(leaf.serial_number)
