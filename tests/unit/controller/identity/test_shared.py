@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import grpc
+import pytest
 from cryptography import x509
 
 from controller.identity import crl, jwtkeys, ledger, revocations, rotation
+from controller.identity.attest import TokenAttestor
 from controller.identity.ca import CertificateAuthority
 from controller.identity.certificates import Issuer, Order, new_crl
-from controller.identity.directory import LISTS, Directory
+from controller.identity.directory import ISSUED, LISTS, Directory
 from controller.identity.jwtkeys import SharedKeys
+from controller.identity.service import JoinService
+from controller.identity.tokens import JOINING_S, TokenStore
 from meshapi import identity_pb2 as pb
 from tests.unit.controller.identity.authorities import make
-from tests.unit.controller.identity.harness import Clock, new_key, request
+from tests.unit.controller.identity.harness import Clock, decoded, new_key, request
 from tests.unit.controller.identity.shared import Mesh, Replica, State
 
 TOKENS_S, DAY_S = 300, 86_400
@@ -114,8 +122,10 @@ def test_keys_of_a_controller_that_has_lived_for_long_are_believed_for_long_afte
     assert len(writes) < 20
 
 
-def certificate(found: CertificateAuthority, identity: str = CART, node: str = "n1") -> x509.Certificate:
-    (made,) = found.issue_now([Order(identity, (key := new_key()).public_key(), request(key), DAY_S, node)])
+def certificate(found: CertificateAuthority, identity: str = CART, asker: x509.Certificate | None = None) -> x509.Certificate:
+    """As an agent of n1 asks for it, with the certificate that it has."""
+    with_serial = f"{asker.serial_number:x}" if asker else ""
+    (made,) = found.issue_now([Order(identity, (key := new_key()).public_key(), request(key), DAY_S, "n1", asker=with_serial)])
     assert isinstance(made, tuple)
     return made[0]
 
@@ -232,3 +242,120 @@ def test_lists_that_are_damaged_while_a_replica_runs_hold_no_revocation_up(tmp_p
     tick(one)
     assert lists(one) == {"CN=middle": {leaf.serial_number}}
     assert one.is_revoked(leaf.serial_number)
+
+
+def revoke_node(mesh: Mesh, also: str) -> None:
+    """As `ca revoke NODE` does."""
+    state = Replica(mesh.state)
+    found = [record for record in ledger.issued(state) if record.spiffe_id == NODE or also == "workloads"]
+    revocations.add(state, found, mesh.clock(), also, ["n1"])
+
+
+class Refusal(Exception):
+    """How a call ends."""
+
+
+class Context:
+    """Of a call of somebody without a certificate."""
+
+    def peer(self) -> str:
+        return "ipv4:192.0.2.1:4711"
+
+    async def abort(self, code: grpc.StatusCode, details: str) -> None:
+        raise Refusal(f"{code.name}: {details}")
+
+
+def join(found: CertificateAuthority, token: str, node: str = "n1") -> x509.Certificate:
+    service = JoinService(found, TokenAttestor(found), None, time.monotonic)
+    asked = pb.JoinRequest(node=node, csr=request(new_key()), token=token)
+    context: Any = Context()
+    return decoded(asyncio.run(service.Join(asked, context)).chain)[0]
+
+
+def new_token(mesh: Mesh, node: str = "") -> str:
+    return str(TokenStore(Replica(mesh.state), mesh.clock).create(node, 3600, "0" * 64)[0])
+
+
+@pytest.mark.parametrize("also", ["node", "workloads"])
+def test_a_replica_that_lags_revokes_what_it_gave_a_revoked_node_and_nothing_of_one_that_has_joined_again(
+    tmp_path: Path, also: str
+) -> None:
+    mesh = Mesh(tmp_path)
+    one, _ = mesh.authority("one")
+    other, lagging = mesh.authority("other")
+    stolen = certificate(one, NODE)
+    tick(one, other)
+    lagging.lags = True
+    revoke_node(mesh, also)
+    tick(one)
+    assert one.is_revoked(stolen.serial_number)
+    joined = join(one, new_token(mesh, "n1"))
+    given = [certificate(one, CART, joined), certificate(one, NODE, joined)]
+    assert not other.is_revoked(stolen.serial_number)
+    renewed, cart = certificate(other, NODE, stolen), certificate(other, CART, stolen)
+    given += [certificate(other, CART, joined), certificate(other, NODE, joined)]
+    lagging.lags = False
+    tick(other, one)
+    for found in (one, other):
+        assert all(found.is_revoked(leaf.serial_number) for leaf in (stolen, renewed))
+        assert found.is_revoked(cart.serial_number) == (also == "workloads")
+        assert not any(found.is_revoked(leaf.serial_number) for leaf in (joined, *given))
+    revoke_node(mesh, also)  # at the same second
+    late = certificate(one, NODE, joined)
+    tick(one, other)
+    assert all(found.is_revoked(leaf.serial_number) for leaf in (joined, late) for found in (one, other))
+
+
+def test_a_join_that_was_believed_before_its_node_was_revoked_and_is_signed_afterwards_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = Mesh(tmp_path)
+    one, _ = mesh.authority("one")
+    certificate(one, NODE)
+    tick(one)
+    issue_now = one.issue_now
+
+    def slowly(orders: Sequence[Order]) -> Any:
+        revoke_node(mesh, "node")
+        one._read_revoked()
+        return issue_now(orders)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one, "issue_now", slowly)
+        token = new_token(mesh, "n1")
+        with pytest.raises(Refusal, match="UNAVAILABLE"):
+            join(one, token)
+    join(one, token)  # an operator's word, and it was given back
+
+
+def test_a_token_for_any_node_gives_no_name_that_a_node_got_at_a_replica_that_this_one_lags_behind(tmp_path: Path) -> None:
+    mesh = Mesh(tmp_path)
+    one, _ = mesh.authority("one")
+    other, lagging = mesh.authority("other")
+    token = new_token(mesh)
+    tick(other)
+    lagging.lags = True
+    first = join(one, new_token(mesh, "n1"))
+    with pytest.raises(Refusal, match=r"PERMISSION_DENIED: node n1 has a valid certificate, and join token .* is for any node"):
+        join(other, token)
+    assert [record.serial for record in ledger.issued(Replica(mesh.state)) if record.spiffe_id == NODE] == [f"{first.serial_number:x}"]
+    revoke_node(mesh, "node")
+    again = join(other, token)  # it was given back, and what was revoked is known although this one lags
+    tick(one, other)
+    assert not one.is_revoked(again.serial_number)
+    mesh.clock.now += JOINING_S
+    with pytest.raises(Refusal, match="has a valid certificate"):
+        join(one, new_token(mesh))
+
+
+def test_a_record_says_what_was_known_only_where_something_was_revoked(tmp_path: Path) -> None:
+    mesh = Mesh(tmp_path)
+    one, shared = mesh.authority("one")
+    joined = join(one, new_token(mesh, "n1"))
+    assert b"knew" not in (shared.read(ISSUED, "node.n1") or b""), "an earlier release can read it"
+    revoke(mesh, joined)
+    tick(one)
+    again = join(one, new_token(mesh, "n1"))
+    (revoked,) = revocations.read(shared)
+    records = {record.serial: record.knew for record in ledger.issued(shared) if record.node == "n1"}
+    assert records == {f"{joined.serial_number:x}": 0, f"{again.serial_number:x}": revoked.at}
