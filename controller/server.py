@@ -134,7 +134,8 @@ class Controller:
         store = self._shared or (Directory(authority) if authority is not None else None)
         self._keys: NodeKeys | None = None
         if settings.wireguard and store is not None:
-            self._keys = NodeKeys(store, lambda: self.identity.ca.barred() if self.identity else ())
+            groups = self._shared.groups if self._shared is not None else None
+            self._keys = NodeKeys(store, lambda: self.identity.ca.barred() if self.identity else (), groups)
         self.mesh = Mesh(
             self._kubernetes.source if self._kubernetes is not None else Source(settings.directory or Path()),
             authority=authority is not None,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, NamedTuple
 
 from controller.errors import ControllerError
-from controller.store import Documents, Store
+from controller.store import Documents, Store, of_node
 from controller.waiting import heard
 from meshapi import discovery_pb2 as pb
 
@@ -30,7 +30,10 @@ LOOK_S: Final = 5.0
 """How often it is looked whether a node was revoked."""
 SETTLE_S: Final = 0.1
 """Many agents that come at once are one change."""
+DEPARTED_S: Final = 3600.0
+"""How long a node must have had no certificate in force until its key is forgotten, where several controllers share it."""
 Barred = Callable[[], Collection[str]]
+Groups = Callable[[], Collection[str]]
 
 
 class BadKey(ValueError):
@@ -48,9 +51,14 @@ class Stolen(NamedTuple):
 class NodeKeys:
     """Keys by node. `announce` is called on the event loop, everything else from any thread."""
 
-    def __init__(self, store: Store, barred: Barred) -> None:
-        """`barred` names the nodes that an operator has revoked; it blocks, and raises ControllerError."""
-        self._store = store
+    def __init__(self, store: Store, barred: Barred, groups: Groups | None = None) -> None:
+        """`barred` names the nodes that an operator has revoked; it blocks, and raises ControllerError.
+
+        `groups`: what is shared of nodes, by `controller.store.of_node`. A node of which nothing is, not even a certificate in force, has left the mesh.
+        """
+        self._store, self._groups = store, groups
+        self._missed: dict[str, float] = {}
+        """Since when (monotonic clock) nothing is shared of a node whose key is known."""
         self._barred_now = barred
         self._barred: frozenset[str] = frozenset()
         self._keys: dict[str, bytes] = {}
@@ -117,15 +125,27 @@ class NodeKeys:
         """
         try:
             barred = frozenset(self._barred_now())
+            self._forget_departed()
+            gone = (barred - self._barred) & self._keys.keys()
+            if gone:
+                self._change(lambda keys: {name: kept for name, kept in keys.items() if name not in gone})
+                _log.warning("WireGuard keys of revoked nodes forgotten", extra={"nodes": sorted(gone)})
         except ControllerError as error:  # the authority says so too, and lets nobody in
-            _log.error("cannot see which nodes are revoked, their WireGuard keys stay", extra={"error": str(error)})
+            _log.error("WireGuard keys of revoked nodes cannot be forgotten yet", extra={"error": str(error)})
             return False
-        gone = (barred - self._barred) & self._keys.keys()
-        if gone:
-            self._change(lambda keys: {name: kept for name, kept in keys.items() if name not in gone})
-            _log.warning("WireGuard keys of revoked nodes forgotten", extra={"nodes": sorted(gone)})
         self._barred = barred
         return bool(gone)
+
+    def _forget_departed(self) -> None:
+        """Keys of nodes that come and go must not fill what several controllers share. Nobody is told of a node without workloads: it is no news."""
+        if self._groups is None:
+            return
+        present, now = self._groups(), time.monotonic()
+        self._missed = {name: self._missed.get(name, now) for name in self._keys if of_node(name) not in present}
+        gone = {name for name, since in self._missed.items() if now - since >= DEPARTED_S}
+        if gone:
+            self._change(lambda keys: {name: kept for name, kept in keys.items() if name not in gone})
+            _log.info("WireGuard keys of nodes that have left forgotten", extra={"nodes": len(gone)})
 
     def _change(self, work: Callable[[dict[str, bytes]], dict[str, bytes]]) -> None:
         """Make the keys into others, durably. Raises ControllerError, and whatever `work` does."""

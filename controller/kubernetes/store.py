@@ -22,12 +22,13 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from controller import metrics
 from controller.errors import ControllerError
 from controller.kubernetes.api import Api, ApiError, TooLarge, Unreachable
 from controller.kubernetes.reflector import Reflector
 from controller.kubernetes.shapes import Kind, Seen, stored
 from controller.objects import Key
-from controller.store import Documents
+from controller.store import LAST, Documents
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,11 @@ _VERSION: Final = "meshagent.io/v1alpha1"
 AUTHORITY: Final = "authority"
 """Name of the object of the group ""."""
 MOST: Final = 1 << 20
-"""Bytes of one object: etcd takes 1.5 MiB (https://etcd.io/docs/latest/dev-guide/limit/)."""
+"""Bytes of one object's documents, as JSON: etcd takes 1.5 MiB (https://etcd.io/docs/latest/dev-guide/limit/)."""
+RESERVE: Final = 384 << 10
+"""How much more there may be if it is `controller.store.LAST` that grows."""
+FULL: Final = 0.75
+"""Of MOST: from there on an operator hears of it."""
 CHANGE_S: Final = 30.0
 """How long others may be faster, or the API server be busy, before a change is given up."""
 PAUSE_S: Final = 0.02
@@ -76,6 +81,9 @@ class ClusterStore:
         self._reflector: Reflector
         self._reading: asyncio.Task[None]
         self._stale_since: float | None = None
+        self._measured: Seen | None = None
+        self._filling = False
+        """Is `authority` nearly full?"""
         self._looked = 0.0
         """When the API server has answered last (monotonic clock)."""
         self._ended: Future[None] = Future()
@@ -168,7 +176,7 @@ class ClusterStore:
                     found = _Changes(_documents(held))
                     result = work(found)
                     if found.changed:
-                        self._check(key, found.documents)
+                        self._check(key, _documents(held), found.documents)
                         self._call(self._store(key, held, found.documents), _UNKNOWN)
                 except ApiError as error:
                     busy = error.code in _BUSY
@@ -245,8 +253,26 @@ class ClusterStore:
         elif self._stale_since is None:
             self._stale_since = time.monotonic()
             _log.error("what other controllers change is not known", extra={"error": problem.message})
+        self._measure(self._reflector.store.get(self._key("")))
         for told in self._told.copy():
             told()
+
+    def _measure(self, seen: Seen | None) -> None:
+        """Say so, once, while there still is room."""
+        if seen is self._measured:
+            return
+        self._measured, documents = seen, _documents(seen)
+        size, before = _size(documents), self._filling
+        metrics.SHARED_STATE.set(size)
+        self._filling = size >= FULL * MOST
+        if self._filling and not before:
+            largest = sorted(documents, key=lambda name: -len(documents[name]))[:3]
+            said = ", ".join(f"{name} {len(documents[name]) >> 10} KiB" for name in largest)
+            extra = {"object": AUTHORITY, "kib": size >> 10, "of": MOST >> 10, "largest": said}
+            _log.error(
+                "what controllers share is nearly full; when it is, only revocations are taken. docs/kubernetes.md says what to remove",
+                extra=extra,
+            )
 
     async def _get(self, key: Key) -> Seen | None:
         """Ask for an object as it is now: a get without a version is answered by a quorum."""
@@ -311,12 +337,15 @@ class ClusterStore:
         except (Unreachable, TooLarge) as error:
             raise ControllerError(f"the API server has not answered ({error}): {consequence}; do it again when it does") from error
 
-    def _check(self, key: Key, documents: dict[str, str]) -> None:
-        size = sum(len(name) + len(text.encode()) for name, text in documents.items())
-        if size > MOST:
+    def _check(self, key: Key, before: dict[str, str], after: dict[str, str]) -> None:
+        """Raise ControllerError if there is no room for what is to be written; who takes something away is never told so."""
+        grown = {name for name, text in after.items() if len(text) > len(before.get(name, ""))}
+        size, most = _size(after), MOST + (RESERVE if grown <= LAST else 0)
+        if size > most and size > _size(before):
             raise ControllerError(
-                f"ControllerState {self._namespace}/{key.name} has no room for more than {MOST >> 10} KiB, this would be {size >> 10}: nothing was written. "
-                "Of what was revoked or issued much goes when its certificates run out; a shorter --svid-lifetime makes that sooner"
+                f"ControllerState {self._namespace}/{key.name} has no room for more than {most >> 10} KiB, this would be {size >> 10}: nothing was written. "
+                "docs/kubernetes.md says what to remove. Of what was revoked or issued much goes when its certificates run out; a shorter --svid-lifetime "
+                "makes that sooner"
             )
 
     def _refusal(self, key: Key, error: ApiError) -> ControllerError:
@@ -350,3 +379,8 @@ class _Changes:
 
 def _documents(seen: Seen | None) -> dict[str, str]:
     return dict(seen.object.spec) if seen is not None and seen.object is not None else {}
+
+
+def _size(documents: dict[str, str]) -> int:
+    """Bytes of documents as they are stored: strings in JSON, whose quotes and line ends take two."""
+    return len(json.dumps(documents, ensure_ascii=False).encode()) if documents else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ from controller.identity.directory import Directory
 from controller.identity.plane import IdentitySettings
 from controller.main import main
 from controller.server import Controller, Settings
+from controller.store import of_node
 from controller.wireguard import FILE, BadKey, NodeKeys, check
 from meshapi import discovery_pb2 as pb
 from tests.tasks import beside, until
 from tests.unit.controller.harness import SHOP
+from tests.unit.controller.identity.shared import Replica, State
 from tests.unit.controller.test_discovery import Stream, names, stream
 
 ONE, TWO, THREE = (bytes([number]) * 32 for number in (1, 2, 3))
@@ -97,6 +100,44 @@ def test_a_revoked_node_loses_its_key_until_it_announces_it_again(tmp_path: Path
     asyncio.run(found.announce("n1", end(TWO)))  # the gate let it in again
     assert not found.forget_barred()
     assert known(found, "n1") == {"n1": TWO}
+
+
+def test_a_key_of_a_node_that_has_left_goes_where_it_is_shared_and_stays_where_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wireguard, "DEPARTED_S", 0.2)
+    shared, alone = Replica(State()), keys(tmp_path)
+    found = NodeKeys(shared, tuple, shared.groups)
+    found.start()
+    for each in (found, alone):
+        asyncio.run(each.announce("n1", end()))
+        asyncio.run(each.announce("n2", end(TWO, 51871, "192.0.2.2")))
+    shared.change(lambda documents: documents.write("issued.jsonl", "x"), of_node("n1"))  # a certificate in force
+    began = time.monotonic()
+    while known(found, "n2")["n2"]:
+        assert time.monotonic() < began + 20
+        found.forget_barred()
+        alone.forget_barred()
+    assert time.monotonic() > began + 0.2
+    assert known(found, "n1") == {"n1": ONE}
+    assert known(alone, "n1", "n2") == {"n1": ONE, "n2": TWO}
+
+
+def test_a_look_that_cannot_write_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    barred: set[str] = set()
+    found = keys(tmp_path, barred)
+    asyncio.run(found.announce("n1", end()))
+    barred.add("n1")
+
+    def away(*_: object) -> None:
+        raise ControllerError("the API server is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Directory, "change", away)
+        assert not found.forget_barred()
+        assert known(found, "n1") == {"n1": ONE}
+    assert found.forget_barred()
+    assert known(found, "n1") == {"n1": b""}
 
 
 @pytest.mark.parametrize("news", ["foreign", "fresh"])
