@@ -178,6 +178,17 @@ async def test_a_token_is_good_at_any_replica_and_once(two: Replicas) -> None:
     assert await node.refused(two.b) == "", "a certificate of one is believed by the other"
 
 
+async def test_a_token_for_any_node_gives_no_name_that_a_node_has_got_at_another_replica(two: Replicas) -> None:
+    token = await two.token()
+    await two.join("n1", two.a)
+    with pytest.raises(grpc.aio.AioRpcError, match="node n1 has a valid certificate"):
+        await two.join("n1", two.b, token)
+    await asyncio.to_thread(two.said, "ca", "revoke", f"{DOMAIN}/meshagent/node/n1")
+    again = await two.join("n1", two.b, token)
+    await asyncio.sleep(1.5)
+    assert [await again.refused(one) for one in (two.a, two.b)] == ["", ""], "what was given after the revocation is not meant by it"
+
+
 async def test_a_jwt_of_one_replica_can_be_checked_with_what_the_other_tells(two: Replicas) -> None:
     node = await two.join("n1", two.a)
 
@@ -198,6 +209,19 @@ async def test_a_jwt_of_one_replica_can_be_checked_with_what_the_other_tells(two
         return len(now) == 4 and not now & before and await kids(two.b) == now
 
     await soon(replaced)
+    before = await kids(two.a)
+    two.b.kill()
+    await asyncio.to_thread(two.said, "ca", "rotate", "--now")
+    await soon(lambda: apart(kids, two.a, before))
+    two.b.start(again=True)
+    await asyncio.to_thread(two.b.wait)
+    assert not before & await kids(two.b), "one that was away does not bring its own back"
+    await soon(shared)
+    assert not before & await kids(two.a)
+
+
+async def apart(kids: Callable[[Replica], Awaitable[set[str]]], at: Replica, before: set[str]) -> bool:
+    return not await kids(at) & before
 
 
 async def test_a_trace_and_a_status_reach_an_agent_through_the_replica_that_it_is_not_connected_to(two: Replicas, tmp_path: Path) -> None:
