@@ -6,24 +6,16 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from controller.errors import ControllerError
 from controller.identity.ca import CertificateAuthority
 from controller.identity.ledger import Taken
+from controller.identity.proof import Proof
 from controller.identity.refusals import Refused
 from controller.identity.tokens import Record
 
 _log = logging.getLogger(__name__)
-
-
-class Proof(NamedTuple):
-    """What was believed."""
-
-    shown: str
-    """To log."""
-    alone: bool = False
-    """It gives no name that somebody has: a certificate is ordered with `Order.alone`, and `ledger.Taken` is raised inside if that cannot be."""
 
 
 class Attestor(Protocol):

@@ -21,8 +21,8 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from controller.errors import ControllerError
-from controller.identity.attest import Proof
 from controller.identity.names import SHOWN
+from controller.identity.proof import Proof
 from controller.identity.refusals import Refused, Unavailable
 from meshapi.join import AUDIENCE
 
