@@ -10,7 +10,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
@@ -135,7 +135,7 @@ class Controller:
         self._keys: NodeKeys | None = None
         if settings.wireguard and store is not None:
             groups = self._shared.groups if self._shared is not None else None
-            self._keys = NodeKeys(store, lambda: self.identity.ca.barred() if self.identity else (), groups)
+            self._keys = NodeKeys(store, self._barred, self._known_barred, groups)
         self.mesh = Mesh(
             self._kubernetes.source if self._kubernetes is not None else Source(settings.directory or Path()),
             authority=authority is not None,
@@ -202,6 +202,12 @@ class Controller:
         self._server = server
         await self._serve_others()
         _log.info("controller serving", extra={"socket": str(settings.socket), "listen": settings.listen or "off"})
+
+    def _barred(self) -> Mapping[str, int]:
+        return self.identity.ca.barred() if self.identity else {}
+
+    def _known_barred(self) -> Mapping[str, int]:
+        return self.identity.ca.known_barred if self.identity else {}
 
     def _memory(self, authority: Path | None) -> Memory | None:
         """What remembers who has tunnels; None without an authority."""

@@ -32,7 +32,8 @@ SETTLE_S: Final = 0.1
 """Many agents that come at once are one change."""
 DEPARTED_S: Final = 3600.0
 """How long a node must have had no certificate in force until its key is forgotten, where several controllers share it."""
-Barred = Callable[[], Collection[str]]
+Barred = Callable[[], Mapping[str, int]]
+"""Names the nodes that an operator has revoked, and since when (`controller.identity.revocations.since`)."""
 Groups = Callable[[], Collection[str]]
 
 
@@ -48,21 +49,26 @@ class Stolen(NamedTuple):
     node: str
 
 
+class Said(NamedTuple):
+    """What a node announced: an encoded WireGuard message, and since when it was barred as far as was known then; 0 if it was not."""
+
+    content: bytes
+    since: int = 0
+
+
 class NodeKeys:
     """Keys by node. `announce` is called on the event loop, everything else from any thread."""
 
-    def __init__(self, store: Store, barred: Barred, groups: Groups | None = None) -> None:
-        """`barred` names the nodes that an operator has revoked; it blocks, and raises ControllerError.
+    def __init__(self, store: Store, barred: Barred, known: Barred, groups: Groups | None = None) -> None:
+        """`barred` is of now; it blocks, and raises ControllerError. `known` is what calls are let in by: who announces a key then has been let in since.
 
         `groups`: what is shared of nodes, by `controller.store.of_node`. A node of which nothing is, not even a certificate in force, has left the mesh.
         """
         self._store, self._groups = store, groups
         self._missed: dict[str, float] = {}
         """Since when (monotonic clock) nothing is shared of a node whose key is known."""
-        self._barred_now = barred
-        self._barred: frozenset[str] = frozenset()
-        self._keys: dict[str, bytes] = {}
-        """Encoded WireGuard messages."""
+        self._barred, self._known = barred, known
+        self._keys: dict[str, Said] = {}
         self._withheld: Mapping[str, Stolen] = {}
         """What was said last of nodes that others are not told."""
         self._lock = threading.Lock()
@@ -92,7 +98,7 @@ class NodeKeys:
         self._foreign = True
         self._changed.set()
 
-    def _parsed(self, content: bytes | None) -> dict[str, bytes]:
+    def _parsed(self, content: bytes | None) -> dict[str, Said]:
         try:
             return {} if content is None else _parse(content)
         except ValueError as error:
@@ -112,28 +118,28 @@ class NodeKeys:
             self._changed.set()
 
     def _take(self, node: str, content: bytes | None) -> bool:
-        if self._keys.get(node) == content:
+        said = None if content is None else Said(content, self._known().get(node, 0))
+        if self._keys.get(node) == said:
             return False
-        self._change(lambda keys: _announced(keys, node, content))
+        self._change(lambda keys: _announced(keys, node, said))
         _log.info("WireGuard key of a node changed", extra={"node": node, "has": content is not None})
         return True
 
     def forget_barred(self) -> bool:
-        """Forget the keys of nodes that were revoked since the last look; True if there were any. Blocking.
+        """Forget the keys of nodes that were revoked since they announced them; True if there were any. Blocking.
 
-        A node that an operator lets join again announces its key again.
+        A node that an operator lets join again announces its key again, and keeps it, also when the controller starts anew.
         """
         try:
-            barred = frozenset(self._barred_now())
+            barred = self._barred()
             self._forget_departed()
-            gone = (barred - self._barred) & self._keys.keys()
+            gone = {name for name, said in self._keys.items() if said.since < barred.get(name, 0)}
             if gone:
-                self._change(lambda keys: {name: kept for name, kept in keys.items() if name not in gone})
+                self._change(lambda keys: {name: said for name, said in keys.items() if said.since >= barred.get(name, 0)})
                 _log.warning("WireGuard keys of revoked nodes forgotten", extra={"nodes": sorted(gone)})
         except ControllerError as error:  # the authority says so too, and lets nobody in
             _log.error("WireGuard keys of revoked nodes cannot be forgotten yet", extra={"error": str(error)})
             return False
-        self._barred = barred
         return bool(gone)
 
     def _forget_departed(self) -> None:
@@ -147,13 +153,14 @@ class NodeKeys:
             self._change(lambda keys: {name: kept for name, kept in keys.items() if name not in gone})
             _log.info("WireGuard keys of nodes that have left forgotten", extra={"nodes": len(gone)})
 
-    def _change(self, work: Callable[[dict[str, bytes]], dict[str, bytes]]) -> None:
+    def _change(self, work: Callable[[dict[str, Said]], dict[str, Said]]) -> None:
         """Make the keys into others, durably. Raises ControllerError, and whatever `work` does."""
 
-        def written(documents: Documents) -> dict[str, bytes]:
+        def written(documents: Documents) -> dict[str, Said]:
             keys = work(self._parsed(documents.read(FILE)))
-            nodes = {name: base64.b64encode(kept).decode() for name, kept in sorted(keys.items())}
-            documents.write(FILE, json.dumps({"nodes": nodes}, indent=1) + "\n")
+            nodes = {name: base64.b64encode(said.content).decode() for name, said in sorted(keys.items())}
+            since = {name: said.since for name, said in sorted(keys.items()) if said.since}
+            documents.write(FILE, json.dumps({"nodes": nodes, **({"since": since} if since else {})}, indent=1) + "\n")
             return keys
 
         with self._lock:
@@ -166,7 +173,7 @@ class NodeKeys:
         at here, and not in `announce`, because the workload may come after the announcement.
         """
         nodes = {entity.workload.node for name, entity in model.items() if name.startswith("workload/")}
-        keys = self._keys
+        keys = {node: said.content for node, said in self._keys.items()}
         withheld = _stolen({node: keys[node] for node in nodes if node in keys}, model)
         self._tell(withheld)
         found = {}
@@ -205,15 +212,15 @@ class NodeKeys:
                     return
 
 
-def _announced(keys: Mapping[str, bytes], node: str, content: bytes | None) -> dict[str, bytes]:
+def _announced(keys: Mapping[str, Said], node: str, said: Said | None) -> dict[str, Said]:
     """Return the keys after what a node announced. Raises BadKey."""
     found = {name: kept for name, kept in keys.items() if name != node}
-    if content is not None:
-        key = pb.WireGuard.FromString(content).public_key
+    if said is not None:
+        key = pb.WireGuard.FromString(said.content).public_key
         for other, kept in found.items():
-            if pb.WireGuard.FromString(kept).public_key == key:
+            if pb.WireGuard.FromString(kept.content).public_key == key:
                 raise BadKey(f"its public key is node {other}'s: each node makes its own; was the machine copied while its agent ran?")
-        found[node] = content
+        found[node] = said
     return found
 
 
@@ -263,16 +270,16 @@ def _usual(text: str) -> str:
         return text
 
 
-def _parse(content: bytes) -> dict[str, bytes]:
+def _parse(content: bytes) -> dict[str, Said]:
     try:
         document: Any = json.loads(content)
-        nodes = document["nodes"]
-        found = {str(name): base64.b64decode(text, validate=True) for name, text in nodes.items()}
+        nodes, since = document["nodes"], document.get("since", {})
+        found = {str(name): Said(base64.b64decode(text, validate=True), int(since.get(name, 0))) for name, text in nodes.items()}
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise ValueError("it is cut off or overwritten") from error
     for name, kept in found.items():
         try:
-            check(pb.WireGuard.FromString(kept))
+            check(pb.WireGuard.FromString(kept.content))
         except Exception as error:
             raise ValueError(f"what it says about node {name[:100]} is damaged") from error
     return found

@@ -126,6 +126,7 @@ class CertificateAuthority:
         self._revoked_version: object = None
         self._newest: Mapping[str, int] = {}
         """`revocations.newest` of what is in `_revoked`."""
+        self._barred: Mapping[str, int] = {}
         self._chased: dict[str, Issued] = {}
         self._unchased: set[str] = set()
         """Revocations, by serial, after which nobody has looked yet for what their nodes got meanwhile."""
@@ -175,9 +176,17 @@ class CertificateAuthority:
         """Return when something of the node was revoked last, as of now; 0 if nothing was. Blocks. Raises ControllerError."""
         return revocations.newest(revocations.read(self.store)).get(node, 0)
 
-    def barred(self) -> frozenset[str]:
-        """Return the revoked nodes that no operator has restored, as of now and not of the last tick; blocks. Raises ControllerError."""
-        return revocations.barred(self.store)
+    def barred(self) -> Mapping[str, int]:
+        """Return the revoked nodes that no operator has restored, and since when, as of now and not of the last tick; blocks. Raises ControllerError."""
+        return revocations.barred(self.store, self._node_of)
+
+    @property
+    def known_barred(self) -> Mapping[str, int]:
+        """The same as of the last tick, which is what calls are let in by."""
+        return self._barred
+
+    def _node_of(self, spiffe_id: str) -> str:
+        return node_of(self.trust_domain, spiffe_id)
 
     def delivered(self, node: str, bundle: pb.TrustBundle) -> None:
         """Note that the node was given a bundle."""
@@ -367,7 +376,8 @@ class CertificateAuthority:
         version = self.store.signature(REVOKED)
         if version == self._revoked_version:
             return
-        found = {record.serial: record for record in revocations.read(self.store)}
+        certificates, nodes = revocations.known(self.store)
+        found = {record.serial: record for record in certificates}
         if self._revoked_version is not None:
             self._unchased |= {record.serial for record in found.values() if record.also and record.serial not in self._revoked}
         self._revoked = {**self._revoked, **found}  # at once: what follows waits for others, and may fail
@@ -378,7 +388,8 @@ class CertificateAuthority:
             self._chased = {serial: record for serial, record in self._chased.items() if serial not in found}
             chased = [revocations.revoked(record, int(self.clock())) for record in self._chased.values()]
             self._revoked = {**found, **{record.serial: record for record in chased}}
-            self._newest = revocations.newest(found.values())
+            self._newest = revocations.newest(certificates)
+            self._barred = revocations.since(certificates, nodes, self._node_of)
         _log.info("revocations read", extra={"revoked": len(self._revoked)})
         if self._chased:
             revocations.add(self.store, self._chased.values(), self.clock())

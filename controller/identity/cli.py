@@ -122,7 +122,7 @@ def show(store: AuthorityStore, output: str) -> None:
         "waits": _waits(store) if held.root("next") else [],
         "certificates": len(live),
         "nodes": sorted(nodes),
-        "barred": sorted(revocations.barred(store)),
+        "barred": sorted(revocations.known(store)[1]),
         "revoked": [{"serial": item.serial, "spiffeId": item.spiffe_id, "until": item.until, "at": item.at} for item in revoked],
     }
     click.echo(json.dumps(content) if output == "json" else "\n".join(_described(content)))

@@ -7,7 +7,7 @@ takes it off. It concerns proofs that serve more than once (Kubernetes): a join 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -85,9 +85,23 @@ def read(store: Store) -> list[Revoked]:
     return _read(store)[0]
 
 
-def barred(store: Store) -> frozenset[str]:
-    """Return the nodes that may not come back by themselves, as of now. Raises ControllerError."""
-    return store.change(lambda documents: _read(store, documents)[1])
+def barred(store: Store, node_of: Callable[[str], str]) -> dict[str, int]:
+    """Return the nodes that may not come back by themselves, as of now: see `since`. Raises ControllerError."""
+    return store.change(lambda documents: since(*_read(store, documents), node_of))
+
+
+def known(store: Store) -> tuple[list[Revoked], frozenset[str]]:
+    """Return the certificates on the list, and the nodes that may not come back by themselves. Raises ControllerError."""
+    return _read(store)
+
+
+def since(certificates: Iterable[Revoked], nodes: Iterable[str], node_of: Callable[[str], str]) -> dict[str, int]:
+    """Return for each of these nodes when a certificate of its own was revoked last; 1 if none is on the list any more, or none ever was.
+
+    `node_of` tells whose own a SPIFFE ID is.
+    """
+    own = newest(record for record in certificates if node_of(record.spiffe_id))
+    return {node: max(1, own.get(node, 0)) for node in nodes}
 
 
 def _read(store: Store, documents: Documents | None = None) -> tuple[list[Revoked], frozenset[str]]:

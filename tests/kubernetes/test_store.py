@@ -194,7 +194,7 @@ def test_a_report_is_of_a_pod_and_not_of_its_name_and_a_replica_that_lags_takes_
 
 def test_wireguard_keys_that_one_replica_was_told_are_known_to_the_other(two: tuple[ClusterStore, ClusterStore]) -> None:
     async def check() -> None:
-        one, other = (NodeKeys(store, tuple) for store in two)
+        one, other = (NodeKeys(store, dict, dict) for store in two)
         loop = asyncio.get_running_loop()
         two[1].listen(lambda: loop.call_soon_threadsafe(other.look))
         for found in (one, other):

@@ -359,3 +359,26 @@ def test_a_record_says_what_was_known_only_where_something_was_revoked(tmp_path:
     (revoked,) = revocations.read(shared)
     records = {record.serial: record.knew for record in ledger.issued(shared) if record.node == "n1"}
     assert records == {f"{joined.serial_number:x}": 0, f"{again.serial_number:x}": revoked.at}
+
+
+def test_since_when_a_node_is_barred_is_told_by_certificates_of_its_own_alone(tmp_path: Path) -> None:
+    mesh = Mesh(tmp_path)
+    one, _ = mesh.authority("one")
+    assert one.barred() == one.known_barred == {}
+    joined = certificate(one, NODE)
+    revoke_node(mesh, "node")
+    assert one.known_barred == {}
+    tick(one)
+    before = {"n1": int(mesh.clock())}
+    assert one.barred() == one.known_barred == before
+    mesh.clock.now += 60
+    revoke(mesh, certificate(one, CART, joined))
+    tick(one)
+    assert one.barred() == one.known_barred == before
+    certificate(one, NODE)
+    revoke_node(mesh, "node")
+    tick(one)
+    assert one.barred() == one.known_barred == {"n1": int(mesh.clock()) + 1}, "later than what was revoked of it before"
+    mesh.clock.now += DAY_S + revocations.KEPT_S + 1
+    one._prune()
+    assert one.barred() == one.known_barred == {"n1": 1}, "what has run out is not on the list any more"
