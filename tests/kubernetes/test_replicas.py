@@ -21,11 +21,16 @@ from agent.discovery import Discovery
 from agent.model import Snapshot
 from agent.relay import Relay
 from agent.replicas import Replicas as Replicated
+from controller.errors import ControllerError
 from controller.identity import revocations
+from controller.identity.ca import CaSettings
 from controller.identity.ledger import Issued
+from controller.identity.operator import Intermediate
+from controller.identity.plane import IdentitySettings
 from controller.kubernetes.api import Api
 from controller.kubernetes.part import opened
 from controller.kubernetes.store import ClusterStore
+from controller.server import Controller, Kubernetes, Settings
 from meshapi import agent_pb2, discovery_pb2, relay_pb2_grpc
 from meshapi import identity_pb2 as pb
 from meshapi.relay_pb2 import AskRequest
@@ -49,7 +54,9 @@ def two(plane: ControlPlane, tmp_path: Path) -> Iterator[Replicas]:
     with replicas(plane, tmp_path) as found:
         found.start()
         yield found
-    plane.kubectl("delete", "namespace", "shop", "--wait=false")
+    plane.kubectl(
+        "delete", "workloads.meshagent.io", "--all", "-n", "shop"
+    )  # the namespace would never be gone: that takes a controller manager
 
 
 async def soon(condition: Callable[[], Awaitable[bool]], seconds: float = 20.0) -> None:
@@ -265,6 +272,31 @@ async def test_the_rights_of_the_manifest_are_enough(two: Replicas) -> None:
     for verb, what, space in (("delete", "controllerstates.meshagent.io", "shop"), ("get", "configmaps", OWN), ("create", "secrets", OWN)):
         said = two.plane.kubectl("auth", "can-i", verb, what, "-n", space, f"--as={ACCOUNT}", check=False)
         assert said.startswith("no"), (verb, what)
+
+
+async def test_a_controller_that_cannot_read_any_more_what_others_change_ends(
+    plane: ControlPlane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plane.apply(namespace(OWN, "none"))
+    with replicas(plane, tmp_path):
+        files = CaSettings(tmp_path / "ca", Intermediate(tmp_path / "middle.pem", tmp_path / "middle.key"), roots=tmp_path / "root.pem")
+        own = Kubernetes(plane.kubeconfig(), "", OWN)
+        controller = Controller(Settings(None, tmp_path / "c.sock", identity=IdentitySettings(files), kubernetes=own))
+        try:
+            await controller.start()
+            running = asyncio.create_task(controller.run(asyncio.Event()))
+            assert controller._shared is not None
+
+            def broken(*_: object) -> None:
+                raise RuntimeError("boom")
+
+            monkeypatch.setattr(controller._shared._reflector, "_take", broken)
+            with opened(plane.kubeconfig(), "", OWN) as other:
+                await asyncio.to_thread(other.change, lambda documents: documents.write("x", "1"))
+            with pytest.raises(ControllerError, match=r"what other controllers change is not read any more \(RuntimeError\('boom'\)\)"):
+                await asyncio.wait_for(running, 20)
+        finally:
+            await controller.stop()
 
 
 async def refused_everywhere(two: Replicas, node: Joined) -> bool:
