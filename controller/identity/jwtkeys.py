@@ -12,7 +12,7 @@ import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -44,13 +44,6 @@ class Told:
     until: int
 
 
-class Readable(Protocol):
-    """What has documents."""
-
-    def read(self, name: str) -> bytes | None:
-        """Return a document; None if there is none."""
-
-
 class SharedKeys:
     """The keys as one controller sees them. What takes or gives documents blocks, and raises ControllerError."""
 
@@ -71,11 +64,18 @@ class SharedKeys:
         """Must this controller make new keys? Returns what `renewed` is to be told then, "" too."""
         self._read()
         if self._answered is None:
-            self._answered = _withdrawal(self._directory, self._directory)
+            self._answered = self._noted()
         current = _withdrawal(self._store, self._store)
         if current not in {"", self._answered}:
             return current
         return current if self._own and not any(told.owner == self._owner for told in self._told) else None
+
+    def _noted(self) -> str:
+        """Return what `renewed` has noted; what cannot be read is nothing, and then new keys are made."""
+        try:
+            return parse_withdrawal(self._directory.read(WITHDRAWN) or b"")
+        except BadState:
+            return ""
 
     def renewed(self, withdrawal: str) -> None:
         """Note, over restarts, that this controller's keys are younger than that withdrawal."""
@@ -147,7 +147,7 @@ def _said(withdrawal: str) -> str:
     return json.dumps({"withdrawal": withdrawal}) + "\n"
 
 
-def _withdrawal(documents: Readable, store: Store) -> str:
+def _withdrawal(documents: Documents | Store, store: Store) -> str:
     """Return the name of the last withdrawal; "" if there was none."""
     content = documents.read(WITHDRAWN)
     if content is None:

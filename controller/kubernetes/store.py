@@ -270,7 +270,7 @@ class ClusterStore:
             said = ", ".join(f"{name} {len(documents[name]) >> 10} KiB" for name in largest)
             extra = {"object": AUTHORITY, "kib": size >> 10, "of": MOST >> 10, "largest": said}
             _log.error(
-                "what controllers share is nearly full; when it is, only revocations are taken. docs/kubernetes.md says what to remove",
+                "what controllers share is nearly full; when it is, no node joins with a token. docs/kubernetes.md says what to remove",
                 extra=extra,
             )
 

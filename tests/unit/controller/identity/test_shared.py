@@ -55,6 +55,11 @@ def test_a_controller_that_was_away_when_the_jwt_keys_were_withdrawn_does_not_br
     again, _ = mesh.authority("other")  # and that it has made others it remembers
     asyncio.run(again.tick())
     assert kids(again.trust.current) == after
+    again.stop()
+    (tmp_path / "other" / jwtkeys.WITHDRAWN).write_text("{")
+    unsure, _ = mesh.authority("other")
+    asyncio.run(unsure.tick())
+    assert len(kids(unsure.trust.current) - after) == 2, "they are made anew rather than believed wrongly"
 
 
 def test_a_controller_that_lags_does_not_tell_keys_again_that_were_withdrawn_meanwhile(tmp_path: Path) -> None:
