@@ -23,6 +23,11 @@ CA_EXPIRY = Gauge("mesh_controller_ca_expiry_timestamp_seconds", "when the signi
 CA_PROBLEM = Gauge(
     "mesh_controller_ca_problem", "1 if the certificate authority cannot go on as it should; the log says why", registry=REGISTRY
 )
+SHARED_STATE = Gauge(
+    "mesh_controller_shared_state_bytes",
+    "size of ControllerState authority, which may have 1 MiB; 0 where one controller is alone",
+    registry=REGISTRY,
+)
 QUOTA_REDIS = Gauge(
     "mesh_quota_redis_up", "1 if the counts of global limits are in Redis; 0 without, or while it is away", registry=REGISTRY
 )

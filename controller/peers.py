@@ -17,12 +17,22 @@ def is_local(context: grpc.aio.ServicerContext[Any, Any]) -> bool:
     return context.peer().startswith("unix:")
 
 
+def _certificate(context: grpc.aio.ServicerContext[Any, Any]) -> x509.Certificate | None:
+    pem = list(context.auth_context().get("x509_pem_cert", []))
+    return x509.load_pem_x509_certificate(bytes(pem[0])) if pem else None
+
+
+def serial(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """Serial number of the verified client certificate, hexadecimal; "" without one."""
+    certificate = _certificate(context)
+    return "" if certificate is None else f"{certificate.serial_number:x}"
+
+
 def uris(context: grpc.aio.ServicerContext[Any, Any]) -> list[str]:
     """URI names of the verified client certificate (RFC 5280, 4.2.1.6); empty without one."""
-    pem = list(context.auth_context().get("x509_pem_cert", []))
-    if not pem:
+    certificate = _certificate(context)
+    if certificate is None:
         return []
-    certificate = x509.load_pem_x509_certificate(bytes(pem[0]))
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:

@@ -10,7 +10,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
@@ -134,7 +134,8 @@ class Controller:
         store = self._shared or (Directory(authority) if authority is not None else None)
         self._keys: NodeKeys | None = None
         if settings.wireguard and store is not None:
-            self._keys = NodeKeys(store, lambda: self.identity.ca.barred() if self.identity else ())
+            groups = self._shared.groups if self._shared is not None else None
+            self._keys = NodeKeys(store, self._barred, self._known_barred, groups)
         self.mesh = Mesh(
             self._kubernetes.source if self._kubernetes is not None else Source(settings.directory or Path()),
             authority=authority is not None,
@@ -202,6 +203,12 @@ class Controller:
         await self._serve_others()
         _log.info("controller serving", extra={"socket": str(settings.socket), "listen": settings.listen or "off"})
 
+    def _barred(self) -> Mapping[str, int]:
+        return self.identity.ca.barred() if self.identity else {}
+
+    def _known_barred(self) -> Mapping[str, int]:
+        return self.identity.ca.known_barred if self.identity else {}
+
     def _memory(self, authority: Path | None) -> Memory | None:
         """What remembers who has tunnels; None without an authority."""
         if self._shared is not None:
@@ -251,6 +258,8 @@ class Controller:
         tasks.append(asyncio.create_task(forever("heartbeat", self._heartbeat()), name="heartbeat"))
         if self._keys is not None:
             tasks.append(asyncio.create_task(forever("keys", self.mesh.follow_keys(self._keys)), name="keys"))
+        if self._shared is not None:
+            tasks.append(asyncio.create_task(forever("state", self._shared.ended()), name="state"))
         if self._kubernetes is not None:
             tasks.append(asyncio.create_task(forever("kubernetes", self._kubernetes.run()), name="kubernetes"))
         stop = asyncio.create_task(stopping.wait(), name="stop")

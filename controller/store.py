@@ -14,6 +14,8 @@ from typing import Final, Protocol, TypeVar
 T = TypeVar("T")
 CONTROLLERS: Final = "controllers"
 """Group of what belongs to no node."""
+LAST: Final = frozenset({"revoked.json", "lists.json", "trust.json", "about.json", "jwt.json", "withdrawn.json"})
+"""Documents that still have room where others have none: who is to be shut out is, and hears of it, however many nodes and join tokens there are."""
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,230}[a-z0-9])?")
 
 

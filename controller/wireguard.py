@@ -13,11 +13,13 @@ import ipaddress
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, NamedTuple
 
 from controller.errors import ControllerError
-from controller.store import Documents, Store
+from controller.store import Documents, Store, of_node
+from controller.waiting import heard
 from meshapi import discovery_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -28,7 +30,11 @@ LOOK_S: Final = 5.0
 """How often it is looked whether a node was revoked."""
 SETTLE_S: Final = 0.1
 """Many agents that come at once are one change."""
-Barred = Callable[[], Collection[str]]
+DEPARTED_S: Final = 3600.0
+"""How long a node must have had no certificate in force until its key is forgotten, where several controllers share it."""
+Barred = Callable[[], Mapping[str, int]]
+"""Names the nodes that an operator has revoked, and since when (`controller.identity.revocations.since`)."""
+Groups = Callable[[], Collection[str]]
 
 
 class BadKey(ValueError):
@@ -43,22 +49,33 @@ class Stolen(NamedTuple):
     node: str
 
 
+class Said(NamedTuple):
+    """What a node announced: an encoded WireGuard message, and since when it was barred as far as was known then; 0 if it was not."""
+
+    content: bytes
+    since: int = 0
+
+
 class NodeKeys:
     """Keys by node. `announce` is called on the event loop, everything else from any thread."""
 
-    def __init__(self, store: Store, barred: Barred) -> None:
-        """`barred` names the nodes that an operator has revoked; it blocks, and raises ControllerError."""
-        self._store = store
-        self._barred_now = barred
-        self._barred: frozenset[str] = frozenset()
-        self._keys: dict[str, bytes] = {}
-        """Encoded WireGuard messages."""
+    def __init__(self, store: Store, barred: Barred, known: Barred, groups: Groups | None = None) -> None:
+        """`barred` is of now; it blocks, and raises ControllerError. `known` is what calls are let in by: who announces a key then has been let in since.
+
+        `groups`: what is shared of nodes, by `controller.store.of_node`. A node of which nothing is, not even a certificate in force, has left the mesh.
+        """
+        self._store, self._groups = store, groups
+        self._missed: dict[str, float] = {}
+        """Since when (monotonic clock) nothing is shared of a node whose key is known."""
+        self._barred, self._known = barred, known
+        self._keys: dict[str, Said] = {}
         self._withheld: Mapping[str, Stolen] = {}
         """What was said last of nodes that others are not told."""
         self._lock = threading.Lock()
         self._changed = asyncio.Event()
         self._fresh = self._foreign = False
         """Has one of our nodes announced something; may other controllers have been told something?"""
+        self._looked = time.monotonic()
 
     def start(self) -> None:
         """Read what was kept. Blocking. Raises ControllerError: an empty list would take WireGuard from connections that run on it."""
@@ -81,7 +98,7 @@ class NodeKeys:
         self._foreign = True
         self._changed.set()
 
-    def _parsed(self, content: bytes | None) -> dict[str, bytes]:
+    def _parsed(self, content: bytes | None) -> dict[str, Said]:
         try:
             return {} if content is None else _parse(content)
         except ValueError as error:
@@ -101,36 +118,49 @@ class NodeKeys:
             self._changed.set()
 
     def _take(self, node: str, content: bytes | None) -> bool:
-        if self._keys.get(node) == content:
+        said = None if content is None else Said(content, self._known().get(node, 0))
+        if self._keys.get(node) == said:
             return False
-        self._change(lambda keys: _announced(keys, node, content))
+        self._change(lambda keys: _announced(keys, node, said))
         _log.info("WireGuard key of a node changed", extra={"node": node, "has": content is not None})
         return True
 
     def forget_barred(self) -> bool:
-        """Forget the keys of nodes that were revoked since the last look; True if there were any. Blocking.
+        """Forget the keys of nodes that were revoked since they announced them; True if there were any. Blocking.
 
-        A node that an operator lets join again announces its key again.
+        A node that an operator lets join again announces its key again, and keeps it, also when the controller starts anew.
         """
         try:
-            barred = frozenset(self._barred_now())
+            barred = self._barred()
+            self._forget_departed()
+            gone = {name for name, said in self._keys.items() if said.since < barred.get(name, 0)}
+            if gone:
+                self._change(lambda keys: {name: said for name, said in keys.items() if said.since >= barred.get(name, 0)})
+                _log.warning("WireGuard keys of revoked nodes forgotten", extra={"nodes": sorted(gone)})
         except ControllerError as error:  # the authority says so too, and lets nobody in
-            _log.error("cannot see which nodes are revoked, their WireGuard keys stay", extra={"error": str(error)})
+            _log.error("WireGuard keys of revoked nodes cannot be forgotten yet", extra={"error": str(error)})
             return False
-        gone = (barred - self._barred) & self._keys.keys()
-        if gone:
-            self._change(lambda keys: {name: kept for name, kept in keys.items() if name not in gone})
-            _log.warning("WireGuard keys of revoked nodes forgotten", extra={"nodes": sorted(gone)})
-        self._barred = barred
         return bool(gone)
 
-    def _change(self, work: Callable[[dict[str, bytes]], dict[str, bytes]]) -> None:
+    def _forget_departed(self) -> None:
+        """Keys of nodes that come and go must not fill what several controllers share. Nobody is told of a node without workloads: it is no news."""
+        if self._groups is None:
+            return
+        present, now = self._groups(), time.monotonic()
+        self._missed = {name: self._missed.get(name, now) for name in self._keys if of_node(name) not in present}
+        gone = {name for name, since in self._missed.items() if now - since >= DEPARTED_S}
+        if gone:
+            self._change(lambda keys: {name: kept for name, kept in keys.items() if name not in gone})
+            _log.info("WireGuard keys of nodes that have left forgotten", extra={"nodes": len(gone)})
+
+    def _change(self, work: Callable[[dict[str, Said]], dict[str, Said]]) -> None:
         """Make the keys into others, durably. Raises ControllerError, and whatever `work` does."""
 
-        def written(documents: Documents) -> dict[str, bytes]:
+        def written(documents: Documents) -> dict[str, Said]:
             keys = work(self._parsed(documents.read(FILE)))
-            nodes = {name: base64.b64encode(kept).decode() for name, kept in sorted(keys.items())}
-            documents.write(FILE, json.dumps({"nodes": nodes}, indent=1) + "\n")
+            nodes = {name: base64.b64encode(said.content).decode() for name, said in sorted(keys.items())}
+            since = {name: said.since for name, said in sorted(keys.items()) if said.since}
+            documents.write(FILE, json.dumps({"nodes": nodes, **({"since": since} if since else {})}, indent=1) + "\n")
             return keys
 
         with self._lock:
@@ -143,7 +173,7 @@ class NodeKeys:
         at here, and not in `announce`, because the workload may come after the announcement.
         """
         nodes = {entity.workload.node for name, entity in model.items() if name.startswith("workload/")}
-        keys = self._keys
+        keys = {node: said.content for node, said in self._keys.items()}
         withheld = _stolen({node: keys[node] for node in nodes if node in keys}, model)
         self._tell(withheld)
         found = {}
@@ -170,12 +200,11 @@ class NodeKeys:
     async def changed(self) -> None:
         """Wait until there is something new to publish."""
         while True:
-            try:
-                await asyncio.wait_for(self._changed.wait(), LOOK_S)
-            except asyncio.TimeoutError:
+            if time.monotonic() - self._looked >= LOOK_S:  # first: there may be news without end
+                self._looked = time.monotonic()
                 if await asyncio.to_thread(self.forget_barred):
                     return
-            else:
+            if await heard(self._changed, max(0.0, self._looked + LOOK_S - time.monotonic())):
                 await asyncio.sleep(SETTLE_S)
                 self._changed.clear()
                 fresh, foreign, self._fresh, self._foreign = self._fresh, self._foreign, False, False
@@ -183,15 +212,15 @@ class NodeKeys:
                     return
 
 
-def _announced(keys: Mapping[str, bytes], node: str, content: bytes | None) -> dict[str, bytes]:
+def _announced(keys: Mapping[str, Said], node: str, said: Said | None) -> dict[str, Said]:
     """Return the keys after what a node announced. Raises BadKey."""
     found = {name: kept for name, kept in keys.items() if name != node}
-    if content is not None:
-        key = pb.WireGuard.FromString(content).public_key
+    if said is not None:
+        key = pb.WireGuard.FromString(said.content).public_key
         for other, kept in found.items():
-            if pb.WireGuard.FromString(kept).public_key == key:
+            if pb.WireGuard.FromString(kept.content).public_key == key:
                 raise BadKey(f"its public key is node {other}'s: each node makes its own; was the machine copied while its agent ran?")
-        found[node] = content
+        found[node] = said
     return found
 
 
@@ -241,16 +270,16 @@ def _usual(text: str) -> str:
         return text
 
 
-def _parse(content: bytes) -> dict[str, bytes]:
+def _parse(content: bytes) -> dict[str, Said]:
     try:
         document: Any = json.loads(content)
-        nodes = document["nodes"]
-        found = {str(name): base64.b64decode(text, validate=True) for name, text in nodes.items()}
+        nodes, since = document["nodes"], document.get("since", {})
+        found = {str(name): Said(base64.b64decode(text, validate=True), int(since.get(name, 0))) for name, text in nodes.items()}
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise ValueError("it is cut off or overwritten") from error
     for name, kept in found.items():
         try:
-            check(pb.WireGuard.FromString(kept))
+            check(pb.WireGuard.FromString(kept.content))
         except Exception as error:
             raise ValueError(f"what it says about node {name[:100]} is damaged") from error
     return found

@@ -13,9 +13,9 @@ import logging
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Final, ParamSpec, TypeVar
 
@@ -32,8 +32,8 @@ from controller.identity.directory import AUTHORITY, REVOKED, STATUS, Directory,
 from controller.identity.jwtkeys import SharedKeys
 from controller.identity.keys import Keys, Root
 from controller.identity.lapse import Clock, Lapse
-from controller.identity.ledger import FileLedger, Issued, Ledger, SharedLedger
-from controller.identity.names import check_trust_domain, node_of
+from controller.identity.ledger import FileLedger, Issued, Ledger, SharedLedger, Unless
+from controller.identity.names import check_trust_domain, node_id, node_of
 from controller.identity.opening import open_keys
 from controller.identity.operator import Intermediate
 from controller.identity.refusals import SigningFailed
@@ -110,7 +110,7 @@ class CertificateAuthority:
         self._soon = Lapse(clock, monotonic, min(settings.hold_s, SOON_S))
         self._ledger: Ledger = SharedLedger(shared, self._lapse) if shared is not None else FileLedger(self.directory, self._lapse)
         self._recording = threading.Lock()
-        self._jwt_keys = SharedKeys(shared, clock) if shared is not None else None
+        self._jwt_keys = SharedKeys(shared, self.directory, clock, monotonic) if shared is not None else None
         # Not the event loop's own threads: neither a slow signer nor many joins may keep maintenance, or the model, waiting.
         self._signing = ThreadPoolExecutor(SIGNERS, thread_name_prefix="sign")
         # Nor may tokens, which workloads ask for, keep certificates waiting.
@@ -124,6 +124,9 @@ class CertificateAuthority:
         self._seen: frozenset[x509.Certificate] = frozenset()
         self._revoked: Mapping[str, Revoked] = {}
         self._revoked_version: object = None
+        self._newest: Mapping[str, int] = {}
+        """`revocations.newest` of what is in `_revoked`."""
+        self._barred: Mapping[str, int] = {}
         self._chased: dict[str, Issued] = {}
         self._unchased: set[str] = set()
         """Revocations, by serial, after which nobody has looked yet for what their nodes got meanwhile."""
@@ -165,12 +168,25 @@ class CertificateAuthority:
         return bool(dropped) and vouched(certificate, between, dropped) and not vouched(certificate, between, self.roots)
 
     def holds(self, node: str) -> bool:
-        """True if the node has a certificate that is neither revoked nor run out."""
-        return any(node_of(self.trust_domain, record.spiffe_id) == node for record in self._believed())
+        """True if the node has a certificate that is neither revoked nor run out; blocks. Raises ControllerError."""
+        name, ended = node_id(self.trust_domain, node), self._ended_now()
+        return any(record.spiffe_id == name and record.serial not in ended for record in self._ledger.live(self.clock()))
 
-    def barred(self) -> frozenset[str]:
-        """Return the revoked nodes that no operator has restored, as of now and not of the last tick; blocks. Raises ControllerError."""
-        return revocations.barred(self.store)
+    def newest(self, node: str) -> int:
+        """Return when something of the node was revoked last, as of now; 0 if nothing was. Blocks. Raises ControllerError."""
+        return revocations.newest(revocations.read(self.store)).get(node, 0)
+
+    def barred(self) -> Mapping[str, int]:
+        """Return the revoked nodes that no operator has restored, and since when, as of now and not of the last tick; blocks. Raises ControllerError."""
+        return revocations.barred(self.store, self._node_of)
+
+    @property
+    def known_barred(self) -> Mapping[str, int]:
+        """The same as of the last tick, which is what calls are let in by."""
+        return self._barred
+
+    def _node_of(self, spiffe_id: str) -> str:
+        return node_of(self.trust_domain, spiffe_id)
 
     def delivered(self, node: str, bundle: pb.TrustBundle) -> None:
         """Note that the node was given a bundle."""
@@ -178,7 +194,7 @@ class CertificateAuthority:
             self._delivered[node] = self.trust.roots
 
     async def issue(self, orders: Sequence[Order]) -> list[Chain | SigningFailed]:
-        """Return a certificate or a failure for each order, in order; each is on record before it is returned."""
+        """Return a certificate or a failure for each order, in order; each is on record before it is returned. Raises Taken: see `issue_now`."""
         work = self._signing.submit(self.issue_now, orders)
         try:
             return await asyncio.wrap_future(work)
@@ -191,16 +207,33 @@ class CertificateAuthority:
         return await asyncio.get_running_loop().run_in_executor(self._signing, functools.partial(work, *args, **kwargs))
 
     def issue_now(self, orders: Sequence[Order]) -> list[Chain | SigningFailed]:
-        """`issue`, blocking."""
+        """`issue`, blocking. Raises Taken, with nothing on record, if an order cannot be alone."""
         made = self._signer.sign(orders, self.clock())
-        records = [_record(order, result) for order, result in zip(orders, made, strict=True) if not isinstance(result, SigningFailed)]
+        done = [(order, result) for order, result in zip(orders, made, strict=True) if not isinstance(result, SigningFailed)]
         try:
+            unless = self._unless([order.spiffe_id for order, _ in done if order.alone])
             with self._recording:
-                if records:
-                    self._ledger.append(records)
+                late = {order.node for order, _ in done if order.knew is not None and order.knew < self._newest.get(order.node, 0)}
+                if late:
+                    return [SigningFailed(f"node {_some(sorted(late))} was revoked meanwhile")] * len(orders)
+                if done:
+                    records = [_record(order, result, self._newest.get(order.node, 0)) for order, result in done]
+                    askers = {record.serial: order.asker for record, (order, _) in zip(records, done, strict=True) if order.asker}
+                    self._ledger.append(records, unless, askers)
         except ControllerError as error:
             return [SigningFailed(str(error))] * len(orders)
         return [result if isinstance(result, SigningFailed) else result.chain for result in made]
+
+    def _unless(self, names: Collection[str]) -> Unless | None:
+        """Return what tells certificates in force for these names from others."""
+        if not names:
+            return None
+        ended, now = self._ended_now(), self.clock()
+        return lambda record: record.spiffe_id in names and record.until > now and record.serial not in ended
+
+    def _ended_now(self) -> frozenset[str]:
+        """Serial numbers that count for nothing any more, also of what was revoked after the last tick. Raises ControllerError."""
+        return self._unclaimed.union(self._revoked, (record.serial for record in revocations.read(self.store)))
 
     async def jwt(self, spiffe_id: str, audience: Sequence[str]) -> tuple[str, int]:
         """Return a JWT-SVID and when it runs out (Unix seconds). Raises SigningFailed."""
@@ -312,7 +345,14 @@ class CertificateAuthority:
 
     def _work(self) -> tuple[pb.TrustBundle | None, list[str]]:
         """Return a new bundle if there is one, and what went wrong."""
-        steps: list[Callable[[], None]] = [self._read_revoked, self._read_keys, self._rotate, self._turn_jwt, self._share_jwt]
+        steps: list[Callable[[], None]] = [
+            self._read_revoked,
+            self._read_keys,
+            self._lists.read,
+            self._rotate,
+            self._turn_jwt,
+            self._share_jwt,
+        ]
         if self._monotonic() - self._pruned >= min(PRUNE_S, self.settings.hold_s):
             self._pruned = self._monotonic()
             steps.append(self._prune)
@@ -336,7 +376,8 @@ class CertificateAuthority:
         version = self.store.signature(REVOKED)
         if version == self._revoked_version:
             return
-        found = {record.serial: record for record in revocations.read(self.store)}
+        certificates, nodes = revocations.known(self.store)
+        found = {record.serial: record for record in certificates}
         if self._revoked_version is not None:
             self._unchased |= {record.serial for record in found.values() if record.also and record.serial not in self._revoked}
         self._revoked = {**self._revoked, **found}  # at once: what follows waits for others, and may fail
@@ -345,18 +386,25 @@ class CertificateAuthority:
             self._chased |= {record.serial: record for record in self._meanwhile(fresh)}
             self._unchased.clear()
             self._chased = {serial: record for serial, record in self._chased.items() if serial not in found}
-            chased = [Revoked(**asdict(record), at=int(self.clock())) for record in self._chased.values()]
+            chased = [revocations.revoked(record, int(self.clock())) for record in self._chased.values()]
             self._revoked = {**found, **{record.serial: record for record in chased}}
+            self._newest = revocations.newest(certificates)
+            self._barred = revocations.since(certificates, nodes, self._node_of)
         _log.info("revocations read", extra={"revoked": len(self._revoked)})
         if self._chased:
             revocations.add(self.store, self._chased.values(), self.clock())
         self._revoked_version = version
 
     def _meanwhile(self, revoked: Sequence[Revoked]) -> list[Issued]:
-        """Return what revoked nodes got after `ca revoke` had read the ledger: who renews every second would never be caught otherwise."""
-        nodes, wholly = {record.node for record in revoked}, {record.node for record in revoked if record.also == "workloads"}
+        """Return what revoked nodes got after `ca revoke` had read the ledger: who renews every second would never be caught otherwise.
+
+        That is what was given by somebody who did not know of it: this controller until now, and others for as long as they lag. What a node got that has
+        joined again since, at another controller that knew, it keeps.
+        """
+        nodes, wholly = revocations.newest(revoked), revocations.newest(record for record in revoked if record.also == "workloads")
         live = self._ledger.live(self.clock()) if nodes else ()
-        return [record for record in live if record.node in (nodes if node_of(self.trust_domain, record.spiffe_id) else wholly)]
+        since = ((record, nodes if node_of(self.trust_domain, record.spiffe_id) else wholly) for record in live)
+        return [record for record, last in since if record.knew < last.get(record.node, 0)]
 
     def _read_keys(self) -> None:
         """Read again what `ca rotate` or operators changed; all of it is good, or nothing changes."""
@@ -454,12 +502,14 @@ class CertificateAuthority:
         """Tell the other controllers which keys this one has, and read which ones they have."""
         if self._jwt_keys is None:
             return
-        if self._jwt_keys.withdrawn:  # by `ca rotate --now`: whoever has it must not be believed any more
+        if (withdrawal := self._jwt_keys.withdrawn()) is not None:  # by `ca rotate --now`: whoever has it must not be believed any more
             with self.directory.locked():
                 found = rotation.new_jwt(self._current_keys(), self.clock())
                 keys.store(self.directory, found)
             self._keys = found
-        self._jwt_keys.tell([key.key.public_key() for key in self._keys.jwt], rotation.JWT_PERIOD_S + self.settings.jwt_lifetime_s)
+            self._jwt_keys.renewed(withdrawal)
+        own = [key.key.public_key() for key in self._keys.jwt]
+        self._jwt_keys.tell(own, self.settings.jwt_lifetime_s, rotation.JWT_PERIOD_S + self.settings.jwt_lifetime_s)
 
     def _check_shared(self) -> None:
         """Make sure that this controller belongs to the others. Raises ControllerError."""
@@ -537,9 +587,10 @@ def _attempt(step: Callable[[], None]) -> list[str]:
     return []
 
 
-def _record(order: Order, made: Made) -> Issued:
-    leaf = made.chain[0]
-    return Issued(f"{leaf.serial_number:x}", order.spiffe_id, order.node, root_hash(made.issuer), int(leaf.not_valid_after_utc.timestamp()))
+def _record(order: Order, made: Made, knew: int) -> Issued:
+    leaf, knew = made.chain[0], knew if order.knew is None else order.knew
+    until = int(leaf.not_valid_after_utc.timestamp())
+    return Issued(f"{leaf.serial_number:x}", order.spiffe_id, order.node, root_hash(made.issuer), until, knew)
 
 
 def _words(command: str) -> list[str]:

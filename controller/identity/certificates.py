@@ -51,6 +51,12 @@ class Order:
     node: str = ""
     names: tuple[str, ...] = ()
     addresses: tuple[str, ...] = ()
+    alone: bool = False
+    """Only if no other certificate for this name is in force when it goes on record."""
+    knew: int | None = None
+    """The newest revocation of the node (`revocations.newest`) that was known when this was granted; None: all that the controller knows when it signs."""
+    asker: str = ""
+    """Serial number of the certificate with which it was asked for; what was known when that was granted counts as known."""
 
 
 def moment(unix: float) -> dt.datetime:

@@ -122,7 +122,7 @@ def show(store: AuthorityStore, output: str) -> None:
         "waits": _waits(store) if held.root("next") else [],
         "certificates": len(live),
         "nodes": sorted(nodes),
-        "barred": sorted(revocations.barred(store)),
+        "barred": sorted(revocations.known(store)[1]),
         "revoked": [{"serial": item.serial, "spiffeId": item.spiffe_id, "until": item.until, "at": item.at} for item in revoked],
     }
     click.echo(json.dumps(content) if output == "json" else "\n".join(_described(content)))
@@ -288,8 +288,8 @@ def _withdraw_keys(store: SharedStore, at_once: bool) -> None:
     """Do what `rotate` does where several controllers share their state, which have no roots of their own."""
     if not at_once:
         raise ControllerError(_ELSEWHERE)
-    store.change(lambda documents: documents.write(jwtkeys.FILE, jwtkeys.EMPTY))
-    click.echo("the JWT keys are replaced: every controller makes new ones within a second")
+    jwtkeys.withdraw(store)
+    click.echo("the JWT keys are replaced: every controller makes new ones within a second, one that is away when it is back")
 
 
 def _keys(store: AuthorityStore) -> Keys:

@@ -4,6 +4,9 @@ Envoy believes nobody whose issuer has no list, or one that has run out, as soon
 while nothing is revoked; it outlives everything that its issuer signs, also if the controller is away for so long; and the list of an issuer that was
 replaced (an operator's intermediate) is kept: in memory with the key, so that more can be revoked, and in lists.json as it was signed last. The key of an
 operator is written nowhere. If more was revoked since and the key is gone, the list is left out: then Envoy believes nothing of that issuer.
+
+Several controllers come to the same lists: each takes what another has signed if it says as much and holds for longer, so that what one of them can still
+sign for a former issuer all of them have.
 """
 
 from __future__ import annotations
@@ -59,12 +62,40 @@ class RevocationLists:
         self._left_out: set[_Name] = set()
         self._dropped: set[_Name] = set()
         """Lists that have run out."""
+        self._theirs: dict[_Name, SignedList] = {}
+        """As other controllers have stored them."""
+        self._version: object = None
+        self._wanted: dict[_Name, frozenset[int]] = {}
+        """What each list must name."""
+        self._now = 0.0
         self._pem = b""
 
     def load(self) -> None:
         """Read the lists that an earlier controller signed. Raises ControllerError."""
         self._stored = self._parsed(self._store.read(LISTS))
         self._lists = {(found.issuer, found.subject): found for found in self._stored}
+
+    def read(self) -> None:
+        """Read what other controllers have signed since. Raises ControllerError; then what was known is used."""
+        if self._store.alone or (version := self._store.signature(LISTS)) == self._version:
+            return
+        self._theirs = self._others(self._store.read(LISTS))
+        self._version = version
+
+    def _others(self, content: bytes | None) -> dict[_Name, SignedList]:
+        """Return the lists in a document that may be of use."""
+        found = {(one.issuer, one.subject): one for one in self._parsed(content)}
+        return {name: one for name, one in found.items() if name not in self._dropped and self._genuine(name, one)}
+
+    def _genuine(self, name: _Name, found: SignedList) -> bool:
+        """Has the issuer signed it? Of one that is not known here, Envoy will say so."""
+        issuer = self._issuers.get(name)
+        crl = x509.load_pem_x509_crl(found.crl.encode())
+        return issuer is None or crl.is_signature_valid(issuer.key.public_key())
+
+    def _rank(self, name: _Name, found: SignedList) -> tuple[object, ...]:
+        """The greatest of several lists of an issuer is the one to show: every controller chooses the same."""
+        return (self._wanted.get(name, frozenset()) <= found.serials, found.since <= self._now, found.until, found.since, found.crl)
 
     def save(self) -> None:
         """Keep the lists for the next controller, if they have changed. Raises ControllerError."""
@@ -76,8 +107,10 @@ class RevocationLists:
     def _write(self, documents: Documents) -> None:
         lists = self._lists
         if not self._store.alone:  # others may have signed for issuers that this controller has never known
-            theirs = {(found.issuer, found.subject): found for found in self._parsed(documents.read(LISTS))}
-            lists = {name: found for name, found in theirs.items() if name not in self._dropped} | lists
+            theirs = self._others(documents.read(LISTS))
+            lists = theirs | {
+                name: max(found, theirs.get(name, found), key=lambda one: self._rank(name, one)) for name, found in lists.items()
+            }
         content = {"lists": [{name: getattr(found, name) for name in _FIELDS} for found in lists.values()]}
         documents.write(LISTS, json.dumps(content, indent=1) + "\n")
 
@@ -94,7 +127,9 @@ class RevocationLists:
         """
         signing = {(root_hash(issuer.certificate), issuer.certificate.subject): issuer for issuer in issuers}
         self._issuers |= signing
-        for name in self._issuers.keys() | self._lists.keys():
+        self._dropped -= signing.keys()  # one that signs again
+        self._now = now
+        for name in self._issuers.keys() | self._lists.keys() | self._theirs.keys():
             self._follow(name, revoked, now, longest_s + SPARE_S if name in signing else 0)
         shown = (found.crl for name, found in sorted(self._lists.items(), key=lambda item: item[0][0]) if name not in self._left_out)
         pem = "".join(shown).encode() if revoked and issuers else b""
@@ -105,14 +140,18 @@ class RevocationLists:
     def _follow(self, name: _Name, revoked: Mapping[str, Revoked], now: float, lasts_s: int) -> None:
         """Sign one issuer's list anew if that is needed. `lasts_s`: for how long it must be good; 0 if the issuer signs no more: as long as it was."""
         entries = {int(record.serial, 16): record.at for record in revoked.values() if record.issuer in {"", name[0]}}
-        held, issuer = self._lists.get(name), self._issuers.get(name)
+        held, issuer, theirs = self._lists.get(name), self._issuers.get(name), self._theirs.get(name)
+        self._wanted[name] = frozenset(entries)
+        if theirs is not None and (held is None or self._rank(name, theirs) > self._rank(name, held)):
+            held = self._lists[name] = theirs
         if held is None or (lasts_s and (held.until - now < lasts_s or now < held.since)):
             until = now + max(LIFETIME_S, 2 * lasts_s)
         elif not lasts_s and self._lapse.passed(("list", name), held.until):
             self._lapse.forget(("list", name))
-            del self._lists[name]
+            del self._lists[name], self._wanted[name]
             self._dropped.add(name)
             self._issuers.pop(name, None)
+            self._theirs.pop(name, None)
             self._left_out.discard(name)
             return
         elif held.serials == entries.keys():

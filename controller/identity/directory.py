@@ -8,6 +8,7 @@
     lists.json      revocation lists (CRLs) as they were signed last, also of issuers that sign no more; public
     tunnels.json    workloads that tunnels between nodes end at (`controller.readiness`); public
     status.json     what a rotation waits for; written for `ca show` only
+    withdrawn.json  after which `ca rotate --now` the JWT keys were made, where several controllers share a state; public
     wireguard.json  WireGuard public keys of nodes (controller.wireguard); public
 
 Controllers that share an API server have authority.json and status.json here, and everything else there (`controller.store`).

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 from controller.errors import ControllerError
 from controller.identity.names import SHOWN
+from controller.identity.proof import Proof
 from controller.identity.refusals import Refused, Unavailable
 from meshapi.join import AUDIENCE
 
@@ -72,7 +73,7 @@ class KubernetesAttestor:
         self._threads = ThreadPoolExecutor(PARALLEL, thread_name_prefix="token-review")
 
     @asynccontextmanager
-    async def proven(self, node: str, proof: str) -> AsyncIterator[str]:
+    async def proven(self, node: str, proof: str) -> AsyncIterator[Proof]:
         """Enter if the API server knows the token, for us, as the agent's on this node."""
         if not 0 < len(proof) <= MAX_TOKEN or not proof.isascii() or not proof.isprintable():
             raise Refused("service-account-token", "the service-account token is empty, overlong or no token")
@@ -84,7 +85,7 @@ class KubernetesAttestor:
                 f"node {node} was revoked, and whoever has it gets service-account tokens: an operator lets it come back with "
                 f"`mesh-controller ca restore {node}`",
             )
-        yield f"pod {pod}"
+        yield Proof(f"pod {pod}")
 
     def close(self) -> None:
         """Give the threads up; what they ask is not waited for."""

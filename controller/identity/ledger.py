@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Final, Protocol
 
 from controller.errors import ControllerError
@@ -24,18 +25,31 @@ from controller.store import Documents, SharedStore, of_node
 
 _SPARE: Final = 1000  # lines that may have run out before the file is written anew
 _SPARE_OF_NODE: Final = 64  # the same, of one node
-_FIELDS: Final = ("serial", "spiffe_id", "node", "issuer", "until")
+_FIELDS: Final = ("serial", "spiffe_id", "node", "issuer", "until", "knew")
 
 
 @dataclass(frozen=True, slots=True)
 class Issued:
-    """One certificate. `serial` is hexadecimal, `issuer` the hash of the signing key, `until` Unix seconds; `node` asked for it."""
+    """One certificate. `serial` is hexadecimal, `issuer` the hash of the signing key, `until` Unix seconds; `node` asked for it.
+
+    `knew`: the newest revocation of the node that who gave it knew of (`revocations.newest`); 0: of none, and then it is not in the line, as in earlier
+    releases.
+    """
 
     serial: str
     spiffe_id: str
     node: str
     issuer: str
     until: int
+    knew: int = 0
+
+
+class Taken(Exception):
+    """Nothing was recorded: what must not be on record is."""
+
+
+Unless = Callable[[Issued], bool]
+"""True of a record beside which there must be no other."""
 
 
 class Ledger(Protocol):
@@ -44,8 +58,12 @@ class Ledger(Protocol):
     def load(self) -> None:
         """Read what was issued before. Raises ControllerError."""
 
-    def append(self, records: Iterable[Issued]) -> None:
-        """Add certificates, durably. Raises ControllerError: what cannot be recorded must not be issued, because it could not be revoked."""
+    def append(self, records: Iterable[Issued], unless: Unless | None = None, askers: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Add certificates, durably. Raises ControllerError: what cannot be recorded must not be issued, because it could not be revoked.
+
+        Raises Taken, if `unless` is true of what is on record for one of their nodes in the moment of recording, whoever recorded it. `askers`: by serial
+        number, with which certificate each was asked for; who gave it knew at least what was known when that was given.
+        """
 
     def live(self, now: float) -> Iterator[Issued]:
         """Return the certificates that have not run out."""
@@ -71,9 +89,11 @@ class FileLedger:
         if not whole:
             self._rewrite()
 
-    def append(self, records: Iterable[Issued]) -> None:
-        """Add certificates, durably. Raises ControllerError: what cannot be recorded must not be issued, because it could not be revoked."""
-        added = list(records)
+    def append(self, records: Iterable[Issued], unless: Unless | None = None, askers: Mapping[str, str] = MappingProxyType({})) -> None:
+        """See `Ledger`."""
+        added = _knowing(records, askers, self._records)
+        if unless is not None and any(map(unless, self._records.values())):
+            raise Taken
         path, content = self._directory.path / ISSUED, "".join(_line(record) for record in added).encode()
         if not self._fits(content):
             self.compact(spare=0)
@@ -137,15 +157,15 @@ class SharedLedger:
         for records in self._groups().values():
             self._gone(records)
 
-    def append(self, records: Iterable[Issued]) -> None:
-        """Add certificates, durably. Raises ControllerError: what cannot be recorded must not be issued, because it could not be revoked."""
+    def append(self, records: Iterable[Issued], unless: Unless | None = None, askers: Mapping[str, str] = MappingProxyType({})) -> None:
+        """See `Ledger`."""
         if problem := self._shared.waiting():  # who was revoked may not be known
             raise ControllerError(f"nothing is signed: {problem}")
         groups: dict[str, list[Issued]] = {}
         for record in records:
             groups.setdefault(of_node(record.node), []).append(record)
         for group, added in groups.items():
-            self._shared.change(lambda documents, added=added: _add(documents, added), group, known=True)  # type: ignore[misc]
+            self._shared.change(lambda documents, added=added: _add(documents, added, unless, askers), group, known=True)  # type: ignore[misc]
 
     def live(self, now: float) -> Iterator[Issued]:
         """Return the certificates that have not run out, as this controller knows it: of its own none is missing."""
@@ -174,9 +194,20 @@ class SharedLedger:
         return [record for record in records if self._lapse.passed(("issued", record.serial), record.until)]
 
 
-def _add(documents: Documents, added: Iterable[Issued]) -> None:
+def _knowing(records: Iterable[Issued], askers: Mapping[str, str], held: Mapping[str, Issued]) -> list[Issued]:
+    """Return the records with what was known when those were granted that asked for them."""
+    asked = ((record, held.get(askers.get(record.serial, ""))) for record in records)
+    return [record if asker is None else replace(record, knew=max(record.knew, asker.knew)) for record, asker in asked]
+
+
+def _add(documents: Documents, added: Iterable[Issued], unless: Unless | None, askers: Mapping[str, str]) -> None:
     held = (documents.read(ISSUED) or b"").decode()
     lines = held.splitlines(keepends=True)
+    if unless is not None or '"knew"' in held:
+        records = {record.serial: record for record in map(parse_line, held.encode().splitlines())}
+        if unless is not None and any(map(unless, records.values())):
+            raise Taken
+        added = _knowing(added, askers, records)
     documents.write(ISSUED, "".join([*lines, *(line for line in map(_line, added) if line not in lines)]))
 
 
@@ -216,9 +247,9 @@ def _parsed(content: bytes, place: str) -> tuple[list[Issued], bool]:
 
 def parse_line(line: bytes) -> Issued:
     """Return the record in one line. Raises BadState."""
-    record = fields.only(fields.parse(line), _FIELDS)
+    record = fields.only({"knew": 0, **fields.parse(line)}, _FIELDS)
     serial, spiffe_id, node, issuer = (fields.field(record, name, str) for name in ("serial", "spiffe_id", "node", "issuer"))
-    return Issued(check_serial(serial), spiffe_id, node, issuer, fields.field(record, "until", int))
+    return Issued(check_serial(serial), spiffe_id, node, issuer, fields.field(record, "until", int), fields.field(record, "knew", int))
 
 
 def check_serial(text: str) -> str:
@@ -240,4 +271,4 @@ def _write(descriptor: int, content: bytes, size: int) -> None:
 
 
 def _line(record: Issued) -> str:
-    return json.dumps(asdict(record)) + "\n"
+    return json.dumps({name: value for name, value in asdict(record).items() if value or name != "knew"}) + "\n"

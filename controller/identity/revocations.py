@@ -7,7 +7,7 @@ takes it off. It concerns proofs that serve more than once (Kubernetes): a join 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -30,7 +30,7 @@ _FIELDS: Final = ("serial", "spiffe_id", "node", "issuer", "until", "at", "also"
 
 @dataclass(frozen=True, slots=True)
 class Revoked:
-    """One revoked certificate; as in the ledger, and when (Unix seconds).
+    """One revoked certificate; as in the ledger, and when (Unix seconds; of a node's later than of what was revoked of it before).
 
     `also`: what else its node gets until the controller reads this is revoked with it: "" nothing, "node" certificates of its own, "workloads" all.
     """
@@ -85,9 +85,23 @@ def read(store: Store) -> list[Revoked]:
     return _read(store)[0]
 
 
-def barred(store: Store) -> frozenset[str]:
-    """Return the nodes that may not come back by themselves, as of now. Raises ControllerError."""
-    return store.change(lambda documents: _read(store, documents)[1])
+def barred(store: Store, node_of: Callable[[str], str]) -> dict[str, int]:
+    """Return the nodes that may not come back by themselves, as of now: see `since`. Raises ControllerError."""
+    return store.change(lambda documents: since(*_read(store, documents), node_of))
+
+
+def known(store: Store) -> tuple[list[Revoked], frozenset[str]]:
+    """Return the certificates on the list, and the nodes that may not come back by themselves. Raises ControllerError."""
+    return _read(store)
+
+
+def since(certificates: Iterable[Revoked], nodes: Iterable[str], node_of: Callable[[str], str]) -> dict[str, int]:
+    """Return for each of these nodes when a certificate of its own was revoked last; 1 if none is on the list any more, or none ever was.
+
+    `node_of` tells whose own a SPIFFE ID is.
+    """
+    own = newest(record for record in certificates if node_of(record.spiffe_id))
+    return {node: max(1, own.get(node, 0)) for node in nodes}
 
 
 def _read(store: Store, documents: Documents | None = None) -> tuple[list[Revoked], frozenset[str]]:
@@ -116,14 +130,27 @@ def _parse(content: bytes) -> tuple[list[Revoked], frozenset[str]]:
     return certificates, frozenset(nodes)
 
 
+def newest(certificates: Iterable[Revoked]) -> dict[str, int]:
+    """Return when something of each node was revoked last. Who knows of this knows of all that was revoked of the node before."""
+    found: dict[str, int] = {}
+    for record in certificates:
+        found[record.node] = max(record.at, found.get(record.node, 0))
+    return found
+
+
+def revoked(issued: Issued, at: int, also: str = "") -> Revoked:
+    """Return a certificate as a revoked one."""
+    return Revoked(issued.serial, issued.spiffe_id, issued.node, issued.issuer, issued.until, at, also)
+
+
 def add(store: Store, certificates: Iterable[Issued], now: float, also: str = "", bar: Iterable[str] = ()) -> list[Revoked]:
     """Revoke certificates and bar nodes; return the certificates that were not revoked before."""
     certificates, bar = list(certificates), list(bar)
 
     def work(documents: Documents) -> list[Revoked]:
         held, nodes = _read(store, documents)
-        known, every = {record.serial for record in held}, nodes.union(bar)
-        new = [Revoked(**asdict(record), at=int(now), also=also) for record in certificates if record.serial not in known]
+        known, every, last = {record.serial for record in held}, nodes.union(bar), newest(held)
+        new = [revoked(record, max(int(now), last.get(record.node, 0) + 1), also) for record in certificates if record.serial not in known]
         if new or every != nodes:
             _write(documents, [*held, *new], every)
         return new

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import grpc
@@ -27,7 +27,7 @@ from controller.identity.lapse import Clock
 from controller.identity.names import SHOWN, node_id, node_of, shown, workload_id
 from controller.identity.refusals import Refused, SigningFailed, Unavailable
 from controller.identity.trust import der
-from controller.peers import is_local, uris
+from controller.peers import is_local, serial, uris
 from meshapi import discovery_pb2, identity_pb2_grpc
 from meshapi import identity_pb2 as pb
 
@@ -87,11 +87,12 @@ class JoinService(identity_pb2_grpc.JoinServicer):
             attestor, proof = self._attestor(request)
             async with attestor.proven(node, proof) as proven:
                 self._budget.take(node, 1)  # after the proof: who has none uses nothing up
-                chain = await _one(self._ca, order)
+                knew = await self._ca.in_thread(self._ca.newest, node)
+                chain = await _one(self._ca, replace(order, alone=proven.alone, knew=knew))
         except (Refused, Unavailable, ControllerError) as error:
             await _abort(context, "join", node, error)
             raise
-        _issued("join", node, chain[0], identity, peer, proof=proven)
+        _issued("join", node, chain[0], identity, peer, proof=proven.shown)
         bundle = self._ca.trust.current
         self._ca.delivered(node, bundle)
         return pb.JoinResponse(chain=[der(certificate) for certificate in chain], trust=bundle)
@@ -126,7 +127,7 @@ class IdentityService(identity_pb2_grpc.IdentityServicer):
         try:
             self._budget.take(node, 1)
             identity = node_id(self._ca.trust_domain, node)
-            order = Order(identity, public_key(request.csr), request.csr, self._ca.settings.lifetime_s, node)
+            order = Order(identity, public_key(request.csr), request.csr, self._ca.settings.lifetime_s, node, asker=serial(context))
             chain = await _one(self._ca, order)
         except (Refused, Unavailable) as error:
             await _abort(context, "renew", node, error)
@@ -142,7 +143,7 @@ class IdentityService(identity_pb2_grpc.IdentityServicer):
         except Refused as error:
             await _abort(context, "sign", node, error)
         self._at_work.add(node)
-        work = asyncio.ensure_future(self._ca.in_thread(self._sign, node, request, context.peer()))
+        work = asyncio.ensure_future(self._ca.in_thread(self._sign, node, request, context.peer(), serial(context)))
         work.add_done_callback(lambda _: self._at_work.discard(node))  # and not when the caller goes away: the thread goes on
         return await asyncio.shield(work)
 
@@ -197,14 +198,14 @@ class IdentityService(identity_pb2_grpc.IdentityServicer):
             await _abort(context, call, "", error)
         return node
 
-    def _sign(self, node: str, request: pb.SignRequest, peer: str) -> pb.SignResponse:
+    def _sign(self, node: str, request: pb.SignRequest, peer: str, asker: str) -> pb.SignResponse:
         """Do everything that takes time for many workloads; in a worker thread."""
         answers = [pb.Signed() for _ in request.workloads]
         orders: dict[int, Order] = {}
         for index, asked in enumerate(request.workloads):
             try:
                 identity = self._identity(node, asked.workload)
-                orders[index] = Order(identity, public_key(asked.csr), asked.csr, self._ca.settings.lifetime_s, node)
+                orders[index] = Order(identity, public_key(asked.csr), asked.csr, self._ca.settings.lifetime_s, node, asker=asker)
             except Refused as error:
                 answers[index].error = str(error)
                 _refused("sign", node, error, peer, workload=shown(asked.workload))

@@ -29,6 +29,7 @@ DEFAULT_LIFETIME_S: Final = 3600
 MAX_LIFETIME_S: Final = 7 * 86_400  # a token that lies about for longer is better made when it is needed
 KEPT_S: Final = 7 * 86_400  # used and expired tokens stay in the list, so that people see what became of them
 MAX_TOKENS: Final = 10_000
+MOST_SHARED: Final = 256 << 10  # bytes of the list where several controllers share it, with much else
 MAX_TEXT: Final = 1024
 JOINING_S: Final = 60
 _FIELDS: Final = ("hash", "node", "root", "created", "expires", "used", "used_by", "lapsed")
@@ -81,10 +82,26 @@ class TokenStore:
                 raise ControllerError(
                     f"there are {len(records)} tokens: revoke some (mesh-controller token list), or wait until they expire"
                 )
-            _write(documents, [*records, record])
+            _write(documents, [*self._trimmed(records, now), record])
 
         self._store.change(work)
         return token, record
+
+    def _trimmed(self, records: list[Record], now: float) -> list[Record]:
+        """Leave out what is there for people to look at, the oldest first, where the list would be too long to share. Raises ControllerError."""
+        size, left = len(_text(records)) if not self._store.alone else 0, set()
+        spent = [item for item in records if item.state(now) != "valid" and now - item.used >= JOINING_S]
+        for item in sorted(spent, key=lambda item: item.expires):
+            if size <= MOST_SHARED:
+                break
+            size -= len(_text([item])) - len(_text([]))
+            left.add(item.hash)
+        if size > MOST_SHARED:
+            raise ControllerError(
+                f"there are {len(records) - len(left)} tokens that may still be used, and no room for more than {MOST_SHARED >> 10} KiB of them: revoke some "
+                "(mesh-controller token list), or wait until they expire"
+            )
+        return [item for item in records if item.hash not in left]
 
     def all(self) -> list[Record]:
         """Return every token. Raises ControllerError if the file cannot be believed."""
@@ -192,8 +209,12 @@ def _lapsed(records: Iterable[Record], now: float) -> list[Record]:
 
 
 def _write(documents: Documents, records: Iterable[Record]) -> None:
+    documents.write(TOKENS, _text(records))
+
+
+def _text(records: Iterable[Record]) -> str:
     content = {"tokens": [{name: getattr(record, name) for name in _FIELDS} for record in records]}
-    documents.write(TOKENS, json.dumps(content, indent=1) + "\n")
+    return json.dumps(content, indent=1) + "\n"
 
 
 def parse_records(content: bytes) -> list[Record]:

@@ -4,6 +4,7 @@ One object is one group of documents: `authority` is the group "", each node has
 nothing else of the namespace, and the roles that let people edit ConfigMaps do not let them take a revocation back. Who writes names the version that it read;
 if somebody was faster (409) it reads again and does its work again, so nothing that anybody wrote is lost
 (https://kubernetes.io/docs/reference/using-api/api-concepts/#resource-versions). It has a thread with an event loop of its own, for callers that block.
+A watch that is open and says nothing looks like one that has nothing to say: so `authority` is also asked for now and then, past the watch.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from typing import Any, Final, TypeVar
 
 import msgspec
 
+from controller import metrics
 from controller.errors import ControllerError
 from controller.kubernetes.api import Api, ApiError, TooLarge, Unreachable
 from controller.kubernetes.reflector import Reflector
 from controller.kubernetes.shapes import Kind, Seen, stored
 from controller.objects import Key
-from controller.store import Documents
+from controller.store import LAST, Documents
 
 _log = logging.getLogger(__name__)
 
@@ -37,13 +39,23 @@ _VERSION: Final = "meshagent.io/v1alpha1"
 AUTHORITY: Final = "authority"
 """Name of the object of the group ""."""
 MOST: Final = 1 << 20
-"""Bytes of one object: etcd takes 1.5 MiB (https://etcd.io/docs/latest/dev-guide/limit/)."""
+"""Bytes of one object's documents, as JSON: etcd takes 1.5 MiB (https://etcd.io/docs/latest/dev-guide/limit/)."""
+RESERVE: Final = 384 << 10
+"""How much more there may be if it is `controller.store.LAST` that grows."""
+FULL: Final = 0.75
+"""Of MOST: from there on an operator hears of it."""
 CHANGE_S: Final = 30.0
 """How long others may be faster, or the API server be busy, before a change is given up."""
 PAUSE_S: Final = 0.02
 LONGEST_PAUSE_S: Final = 0.5
 STALE_S: Final = 20.0
 """After so long without news this controller says that it is not ready: it may not know what was revoked since."""
+LOOK_S: Final = 10.0
+"""How often it is asked past the watch what stands there."""
+AGAIN_S: Final = 1.0
+"""The same after a question that was not answered."""
+END_S: Final = 5.0
+"""How long what was being asked may take to end."""
 _UNKNOWN: Final = "it is not known whether it was written there"
 _BUSY: Final = frozenset({429, 503})
 
@@ -62,11 +74,20 @@ class ClusterStore:
         """Changes of one object by this process follow one another: they would only be in each other's way."""
         self._loop = asyncio.new_event_loop()
         self._thread: threading.Thread | None = None
-        self._following: asyncio.Task[None] | None = None
+        self._asking = threading.Lock()
+        """Held while the loop is given work: after `close` has ended what there is, nothing comes that nobody would ever answer."""
+        self._closing = False
         self._api: Api
         self._reflector: Reflector
+        self._reading: asyncio.Task[None]
         self._stale_since: float | None = None
-        self._ended = ""
+        self._measured: Seen | None = None
+        self._filling = False
+        """Is `authority` nearly full?"""
+        self._looked = 0.0
+        """When the API server has answered last (monotonic clock)."""
+        self._ended: Future[None] = Future()
+        """Fails if what others change is not read any more."""
 
     # Start and end.
 
@@ -80,21 +101,32 @@ class ClusterStore:
 
     def close(self) -> None:
         """Stop reading; changes that are being made fail."""
-        if self._thread is None:
-            return
-        self._call(self._end())
+        with self._asking:
+            if self._thread is None or self._closing:
+                return
+            self._closing = True
+            ended = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+        ended.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._thread = None
         self._loop.close()
 
+    async def ended(self) -> None:
+        """Wait for ever, on any event loop. Raises ControllerError when what others change is not read any more, which nothing but a bug can bring about."""
+        await asyncio.wrap_future(self._ended)
+
     def waiting(self) -> str:
         """Why what others have changed may not be known here; "" if it is."""
-        if self._thread is None or self._ended:
-            return f"what the certificate authority must remember is not being read {self._ended}"
-        problem, since = self._reflector.problem, self._stale_since
-        if self._reflector.synced and (problem is None or since is None or time.monotonic() - since < STALE_S):
-            return ""
+        if self._thread is None or (self._ended.done() and not self._ended.cancelled()):
+            return "what the certificate authority must remember is not being read"
+        problem, since, now = self._reflector.problem, self._stale_since, time.monotonic()
+        if self._reflector.synced:
+            if problem is not None and since is not None and now - since >= STALE_S:
+                return f"what the certificate authority must remember is not known: {problem.message}"
+            if (silent := now - self._looked) < LOOK_S + STALE_S:
+                return ""
+            return f"what the certificate authority must remember is not known: the API server has not answered for {silent:.0f} s"
         return (
             f"what the certificate authority must remember is not known: {problem.message if problem else 'the API server is being asked'}"
         )
@@ -144,7 +176,7 @@ class ClusterStore:
                     found = _Changes(_documents(held))
                     result = work(found)
                     if found.changed:
-                        self._check(key, found.documents)
+                        self._check(key, _documents(held), found.documents)
                         self._call(self._store(key, held, found.documents), _UNKNOWN)
                 except ApiError as error:
                     busy = error.code in _BUSY
@@ -162,19 +194,57 @@ class ClusterStore:
     # Below here: the store's own thread.
 
     async def _follow(self) -> None:
-        self._following = asyncio.create_task(self._reflector.run())
-        self._following.add_done_callback(self._over)
+        self._looked = time.monotonic()
+        self._reading = asyncio.create_task(self._read_on())
+        self._reading.add_done_callback(self._over)
 
-    def _over(self, following: asyncio.Task[None]) -> None:
-        if not following.cancelled():
-            self._ended = repr(following.exception())
-            _log.error("what other controllers change is not read any more: this is a bug, please report it", extra={"error": self._ended})
+    def _over(self, reading: asyncio.Task[None]) -> None:
+        if not reading.cancelled() and not self._ended.done():
+            problem = f"what other controllers change is not read any more ({reading.exception()!r}): this is a bug, please report it"
+            self._ended.set_exception(ControllerError(problem))
 
     async def _end(self) -> None:
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
-        await self._api.close()
+        """End all that this loop does; who waits for it hears of it."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=END_S)
+        await asyncio.wait({asyncio.ensure_future(self._api.close())}, timeout=END_S)
+
+    async def _read_on(self) -> None:
+        """Follow the API server for ever, from a new list on whenever a watch has kept something back."""
+        while True:
+            following = asyncio.ensure_future(self._reflector.run())
+            try:
+                await self._kept_back(following)
+            finally:
+                following.cancel()
+                await asyncio.wait({following}, timeout=END_S)
+            _log.error("a watch of what other controllers change is open and has not told of a change: it begins anew")
+
+    async def _kept_back(self, following: asyncio.Task[None]) -> None:
+        """Return when something was changed that the watch has not told of a look later. Raises what `following` raises."""
+        due: tuple[int, int] | None = None
+        key, pause = self._key(""), LOOK_S
+        while not (await asyncio.wait({following}, timeout=pause))[0]:
+            if not self._reflector.synced:
+                self._looked = time.monotonic()
+                continue
+            told = (self._reflector.events, self._reflector.lists)
+            if due == told:
+                return
+            held, due = self._reflector.store.get(key), None
+            try:
+                found = await self._get(key)
+            except (ApiError, Unreachable, TooLarge):  # `waiting` says so if it lasts
+                pause = AGAIN_S
+                continue
+            self._looked, pause = time.monotonic(), LOOK_S
+            if (held and held.version) != (found and found.version):
+                due = told
+        following.result()
+        raise ControllerError("the reader has ended by itself")
 
     def _changed(self) -> None:
         problem = self._reflector.problem
@@ -183,8 +253,26 @@ class ClusterStore:
         elif self._stale_since is None:
             self._stale_since = time.monotonic()
             _log.error("what other controllers change is not known", extra={"error": problem.message})
+        self._measure(self._reflector.store.get(self._key("")))
         for told in self._told.copy():
             told()
+
+    def _measure(self, seen: Seen | None) -> None:
+        """Say so, once, while there still is room."""
+        if seen is self._measured:
+            return
+        self._measured, documents = seen, _documents(seen)
+        size, before = _size(documents), self._filling
+        metrics.SHARED_STATE.set(size)
+        self._filling = size >= FULL * MOST
+        if self._filling and not before:
+            largest = sorted(documents, key=lambda name: -len(documents[name]))[:3]
+            said = ", ".join(f"{name} {len(documents[name]) >> 10} KiB" for name in largest)
+            extra = {"object": AUTHORITY, "kib": size >> 10, "of": MOST >> 10, "largest": said}
+            _log.error(
+                "what controllers share is nearly full; when it is, no node joins with a token. docs/kubernetes.md says what to remove",
+                extra=extra,
+            )
 
     async def _get(self, key: Key) -> Seen | None:
         """Ask for an object as it is now: a get without a version is answered by a quorum."""
@@ -236,22 +324,28 @@ class ClusterStore:
     # Any thread.
 
     def _call(self, work: Coroutine[Any, Any, T], consequence: str = "") -> T:
-        if self._thread is None or threading.current_thread() is self._thread:
-            work.close()
-            raise ControllerError("the state of the certificate authority is not open: this is a bug, please report it")
+        with self._asking:
+            if self._closing or self._thread is None or threading.current_thread() is self._thread:
+                work.close()
+                why = "the controller is ending" if self._closing else "it is not open: this is a bug, please report it"
+                raise ControllerError(f"the state of the certificate authority cannot be asked for or changed: {why}")
+            asked = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+            return asked.result()
         except CancelledError as error:
-            raise ControllerError("the controller is ending: nothing more is written") from error
+            raise ControllerError(f"the controller is ending: {consequence}") from error
         except (Unreachable, TooLarge) as error:
             raise ControllerError(f"the API server has not answered ({error}): {consequence}; do it again when it does") from error
 
-    def _check(self, key: Key, documents: dict[str, str]) -> None:
-        size = sum(len(name) + len(text.encode()) for name, text in documents.items())
-        if size > MOST:
+    def _check(self, key: Key, before: dict[str, str], after: dict[str, str]) -> None:
+        """Raise ControllerError if there is no room for what is to be written; who takes something away is never told so."""
+        grown = {name for name, text in after.items() if len(text) > len(before.get(name, ""))}
+        size, most = _size(after), MOST + (RESERVE if grown <= LAST else 0)
+        if size > most and size > _size(before):
             raise ControllerError(
-                f"ControllerState {self._namespace}/{key.name} has no room for more than {MOST >> 10} KiB, this would be {size >> 10}: nothing was written. "
-                "Of what was revoked or issued much goes when its certificates run out; a shorter --svid-lifetime makes that sooner"
+                f"ControllerState {self._namespace}/{key.name} has no room for more than {most >> 10} KiB, this would be {size >> 10}: nothing was written. "
+                "docs/kubernetes.md says what to remove. Of what was revoked or issued much goes when its certificates run out; a shorter --svid-lifetime "
+                "makes that sooner"
             )
 
     def _refusal(self, key: Key, error: ApiError) -> ControllerError:
@@ -285,3 +379,8 @@ class _Changes:
 
 def _documents(seen: Seen | None) -> dict[str, str]:
     return dict(seen.object.spec) if seen is not None and seen.object is not None else {}
+
+
+def _size(documents: dict[str, str]) -> int:
+    """Bytes of documents as they are stored: strings in JSON, whose quotes and line ends take two."""
+    return len(json.dumps(documents, ensure_ascii=False).encode()) if documents else 0

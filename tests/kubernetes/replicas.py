@@ -52,10 +52,11 @@ class Replica:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def start(self) -> None:
-        """Start it with nothing that an earlier one had, as with an emptyDir."""
-        shutil.rmtree(self.top, ignore_errors=True)
-        self.top.mkdir(parents=True)
+    def start(self, *, again: bool = False) -> None:
+        """Start it with nothing that an earlier one had, as with an emptyDir; `again`: with all of that, as after a crash in the same pod."""
+        if not again:
+            shutil.rmtree(self.top, ignore_errors=True)
+        self.top.mkdir(parents=True, exist_ok=True)
         command = [
             PROGRAM, "run", "--kubernetes", "--kubeconfig", self.plane.kubeconfig(self.user), "--socket", self.top / "c.sock",
             "--listen", self.address, "--join-listen", f"127.0.0.1:{self.join_port}", "--ca-directory", self.top / "ca",
@@ -129,10 +130,14 @@ class Replicas:
     def shown(self) -> Any:
         return json.loads(self.said("ca", "show", "-o", "json"))
 
-    async def join(self, name: str, at: Replica) -> Joined:
-        """Have a node join at one of them, with a token that an operator made anywhere."""
-        said = await asyncio.to_thread(self.said, "token", "create", "--node", name)
-        token = next(line for line in said.splitlines() if line.startswith("mesh1."))
+    async def token(self, *options: str) -> str:
+        """What an operator makes anywhere."""
+        said = await asyncio.to_thread(self.said, "token", "create", *options)
+        return next(line for line in said.splitlines() if line.startswith("mesh1."))
+
+    async def join(self, name: str, at: Replica, token: str = "") -> Joined:
+        """Have a node join at one of them; with a token for it, if none is given."""
+        token = token or await self.token("--node", name)
         key = new_key()
         credentials = grpc.ssl_channel_credentials(pem([self.root.certificate]))
         async with grpc.aio.secure_channel(f"127.0.0.1:{at.join_port}", credentials, OVERRIDE) as channel:

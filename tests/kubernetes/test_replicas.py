@@ -21,11 +21,16 @@ from agent.discovery import Discovery
 from agent.model import Snapshot
 from agent.relay import Relay
 from agent.replicas import Replicas as Replicated
+from controller.errors import ControllerError
 from controller.identity import revocations
+from controller.identity.ca import CaSettings
 from controller.identity.ledger import Issued
+from controller.identity.operator import Intermediate
+from controller.identity.plane import IdentitySettings
 from controller.kubernetes.api import Api
 from controller.kubernetes.part import opened
 from controller.kubernetes.store import ClusterStore
+from controller.server import Controller, Kubernetes, Settings
 from meshapi import agent_pb2, discovery_pb2, relay_pb2_grpc
 from meshapi import identity_pb2 as pb
 from meshapi.relay_pb2 import AskRequest
@@ -49,7 +54,9 @@ def two(plane: ControlPlane, tmp_path: Path) -> Iterator[Replicas]:
     with replicas(plane, tmp_path) as found:
         found.start()
         yield found
-    plane.kubectl("delete", "namespace", "shop", "--wait=false")
+    plane.kubectl(
+        "delete", "workloads.meshagent.io", "--all", "-n", "shop"
+    )  # the namespace would never be gone: that takes a controller manager
 
 
 async def soon(condition: Callable[[], Awaitable[bool]], seconds: float = 20.0) -> None:
@@ -150,7 +157,7 @@ async def test_of_a_hundred_writers_at_once_nothing_is_lost(plane: ControlPlane)
             assert news.wait(20)
             news.clear()
         assert {int(record.serial, 16) for record in revocations.read(fresh)} == set(range(1, WRITERS + 1))
-        assert revocations.barred(fresh) == {f"n{number}" for number in range(WRITERS)}
+        assert revocations.known(fresh)[1] == {f"n{number}" for number in range(WRITERS)}
 
 
 async def test_who_has_tunnels_is_known_to_every_replica_and_outlives_all_of_them(two: Replicas) -> None:
@@ -178,6 +185,17 @@ async def test_a_token_is_good_at_any_replica_and_once(two: Replicas) -> None:
     assert await node.refused(two.b) == "", "a certificate of one is believed by the other"
 
 
+async def test_a_token_for_any_node_gives_no_name_that_a_node_has_got_at_another_replica(two: Replicas) -> None:
+    token = await two.token()
+    await two.join("n1", two.a)
+    with pytest.raises(grpc.aio.AioRpcError, match="node n1 has a valid certificate"):
+        await two.join("n1", two.b, token)
+    await asyncio.to_thread(two.said, "ca", "revoke", f"{DOMAIN}/meshagent/node/n1")
+    again = await two.join("n1", two.b, token)
+    await asyncio.sleep(1.5)
+    assert [await again.refused(one) for one in (two.a, two.b)] == ["", ""], "what was given after the revocation is not meant by it"
+
+
 async def test_a_jwt_of_one_replica_can_be_checked_with_what_the_other_tells(two: Replicas) -> None:
     node = await two.join("n1", two.a)
 
@@ -198,6 +216,19 @@ async def test_a_jwt_of_one_replica_can_be_checked_with_what_the_other_tells(two
         return len(now) == 4 and not now & before and await kids(two.b) == now
 
     await soon(replaced)
+    before = await kids(two.a)
+    two.b.kill()
+    await asyncio.to_thread(two.said, "ca", "rotate", "--now")
+    await soon(lambda: apart(kids, two.a, before))
+    two.b.start(again=True)
+    await asyncio.to_thread(two.b.wait)
+    assert not before & await kids(two.b), "one that was away does not bring its own back"
+    await soon(shared)
+    assert not before & await kids(two.a)
+
+
+async def apart(kids: Callable[[Replica], Awaitable[set[str]]], at: Replica, before: set[str]) -> bool:
+    return not await kids(at) & before
 
 
 async def test_a_trace_and_a_status_reach_an_agent_through_the_replica_that_it_is_not_connected_to(two: Replicas, tmp_path: Path) -> None:
@@ -241,6 +272,31 @@ async def test_the_rights_of_the_manifest_are_enough(two: Replicas) -> None:
     for verb, what, space in (("delete", "controllerstates.meshagent.io", "shop"), ("get", "configmaps", OWN), ("create", "secrets", OWN)):
         said = two.plane.kubectl("auth", "can-i", verb, what, "-n", space, f"--as={ACCOUNT}", check=False)
         assert said.startswith("no"), (verb, what)
+
+
+async def test_a_controller_that_cannot_read_any_more_what_others_change_ends(
+    plane: ControlPlane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plane.apply(namespace(OWN, "none"))
+    with replicas(plane, tmp_path):
+        files = CaSettings(tmp_path / "ca", Intermediate(tmp_path / "middle.pem", tmp_path / "middle.key"), roots=tmp_path / "root.pem")
+        own = Kubernetes(plane.kubeconfig(), "", OWN)
+        controller = Controller(Settings(None, tmp_path / "c.sock", identity=IdentitySettings(files), kubernetes=own))
+        try:
+            await controller.start()
+            running = asyncio.create_task(controller.run(asyncio.Event()))
+            assert controller._shared is not None
+
+            def broken(*_: object) -> None:
+                raise RuntimeError("boom")
+
+            monkeypatch.setattr(controller._shared._reflector, "_take", broken)
+            with opened(plane.kubeconfig(), "", OWN) as other:
+                await asyncio.to_thread(other.change, lambda documents: documents.write("x", "1"))
+            with pytest.raises(ControllerError, match=r"what other controllers change is not read any more \(RuntimeError\('boom'\)\)"):
+                await asyncio.wait_for(running, 20)
+        finally:
+            await controller.stop()
 
 
 async def refused_everywhere(two: Replicas, node: Joined) -> bool:

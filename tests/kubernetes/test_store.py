@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from controller import readiness
+from controller import metrics, readiness
 from controller.errors import ControllerError
 from controller.identity import ledger
 from controller.identity.lapse import Lapse
@@ -113,6 +113,29 @@ def test_a_document_without_room_is_refused_and_what_stands_there_stays(
     with pytest.raises(ControllerError, match=r"ControllerState remembered/authority has no room .* nothing was written"):
         two[0].change(lambda documents: documents.write("y", "x" * 200))
     assert two[1].change(lambda documents: (documents.read("x"), documents.read("y"))) == (b"x" * 900, None)
+    monkeypatch.setattr(stores, "MOST", 500)
+    two[0].change(lambda documents: documents.write("x", "x" * 800))  # who takes away is not told that there is too much
+    with pytest.raises(ControllerError, match="no room"):
+        two[0].change(lambda documents: documents.write("x", "x" * 801))
+
+
+def test_where_nothing_else_has_room_any_more_revocations_have_and_an_operator_has_heard_of_it_before(
+    two: tuple[ClusterStore, ClusterStore], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ControllerError, match="no room for more than 1024 KiB, this would be 1228"):
+        two[0].change(lambda documents: documents.write("x", '"' * (stores.MOST * 6 // 10)))  # two bytes each, in JSON
+    two[0].change(lambda documents: documents.write("x", "x" * (stores.MOST - 100)))
+    soon(lambda: two[1].read("x") is not None)
+    assert metrics.SHARED_STATE._value.get() > stores.MOST - 100
+    (said,) = {record.__dict__["largest"] for record in caplog.records if "is nearly full" in record.message}
+    assert said == "x 1023 KiB"
+    with pytest.raises(ControllerError, match="no room for more than 1024 KiB"):
+        two[0].change(lambda documents: documents.write("tokens.json", "x" * 200))
+    for name in ("revoked.json", "lists.json"):
+        two[0].change(lambda documents, name=name: documents.write(name, "x" * (stores.RESERVE // 2 - 100)))  # type: ignore[misc]
+    soon(lambda: len(two[1].read("lists.json") or b"") == stores.RESERVE // 2 - 100)
+    with pytest.raises(ControllerError, match="no room for more than 1408 KiB"):
+        two[0].change(lambda documents: documents.write("revoked.json", "x" * (stores.RESERVE // 2 + 400)))
 
 
 def test_who_may_not_write_is_told_which_right_is_missing(plane: ControlPlane, two: tuple[ClusterStore, ClusterStore]) -> None:
@@ -171,7 +194,7 @@ def test_a_report_is_of_a_pod_and_not_of_its_name_and_a_replica_that_lags_takes_
 
 def test_wireguard_keys_that_one_replica_was_told_are_known_to_the_other(two: tuple[ClusterStore, ClusterStore]) -> None:
     async def check() -> None:
-        one, other = (NodeKeys(store, tuple) for store in two)
+        one, other = (NodeKeys(store, dict, dict) for store in two)
         loop = asyncio.get_running_loop()
         two[1].listen(lambda: loop.call_soon_threadsafe(other.look))
         for found in (one, other):

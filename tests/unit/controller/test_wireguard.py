@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from controller import wireguard
 from controller.errors import ControllerError
 from controller.identity.ca import CaSettings
 from controller.identity.directory import Directory
 from controller.identity.plane import IdentitySettings
 from controller.main import main
 from controller.server import Controller, Settings
+from controller.store import of_node
 from controller.wireguard import FILE, BadKey, NodeKeys, check
 from meshapi import discovery_pb2 as pb
+from tests.tasks import beside, until
 from tests.unit.controller.harness import SHOP
+from tests.unit.controller.identity.shared import Replica, State
 from tests.unit.controller.test_discovery import Stream, names, stream
 
 ONE, TWO, THREE = (bytes([number]) * 32 for number in (1, 2, 3))
@@ -49,8 +56,8 @@ def test_what_cannot_be_used_is_refused(said: pb.WireGuard, reason: str) -> None
         check(said)
 
 
-def keys(directory: Path, barred: set[str] | None = None) -> NodeKeys:
-    found = NodeKeys(Directory(directory), lambda: barred or ())
+def keys(directory: Path, barred: Mapping[str, int] | None = None, known: Mapping[str, int] | None = None) -> NodeKeys:
+    found = NodeKeys(Directory(directory), lambda: barred or {}, lambda: (barred if known is None else known) or {})
     found.start()
     return found
 
@@ -83,17 +90,104 @@ def test_a_key_is_one_nodes(tmp_path: Path) -> None:
     assert known(found, "n1", "n2") == {"n1": ONE, "n2": b""}
 
 
-def test_a_revoked_node_loses_its_key_until_it_announces_it_again(tmp_path: Path) -> None:
-    barred: set[str] = set()
+def test_a_revoked_node_loses_its_key_until_it_announces_it_again_however_often_it_is_revoked(tmp_path: Path) -> None:
+    barred: dict[str, int] = {}
     found = keys(tmp_path, barred)
     asyncio.run(found.announce("n1", end()))
-    barred.add("n1")
+    for at in (1000, 1001):
+        barred["n1"] = at
+        assert found.forget_barred()
+        assert not found.forget_barred()
+        assert known(found, "n1") == {"n1": b""}
+        asyncio.run(found.announce("n1", end(TWO)))  # the gate let it in again
+        assert not found.forget_barred()
+        assert known(found, "n1") == {"n1": TWO}
+        assert known(keys(tmp_path, barred), "n1") == {"n1": TWO}, "a controller that starts anew takes nothing away"
+
+
+def test_a_key_that_a_revoked_node_announces_before_it_is_shut_out_goes_and_the_same_one_later_stays(tmp_path: Path) -> None:
+    lagging, current = keys(tmp_path, {"n1": 1000}, {}), keys(tmp_path, {"n1": 1000})
+    asyncio.run(lagging.announce("n1", end()))
+    assert current.read()
+    assert current.forget_barred()
+    assert known(current, "n1") == {"n1": b""}
+    asyncio.run(lagging.announce("n1", None))
+    asyncio.run(lagging.announce("n1", end()))
+    assert current.read()
+    asyncio.run(current.announce("n1", end()))
+    assert not current.forget_barred()
+    assert not keys(tmp_path, {"n1": 1000}).forget_barred()
+    assert known(current, "n1") == {"n1": ONE}
+
+
+def test_a_key_of_a_node_that_has_left_goes_where_it_is_shared_and_stays_where_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wireguard, "DEPARTED_S", 0.2)
+    shared, alone = Replica(State()), keys(tmp_path)
+    found = NodeKeys(shared, dict, dict, shared.groups)
+    found.start()
+    for each in (found, alone):
+        asyncio.run(each.announce("n1", end()))
+        asyncio.run(each.announce("n2", end(TWO, 51871, "192.0.2.2")))
+    shared.change(lambda documents: documents.write("issued.jsonl", "x"), of_node("n1"))  # a certificate in force
+    began = time.monotonic()
+    while known(found, "n2")["n2"]:
+        assert time.monotonic() < began + 20
+        found.forget_barred()
+        alone.forget_barred()
+    assert time.monotonic() > began + 0.2
+    assert known(found, "n1") == {"n1": ONE}
+    assert known(alone, "n1", "n2") == {"n1": ONE, "n2": TWO}
+
+
+def test_a_look_that_cannot_write_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    barred: dict[str, int] = {}
+    found = keys(tmp_path, barred)
+    asyncio.run(found.announce("n1", end()))
+    barred["n1"] = 1000
+
+    def away(*_: object) -> None:
+        raise ControllerError("the API server is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Directory, "change", away)
+        assert not found.forget_barred()
+        assert known(found, "n1") == {"n1": ONE}
     assert found.forget_barred()
-    assert not found.forget_barred()
     assert known(found, "n1") == {"n1": b""}
-    asyncio.run(found.announce("n1", end(TWO)))  # the gate let it in again
-    assert not found.forget_barred()
-    assert known(found, "n1") == {"n1": TWO}
+
+
+@pytest.mark.parametrize("news", ["foreign", "fresh"])
+def test_a_revoked_node_loses_its_key_also_while_there_is_news_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, news: str
+) -> None:
+    monkeypatch.setattr(wireguard, "LOOK_S", 1.0)
+    monkeypatch.setattr(wireguard, "SETTLE_S", 0.005)
+    barred: dict[str, int] = {}
+
+    async def check_it() -> None:
+        found = NodeKeys(Directory(tmp_path), lambda: barred, dict)
+        await asyncio.to_thread(found.start)
+        await found.announce("n1", end())
+
+        async def go_on() -> None:
+            for number in itertools.count(1):
+                if news == "foreign":
+                    found.look()
+                else:
+                    await found.announce("n2", end(TWO, number % 60000 + 1, "192.0.2.2"))
+                await asyncio.sleep(0.001)
+
+        async def publish() -> None:
+            while True:
+                await found.changed()
+
+        async with beside(go_on()), beside(publish()):
+            barred["n1"] = 1000
+            await until(lambda: not known(found, "n1")["n1"])
+
+    asyncio.run(check_it())
 
 
 def test_an_endpoint_that_is_another_nodes_workload_is_told_to_nobody_and_said_once(

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from controller.errors import ControllerError
 from controller.identity import crl, keys, ledger, revocations, rotation, tokens, trust
 from controller.identity.fields import BadState
 from controller.identity.lapse import Lapse
-from controller.identity.ledger import Issued
+from controller.identity.ledger import Issued, Taken
 from tests.unit.controller.identity.harness import DOMAIN, Clock, authority
 
 PARSERS: list[Callable[[bytes], object]] = [keys.parse, tokens.parse_records, revocations.parse, ledger.parse_line, trust.parse, crl.parse]
@@ -267,3 +268,28 @@ def test_times_that_no_date_can_have_are_refused() -> None:
     for until in (253_402_300_800, 10**400):
         with pytest.raises(BadState):
             ledger.parse_line(line % until)
+
+
+def test_what_nobody_asks_for_any_more_is_not_watched_for_ever_and_what_somebody_asks_for_is() -> None:
+    wall, steady = Clock(1000.0), Clock(0.0)
+    lapse = Lapse(wall, steady, 100_000)
+    for number in range(997):  # on record until another controller forgets them
+        lapse.passed(("issued", number), 500)
+    while steady.now < 99_999:
+        assert not lapse.passed("kept", 500)
+        steady.now += 60
+    assert lapse.passed("kept", 500)
+    assert len(lapse._since) == 1
+
+
+def test_a_ledger_on_disk_takes_no_second_certificate_where_there_must_be_one_and_hands_on_what_was_known(tmp_path: Path) -> None:
+    found = authority(tmp_path / "ca")
+    first = Issued("1", "spiffe://mesh.local/meshagent/node/n1", "n1", "0" * 64, 2_000_000_000, knew=7)
+    found._ledger.append([first])
+    with pytest.raises(Taken):
+        found._ledger.append([replace(first, serial="2")], lambda record: record.spiffe_id == first.spiffe_id)
+    found._ledger.append([replace(first, serial="3", knew=0)], lambda record: record.node == "n2", {"3": "1"})
+    found.stop()
+    again = authority(tmp_path / "ca")
+    assert {record.serial: record.knew for record in again._ledger.live(0)} == {"1": 7, "3": 7}
+    again.stop()

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from controller.errors import ControllerError
 from controller.identity import tokens
-from controller.identity.directory import Directory
+from controller.identity.directory import TOKENS, Directory
 from controller.identity.refusals import Refused
 from controller.identity.tokens import Record, TokenStore
 from controller.main import main
 from meshapi import join
 from tests.unit.controller.identity.harness import Clock, authority
+from tests.unit.controller.identity.shared import Replica, State
 
 ROOT = "ab" * 32
 
@@ -151,6 +152,30 @@ def test_there_is_an_end_to_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyP
         found.create("", 60, ROOT)
     with pytest.raises(ControllerError, match="there are 3 tokens"):
         found.create("", 60, ROOT)
+
+
+def test_a_list_that_is_shared_forgets_what_is_spent_before_it_is_long_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "MOST_SHARED", 10_000)
+    clock, shared = Clock(), Replica(State())
+    found, alone = TokenStore(shared, clock), store(tmp_path, clock)
+    for number in range(97):
+        for each in (found, alone):
+            each.reserve(str(each.create(f"n{number}", 3600, ROOT)[0]), f"n{number}")
+        clock.now += tokens.JOINING_S
+    assert len(alone.all()) == 97
+    assert {record.used_by for record in found.all()} == {f"n{number}" for number in range(97 - len(found.all()), 97)}, (
+        "the newest are left"
+    )
+    assert 9_000 < len(shared.read(TOKENS) or b"") <= 10_500
+    valid: list[Record] = []
+    while len(shared.read(TOKENS) or b"") < 10_000 or len(found.all()) > len(valid):
+        valid.append(found.create("", 3600, ROOT)[1])
+    with pytest.raises(ControllerError, match=r"there are \d+ tokens that may still be used, and no room for more"):
+        found.create("", 3600, ROOT)
+    assert found.all() == valid
+    assert len(valid) > 23
 
 
 @settings(max_examples=300, deadline=None)

@@ -20,6 +20,8 @@ class Scripted:
 
     pages: dict[str, list[Any]] = field(default_factory=dict)
     """Answers to lists, in order; the last one is repeated."""
+    silent: set[str] = field(default_factory=set)
+    """Paths that get no answer."""
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     watches: asyncio.Queue[Watch] = field(default_factory=asyncio.Queue)
     port: int = 0
@@ -41,6 +43,8 @@ class Scripted:
             target = urlsplit(head.split(" ")[1])
             params = {name: values[0] for name, values in parse_qs(target.query).items()}
             self.asked.append((target.path, params))
+            if target.path in self.silent:
+                await asyncio.Event().wait()
             if "watch" in params:
                 watch = Watch(writer, params["resourceVersion"])
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n")
