@@ -110,8 +110,7 @@ def bpffs(config: Config) -> Finding:
 
 def rights(status: str) -> Iterator[Finding]:
     """Capabilities in force, from the text of /proc/self/status (proc(5), CapEff)."""
-    match = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
-    held = int(match[1], 16) if match else 0
+    held = features.capabilities(status)
     missing = {name for name, number in CAPABILITIES.items() if not held >> number & 1}
     if held >> CAPABILITIES["SYS_ADMIN"] & 1:
         missing -= _REPLACED_BY_SYS_ADMIN
