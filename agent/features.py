@@ -58,6 +58,11 @@ def cgroup2_mount() -> Path | None:
     return None
 
 
+def kubernetes_node(root: Path = Path("/")) -> bool:
+    """True if this machine, or the container that the agent runs in, belongs to a cluster: that has a DNS of its own."""
+    return "KUBERNETES_SERVICE_HOST" in os.environ or any((root / p).exists() for p in ("var/lib/kubelet", "etc/kubernetes/kubelet.conf"))
+
+
 def capabilities(status: str) -> int:
     """Those in force, as bits, from the text of /proc/PID/status (proc(5), CapEff)."""
     match = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)

@@ -19,7 +19,6 @@ from agent import features, logs
 from agent.bpf import source
 from agent.config import METRICS_PORT, WIREGUARD_PORT, Config, Join, TlsFiles
 from agent.errors import MeshError
-from agent.names.dnsmasq import kubernetes_node
 from agent.uninstall import uninstall as remove_everything
 
 if TYPE_CHECKING:
@@ -248,7 +247,7 @@ def run(  # noqa: PLR0913  one parameter for each option
         metrics_port=metrics_port,
         envoy=envoy,
         envoy_concurrency=envoy_concurrency,
-        names=not kubernetes_node() if names is None else names,
+        names=not features.kubernetes_node() if names is None else names,
         cluster_domain=cluster_domain,
         kubelet_cgroup=kubelet_cgroup,
         keep_connections=keep_denied_connections,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -236,6 +237,18 @@ def test_a_right_that_the_controller_lost_in_its_own_namespace_is_named(installe
         installed.apply(*objects("Role"))
     (one,) = [one for one in found["rights"] if one["severity"] == "error"]
     assert (code, one["what"].startswith(f"the controller may not {lost}")) == (1, True), one
+
+
+def test_the_taint_of_a_new_node_goes_as_the_page_says_when_its_agent_is_ready(installed: ControlPlane) -> None:
+    page = (Path(__file__).parents[2] / "docs/kubernetes.md").read_text()
+    wait, untaint = (
+        line.replace("NODE", "check-1").split()[1:] for line in page.splitlines() if re.match(r"kubectl (-n \S+ wait|taint) .*NODE", line)
+    )
+    installed.kubectl("taint", "node", "check-1", "meshagent.io/not-ready:NoSchedule")
+    assert "condition met" in installed.kubectl(*wait)
+    assert "untainted" in installed.kubectl(*untaint)
+    (daemons,) = objects("DaemonSet")
+    assert {"operator": "Exists"} in daemons["spec"]["template"]["spec"]["tolerations"]
 
 
 def test_a_mesh_that_is_being_removed_is_said_to_be(installed: ControlPlane) -> None:

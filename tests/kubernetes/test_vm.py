@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ from lab.errors import StartFailed
 from lab.lab import Lab
 from lab.process import Seat
 from lab.topology import CONTROLLER_ADDRESSES, Node, Pod, Topology
+from tests.kernel import shop
 from tests.kubernetes.conftest import ASSETS
 from tests.kubernetes.controlplane import ControlPlane
 from tests.kubernetes.test_source import namespace, pod, running
@@ -146,10 +146,7 @@ class Mesh:
 
     def takes(self, condition: Callable[[], object], seconds: float = 60) -> None:
         """Wait until it is so."""
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, [self.lab.status(node.name).get("problems") for node in TOPOLOGY.nodes]
-            time.sleep(0.1)
+        shop.takes(condition, seconds, pause=0.1, said=lambda: [self.lab.status(node.name).get("problems") for node in TOPOLOGY.nodes])
 
 
 @pytest.fixture(scope="module")
