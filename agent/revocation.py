@@ -184,8 +184,8 @@ class Revocation:
         """Namespaces in which nobody has looked yet for connections that are older than their workload's place in the mesh."""
         self._where: set[int] | None = set()
         """Namespaces whose connections are to be looked at, by cookie; None: all."""
-        self._taken = True
-        """Has Envoy taken what the last change that may forbid a connection led to?"""
+        self._untaken: set[int] | None = set()
+        """The same of changes that Envoy has not taken yet: until then it may make connections that they forbid."""
         self.closed = 0
         """Connections closed since the agent started."""
         self.problem = ""
@@ -194,29 +194,29 @@ class Revocation:
     def changed(self, rules: Rules) -> None:
         """Say what is in force in the kernel now. Cheap: connections are looked at only if this may forbid one."""
         before, self._rules = self._rules, rules
-        known, reading = (before.snapshot, before.enforce_inbound) if before else (None, frozenset[str]())
+        known, readers = (before.snapshot, before.enforce_inbound) if before else (None, frozenset[str]())
         fresh = _cookies(rules) - (_cookies(before) if before else set())
         self._fresh = (self._fresh | fresh) & _cookies(rules)
         if self._config.keep_connections:
             return
-        begun = rules.enforce_inbound - reading
+        begun = rules.enforce_inbound - readers
         everywhere = affects(known, rules.snapshot, _bound(before, rules) if before else {})
+        # Whoever begins to read requests says nothing about what others receive.
+        reading = {local.netns_cookie for local in rules.enrolled.local if local.workload.name in begun}
         if everywhere or begun:
-            self._taken = False
-        if everywhere:
-            self._look(None)
-        elif fresh or begun:  # whoever begins to read requests has said nothing about what others receive
-            self._look(fresh | {local.netns_cookie for local in rules.enrolled.local if local.workload.name in begun})
+            self._untaken = _both(self._untaken, None if everywhere else reading)
+        if everywhere or begun or fresh:
+            self._look(None if everywhere else fresh | reading)
 
     def _look(self, where: set[int] | None) -> None:
-        self._where = None if where is None or self._where is None else self._where | where
+        self._where = _both(self._where, where)
         self._wanted.set()
 
     def taken(self) -> None:
         """Say that Envoy has taken all that it was told: until then it may have made connections that go past what is in force."""
-        if not self._taken:
-            self._taken = True
-            self._look(None)
+        if self._untaken != set():
+            where, self._untaken = self._untaken, set()
+            self._look(where)
 
     async def run(self) -> None:
         """Close what is forbidden after each change."""
@@ -324,6 +324,10 @@ def _inode(path: Path) -> int:
         return path.stat().st_ino
     except FileNotFoundError:
         return 0
+
+
+def _both(one: set[int] | None, other: set[int] | None) -> set[int] | None:
+    return None if one is None or other is None else one | other
 
 
 def _bound(before: Rules, after: Rules) -> dict[str, tuple[Workload, Workload]]:

@@ -253,8 +253,8 @@ class Looks(Revocation):
     def __init__(self) -> None:
         self._config = Config("here", "unix:x")
         self._wanted = asyncio.Event()
-        self._rules, self._pooled, self._fresh, self._taken = None, {}, set(), True
-        self._where = set()
+        self._rules, self._pooled, self._fresh = None, {}, set()
+        self._where, self._untaken = set(), set()
         self.seen: list[set[int] | None] = []
 
     def close_forbidden(self, where: set[int] | None = None) -> int:
@@ -286,6 +286,7 @@ def test_what_cannot_have_changed_is_not_looked_at(monkeypatch: pytest.MonkeyPat
         looks = Looks()
         running = asyncio.create_task(looks.run())
         looks.changed(rules(FRIEND))
+        looks.taken()
         await asyncio.sleep(0.2)
         assert looks.seen == [None, None], "when an agent starts"
         for one in then:
@@ -295,6 +296,19 @@ def test_what_cannot_have_changed_is_not_looked_at(monkeypatch: pytest.MonkeyPat
         return looks
 
     assert asyncio.run(run()).seen[2:] == ([] if where == "nowhere" else [where, where])
+
+
+def test_what_envoy_may_have_done_before_it_took_a_change_is_looked_at_where_that_was() -> None:
+    looks = Looks()
+    looks.changed(rules(FRIEND, FOE))
+    looks.taken()
+    looks._where, looks._wanted = set(), asyncio.Event()
+    looks.taken()
+    assert (looks._where, looks._wanted.is_set()) == (set(), False), "there is nothing new"
+    looks.changed(rules(FRIEND, FOE, reading=frozenset({FOE.name})))
+    looks._where = set()
+    looks.taken()
+    assert (looks._where, looks._wanted.is_set()) == ({2}, True)
 
 
 def test_a_pod_that_comes_while_everything_is_being_looked_at_does_not_end_that(monkeypatch: pytest.MonkeyPatch) -> None:
