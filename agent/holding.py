@@ -88,8 +88,8 @@ class Holding:
             )
         if lacking:
             return (
-                f"pods whose cgroups the kubelet makes beside {', '.join(sorted(lacking))} are not held before they are in the mesh, or get no sandbox: that "
-                "is not there; the kubelet makes it when it starts (--cgroups-per-qos), restart it, or remove what another cgroup driver left"
+                f"there is no cgroup {', '.join(sorted(lacking))}, so pods beside it are not held before they are in the mesh, or get no sandbox: the kubelet "
+                "makes it when it starts (--cgroups-per-qos), restart it; or remove what another cgroup driver left"
             )
         return ""
 

@@ -33,6 +33,7 @@ static __always_inline bool mesh_hold(void)
 #ifdef MESH_HAVE_SYSCTL_ANCESTOR
 	u64 id, now = bpf_ktime_get_ns();
 	struct mesh_event *event;
+	bool news;
 	u32 level;
 
 	for (level = 1; level < MESH_LEVELS; level++) {
@@ -43,8 +44,11 @@ static __always_inline bool mesh_hold(void)
 			below = true;
 			mesh_keep_branch(); /* or clang makes it an OR of pointers */
 		} else if (below) {
+			news = !mesh_held.lookup(&id);
 			if (mesh_held.update(&id, &now))
 				return false;
+			if (!news) /* so that nobody who writes again and again fills the ring */
+				return true;
 			event = mesh_event_new(MESH_EVENT_HELD);
 			if (event)
 				mesh_event_send(event);

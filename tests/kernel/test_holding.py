@@ -172,7 +172,7 @@ def test_directories_of_pods_that_miss_are_a_problem(node: DataNode, kubelet: Ku
     holding(node)._pods.search()
     holding(node).beat(())
     (said,) = holding(node).problems([pod(1)])
-    assert f"{kubelet.directory(1, layout).parent.parent}/besteffort are not held" in said
+    assert f"{kubelet.directory(1, layout).parent.parent}/besteffort, so pods beside it are not held" in said
     beat(node, kubelet, layout)
     assert holding(node).problems([pod(1)]) == []
 
@@ -185,7 +185,9 @@ def test_the_agent_is_told_of_a_pod_that_is_held(node: DataNode, kubelet: Kubele
     with node.events() as events:
         assert sandbox(kubelet, 1, space, layout, "20000-20010")
         assert sandbox(kubelet, 1, space, layout)
-    assert [event.kind for event in events] == [EventKind.HELD]
+        assert sandbox(kubelet, 1, space, layout)
+        assert sandbox(kubelet, 2, space, layout)
+    assert [event.kind for event in events] == [EventKind.HELD] * 2
 
 
 @holds
