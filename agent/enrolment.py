@@ -205,8 +205,6 @@ class Enrolment:
         for local, mark in fresh:
             self._look(local, mark, bound)
             if local.bound is not None:
-                if local.pod is not None:
-                    self.holding.expect()
                 bound[local.bound.local.netns_cookie] = local.bound
         self._follow()  # also what pods have that were found just now
         return list(bound.values())

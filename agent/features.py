@@ -6,13 +6,15 @@ import os
 import platform
 import re
 from pathlib import Path
+from typing import Final
 
-from agent.config import Config
+from agent.config import NAMES_ROOT, Config
 from agent.errors import EnvironmentUnfit
 from agent.netns import file_system
 
 OLDEST_KERNEL = (5, 15)  # bpf_get_netns_cookie in sock_ops
 SET_RETVAL_KERNEL = (5, 18)  # bpf_set_retval: lets connect() fail with ECONNREFUSED instead of EPERM
+NAMES_CAPABILITIES: Final = {"KILL": 5, "SETGID": 6, "SETUID": 7, "SETPCAP": 8}  # include/uapi/linux/capability.h
 SYSCTL_ANCESTOR_KERNEL = (6, 4)  # bpf_get_current_ancestor_cgroup_id in cgroup/sysctl: kernel/bpf/helpers.c, bpf_base_func_proto
 
 
@@ -54,6 +56,27 @@ def cgroup2_mount() -> Path | None:
         if path.is_dir() and file_system(path) == "cgroup2":
             return path
     return None
+
+
+def kubernetes_node(root: Path = Path("/")) -> bool:
+    """True if this machine, or the container that the agent runs in, belongs to a cluster: that has a DNS of its own."""
+    return "KUBERNETES_SERVICE_HOST" in os.environ or any((root / p).exists() for p in ("var/lib/kubelet", "etc/kubernetes/kubelet.conf"))
+
+
+def capabilities(status: str) -> int:
+    """Those in force, as bits, from the text of /proc/PID/status (proc(5), CapEff)."""
+    match = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return int(match[1], 16) if match else 0
+
+
+def check_names(status: str) -> None:
+    """Raise EnvironmentUnfit if name servers, which run as nobody, cannot be started or ended from a process with this /proc/PID/status."""
+    held = capabilities(status)
+    if missing := [name for name, number in NAMES_CAPABILITIES.items() if not held >> number & 1]:
+        raise EnvironmentUnfit(
+            f"--names needs {', '.join(missing)}, which this process lacks: name servers run as nobody, without any capability. Leave --names away, on a "
+            f"Kubernetes node the cluster's DNS answers; or add them, and in a container mount the node's {NAMES_ROOT}"
+        )
 
 
 def compile_flags() -> tuple[str, ...]:

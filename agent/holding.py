@@ -14,13 +14,13 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from agent import features
 from agent.bpf.maps import Map
+from agent.model import Workload
 from agent.pods import Pods, parents
 
 _log = logging.getLogger(__name__)
 
-SOON_S = 2.0
-"""A pod that was bound may be held a moment later: its sandbox is prepared, and then it starts."""
 OUTSIDE_S = 2.0
 """How long a pod is held of which the controller says that it is not in the mesh. The API server thought otherwise when it marked the pod, and the controller
 may not have heard yet why: pods and namespaces are two streams."""
@@ -28,6 +28,8 @@ LONG_S = 10.0
 """A pod that is held for longer is reported."""
 _ID = struct.Struct("=Q")
 _ENDED = _ID.pack(0)
+_NOWHERE = _ID.pack(0)
+"""No cgroup has this id: as a row of mesh_kubepods it says that there are no pods on this machine."""
 
 
 class Holding:
@@ -36,18 +38,10 @@ class Holding:
     def __init__(self, maps: Mapping[str, Map], cgroup: Path) -> None:
         """`cgroup` has those of the pods below it."""
         self._held, self._kubepods, self._alive = (maps[f"mesh_{name}"] for name in ("held", "kubepods", "alive"))
+        self._cgroup = cgroup
         self._pods = Pods(cgroup)
-        self._until = 0.0
         self._reported: set[int] = set()
-
-    @property
-    def attentive(self) -> bool:
-        """May somebody be held in a moment, who is in the mesh already?"""
-        return time.monotonic() < self._until
-
-    def expect(self) -> None:
-        """Pods have come into the mesh."""
-        self._until = time.monotonic() + SOON_S
+        self._problem = ""
 
     def held(self) -> dict[int, int]:
         """Since when, nanoseconds of CLOCK_MONOTONIC, by the id of the pod's cgroup."""
@@ -63,23 +57,45 @@ class Holding:
         `outside`: UIDs of pods of this node that are not in the mesh; `served`: there is a controller that says so. Raises OSError or MeshError.
         """
         self._pods.search_again()
-        known = self._places()
-        self._kubepods.prune(known.keys())
-        for key in known:
+        known, lacking = self._places()
+        elsewhere = not self._pods.kubepods and not features.kubernetes_node()
+        self._problem = "" if elsewhere else self._unknown(lacking)
+        rows = {_NOWHERE} if elsewhere else known.keys()
+        self._kubepods.prune(rows)
+        for key in rows:
             self._kubepods.put(key, bytes(4))
         self._alive.put(bytes(4), _ID.pack(time.monotonic_ns()) if known and served else _ENDED)
         held = self.held()
         if held:
             self._look_after(held, outside, known)
 
-    def _places(self) -> dict[bytes, str]:
-        """The directories that have pods in them, by id. Of a kubelet's all or none: what is below a missing one would be taken for it."""
+    def _places(self) -> tuple[dict[bytes, str], list[str]]:
+        """The directories that have pods in them, by id. Of a kubelet's all or none: what is below a missing one would be taken for it. And those that miss."""
         found: dict[bytes, str] = {}
+        lacking = []
         for kubepods in self._pods.kubepods:
             numbers = {path: number(path) for path in parents(kubepods)}
             if all(numbers.values()):
                 found |= {_ID.pack(here): path for path, here in numbers.items()}
-        return found
+            lacking += [path for path, here in numbers.items() if not here]
+        return found, lacking
+
+    def _unknown(self, lacking: list[str]) -> str:
+        if not self._pods.kubepods:
+            return (
+                f"where pods are is not known, and those that are to be in the mesh get no sandbox: there is no kubepods cgroup below {self._cgroup}; does a "
+                "kubelet run on this node, and is --cgroup the node's cgroup2 mount?"
+            )
+        if lacking:
+            return (
+                f"there is no cgroup {', '.join(sorted(lacking))}, so pods beside it are not held before they are in the mesh, or get no sandbox: the kubelet "
+                "makes it when it starts (--cgroups-per-qos), restart it; or remove what another cgroup driver left"
+            )
+        return ""
+
+    def problems(self, residents: Iterable[Workload]) -> list[str]:
+        """What an operator should know, whose pods on this node are these: one sentence, or none."""
+        return [self._problem] if self._problem and any(one.pod_uid for one in residents) else []
 
     def _look_after(self, held: dict[int, int], outside: Iterable[str], known: Mapping[bytes, str]) -> None:
         now = time.monotonic_ns()

@@ -13,9 +13,9 @@ import contextlib
 import ipaddress
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from agent import addresses
 from agent.bpf.datapath import DataPath
@@ -182,8 +182,10 @@ class Revocation:
         """Connections that a waypoint may have in a pool, by the socket's cookie: when they were first found (time.monotonic)."""
         self._fresh: set[int] = set()
         """Namespaces in which nobody has looked yet for connections that are older than their workload's place in the mesh."""
-        self._taken = True
-        """Has Envoy taken what the last change that may forbid a connection led to?"""
+        self._where: set[int] | None = set()
+        """Namespaces whose connections are to be looked at, by cookie; None: all."""
+        self._untaken: set[int] | None = set()
+        """The same of changes that Envoy has not taken yet: until then it may make connections that they forbid."""
         self.closed = 0
         """Connections closed since the agent started."""
         self.problem = ""
@@ -192,38 +194,49 @@ class Revocation:
     def changed(self, rules: Rules) -> None:
         """Say what is in force in the kernel now. Cheap: connections are looked at only if this may forbid one."""
         before, self._rules = self._rules, rules
-        known, reading = (before.snapshot, before.enforce_inbound) if before else (None, frozenset[str]())
+        known, readers = (before.snapshot, before.enforce_inbound) if before else (None, frozenset[str]())
         fresh = _cookies(rules) - (_cookies(before) if before else set())
         self._fresh = (self._fresh | fresh) & _cookies(rules)
-        if fresh and not self._config.keep_connections:
-            self._wanted.set()
-        if not self._config.keep_connections and (affects(known, rules.snapshot) or rules.enforce_inbound - reading):
-            self._taken = False
-            self._wanted.set()
+        if self._config.keep_connections:
+            return
+        begun = rules.enforce_inbound - readers
+        everywhere = affects(known, rules.snapshot, _bound(before, rules) if before else {})
+        # Whoever begins to read requests says nothing about what others receive.
+        reading = {local.netns_cookie for local in rules.enrolled.local if local.workload.name in begun}
+        if everywhere or begun:
+            self._untaken = _both(self._untaken, None if everywhere else reading)
+        if everywhere or begun or fresh:
+            self._look(None if everywhere else fresh | reading)
+
+    def _look(self, where: set[int] | None) -> None:
+        self._where = _both(self._where, where)
+        self._wanted.set()
 
     def taken(self) -> None:
         """Say that Envoy has taken all that it was told: until then it may have made connections that go past what is in force."""
-        if not self._taken:
-            self._taken = True
-            self._wanted.set()
+        if self._untaken != set():
+            where, self._untaken = self._untaken, set()
+            self._look(where)
 
     async def run(self) -> None:
         """Close what is forbidden after each change."""
         while True:
             await self._wanted.wait()
             self._wanted.clear()
-            await asyncio.to_thread(self.close_forbidden)
+            await asyncio.to_thread(self.close_forbidden, self._where)
             settled = False
             while not settled or self._pooled:
                 await asyncio.sleep(PAUSE_S)
                 with contextlib.suppress(asyncio.TimeoutError):
                     await within(self._wanted.wait(), SETTLE_S)
-                    break
-                await asyncio.to_thread(self.close_forbidden)
+                    break  # and all of it is looked at twice
+                await asyncio.to_thread(self.close_forbidden, self._where)
                 settled = True
+            else:
+                self._where = set()
 
-    def close_forbidden(self) -> int:
-        """Look at every connection once; returns how many were closed."""
+    def close_forbidden(self, where: set[int] | None = None) -> int:
+        """Look once at every connection, or at those in the namespaces `where`; returns how many were closed."""
         rules = self._rules
         if rules is None:
             return 0
@@ -233,7 +246,7 @@ class Revocation:
         pooled: dict[int, float] = {}
         seen: set[frozenset[tuple[bytes, int]]] = set()
         self.problem = ""
-        for local in rules.enrolled.local:
+        for local in self._within(where, rules):
             try:
                 found = self._forbidden(judge, local, waypoint)
                 since = {f.socket.cookie: self._pooled.get(f.socket.cookie, now) for f in found if f.pooled}
@@ -264,6 +277,10 @@ class Revocation:
             )
         self.closed += len(seen)
         return len(seen)
+
+    def _within(self, where: set[int] | None, rules: Rules) -> list[LocalWorkload]:
+        """Those in the namespaces `where`; all while some connections are spared, because each look says anew which."""
+        return [one for one in rules.enrolled.local if where is None or self._pooled or one.netns_cookie in where]
 
     def _forbidden(self, judge: Judge, local: LocalWorkload, waypoint: int) -> list[Forbidden]:
         namespace = Path(local.netns_path)
@@ -309,8 +326,24 @@ def _inode(path: Path) -> int:
         return 0
 
 
-def affects(before: Snapshot | None, after: Snapshot) -> bool:
-    """True if a decision about a connection that lives may differ: another policy, or other labels, identities or addresses of a workload."""
+def _both(one: set[int] | None, other: set[int] | None) -> set[int] | None:
+    return None if one is None or other is None else one | other
+
+
+def _bound(before: Rules, after: Rules) -> dict[str, tuple[Workload, Workload]]:
+    was = {local.workload.name: local.workload for local in before.enrolled.local}
+    return {local.workload.name: (was[local.workload.name], local.workload) for local in after.enrolled.local if local.workload.name in was}
+
+
+_NOBODY: Final[Mapping[str, tuple[Workload, Workload]]] = {}
+
+
+def affects(before: Snapshot | None, after: Snapshot, bound: Mapping[str, tuple[Workload, Workload]] = _NOBODY) -> bool:
+    """True if a decision about a connection that lives may differ: another policy, or other labels, identities or addresses of a workload.
+
+    `bound`: by name, those that had a namespace of this node and still have, as the node knew and knows them: a pod has the addresses of its namespace before
+    the kubelet reports them. One that is new and has no address has no connection but those in its own namespace, which is looked at when it is bound.
+    """
     if before is None:
         return True
     if after is before:
@@ -318,11 +351,11 @@ def affects(before: Snapshot | None, after: Snapshot) -> bool:
     delta = after.delta
     if delta is None or delta.base != before.version or delta.policies:
         return True
-    changed = [
-        after.workloads[name]
-        for name in delta.workloads
-        if name in after.workloads and _standing(before.workloads.get(name)) != _standing(after.workloads[name])
-    ]
+    changed = []
+    for name in delta.workloads & after.workloads.keys():
+        was, now = bound.get(name) or (before.workloads.get(name), after.workloads[name])
+        if (was is not None or now.addresses) and _standing(was) != _standing(now):
+            changed.append(now)
     return bool(changed) and (bool(after.policies) or any(w.policies or _strict(w) for w in changed))
 
 

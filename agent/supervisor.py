@@ -24,7 +24,7 @@ from agent.balancing import node_zone
 from agent.bpf.acceleration import failing
 from agent.bpf.datapath import DataPath
 from agent.bpf.events import Event, Events
-from agent.bpf.manifest import HOOKED
+from agent.bpf.manifest import HOOKED, EventKind
 from agent.bpf.sockets import Sockets
 from agent.calls.part import Calls
 from agent.config import Config
@@ -111,6 +111,8 @@ class Supervisor:
         self._relaxable = asyncio.Event()
         self._releasable = asyncio.Event()
         self._unsettled = asyncio.Event()
+        self._namespace_news = asyncio.Event()
+        """Something may have become of a namespace, or of who is held until it is in the mesh."""
         self._given = False
         """Was Envoy given what WireGuard was last prepared for?"""
         self._enforced_inbound: frozenset[str] = frozenset()
@@ -289,6 +291,7 @@ class Supervisor:
         finally:
             self._metrics.stop()
             self._probe.close()
+            await self._loop.shutdown_default_executor()  # which may be saying that the agent is here
             self._enrolment.holding.end()
 
     async def apply(self, snapshot: Snapshot) -> None:
@@ -490,8 +493,7 @@ class Supervisor:
 
     async def _watch_namespaces(self) -> None:
         """Follow namespaces that come, go, or change their addresses: at once by what the kernel tells, and by looking now and then."""
-        news = asyncio.Event()
-        watch = self._enrolment.watch
+        news, watch = self._namespace_news, self._enrolment.watch
 
         def wake() -> None:
             watch.drain()
@@ -501,7 +503,7 @@ class Supervisor:
         try:
             while True:
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await within(news.wait(), EAGER_POLL_S if watch.eager or self._enrolment.holding.attentive else NAMESPACE_POLL_S)
+                    await within(news.wait(), EAGER_POLL_S if watch.eager else NAMESPACE_POLL_S)
                 news.clear()
                 try:
                     async with self._enforcing:
@@ -559,7 +561,7 @@ class Supervisor:
     async def _heartbeat(self) -> None:
         while True:
             self._beat = time.monotonic()
-            self._hold()
+            await asyncio.to_thread(self._hold)
             self._notifier.beat(self._summary())
             await asyncio.sleep(BEAT_S)
 
@@ -647,6 +649,9 @@ class Supervisor:
         self.datapath.recognise_kubelet(found, number)
 
     def _on_event(self, event: Event) -> None:
+        if event.kind is EventKind.HELD:
+            self._namespace_news.set()
+            return
         self._tracer.on_event(event)
         self._connection_log.on_event(event)
 
@@ -693,6 +698,7 @@ class Supervisor:
         problems += [f"workload {name} is not redirected: {reason}" for name, reason in sorted(missing.items())]
         if self._probed.problem:
             problems.append(self._probed.problem)
+        problems += self._enrolment.holding.problems(self._residents.values())
         problems += self._kubelet.problems(self._residents.values())
         problems += self._names.problems()
         problems += externals.problems(snapshot, self._roots)

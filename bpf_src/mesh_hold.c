@@ -7,6 +7,8 @@
  * - mesh_socket refuses sockets to all processes of the pod while it is there. The agent takes it out.
  * A privileged container can write that, too. It holds nobody but its own pod.
  *
+ * Where no pods are, as on a virtual machine, the agent says so by a row 0 of mesh_kubepods, and the setting is anybody's.
+ *
  * A pod's cgroup is the first one below those of mesh_kubepods. Kernels before 6.4 cannot tell where a process that writes is
  * (bpf_get_current_ancestor_cgroup_id is not for cgroup/sysctl there): they refuse while the agent is away, and hold nobody. */
 
@@ -30,6 +32,8 @@ static __always_inline bool mesh_hold(void)
 	bool below = false;
 #ifdef MESH_HAVE_SYSCTL_ANCESTOR
 	u64 id, now = bpf_ktime_get_ns();
+	struct mesh_event *event;
+	bool news;
 	u32 level;
 
 	for (level = 1; level < MESH_LEVELS; level++) {
@@ -40,11 +44,26 @@ static __always_inline bool mesh_hold(void)
 			below = true;
 			mesh_keep_branch(); /* or clang makes it an OR of pointers */
 		} else if (below) {
-			return !mesh_held.update(&id, &now);
+			news = !mesh_held.lookup(&id);
+			if (mesh_held.update(&id, &now))
+				return false;
+			if (!news) /* so that nobody who writes again and again fills the ring */
+				return true;
+			event = mesh_event_new(MESH_EVENT_HELD);
+			if (event)
+				mesh_event_send(event);
+			return true;
 		}
 	}
 #endif
 	return !below;
+}
+
+static __always_inline bool mesh_pods_are_elsewhere(void)
+{
+	u64 none = 0;
+
+	return mesh_kubepods.lookup(&none);
 }
 
 int mesh_sysctl(struct bpf_sysctl *ctx)
@@ -63,7 +82,11 @@ int mesh_sysctl(struct bpf_sysctl *ctx)
 #pragma unroll
 	for (i = 0; i < sizeof(mark) - 1; i++)
 		differ |= value[i] ^ mark[i];
-	if (differ || (mesh_agent_is_here() && mesh_hold()))
+	if (differ)
+		return 1;
+	if (mesh_pods_are_elsewhere())
+		return 1;
+	if (mesh_agent_is_here() && mesh_hold())
 		return 1;
 	mesh_count(MESH_COUNT_SANDBOX_REFUSED);
 	return 0;

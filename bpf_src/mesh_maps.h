@@ -36,7 +36,7 @@ MESH_MAP("hash", struct mesh_resolver_key, u32, mesh_resolver, 16384, BPF_F_NO_P
 MESH_MAP("hash", struct mesh_policy_key, struct mesh_policy, mesh_policy, 524288, BPF_F_NO_PREALLOC);
 MESH_MAP("hash", struct mesh_trace_key, u32, mesh_trace, 1024, BPF_F_NO_PREALLOC);
 
-MESH_MAP("hash", u64, u32, mesh_kubepods, 64, BPF_F_NO_PREALLOC); /* ids of the cgroups that have pods' cgroups in them */
+MESH_MAP("hash", u64, u32, mesh_kubepods, 64, BPF_F_NO_PREALLOC); /* ids of the cgroups that have pods' cgroups in them; 0: there are none on this machine */
 MESH_MAP("array", u32, u64, mesh_alive, 1, 0);                    /* bpf_ktime_get_ns() of the agent's last sign of life; 0: it has ended */
 
 /* Ids of the cgroups of pods that wait to be in the mesh, and since when: written here, taken out by the agent. */

@@ -54,6 +54,7 @@ enum mesh_event_kind {
 	MESH_EVENT_ESTABLISHED = 2, /* handshake done; duration_ns since connect() */
 	MESH_EVENT_CLOSED = 3,      /* duration_ns since connect(), or since accept at the receiver */
 	MESH_EVENT_AUDITED = 4,     /* let through, but an audited rule would deny */
+	MESH_EVENT_HELD = 5,        /* a pod is held back: the agent may have it in the mesh already */
 };
 
 enum mesh_close {

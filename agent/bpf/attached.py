@@ -67,8 +67,9 @@ def drifted(config: Config) -> list[Drifted]:
     links = config.pin_dir / "links"
     places = {"node": config.cgroup, "waypoint": config.waypoint_cgroup}
     found = []
-    for program in HOOKED if links.is_dir() else ():
-        if program.where == "namespace":
+    loaded = _loaded(config) if links.is_dir() else set()
+    for program in HOOKED:
+        if program.where == "namespace" or program.name not in loaded:
             continue
         place = places[program.where]
         pin = links / program.name
@@ -96,6 +97,14 @@ def in_force(config: Config) -> str:
     code = source.read(flags=compile_flags(), capacities=config.map_capacities)
     own = set(sets.pinned(Set.of(config, code.programs, code.layout).programs).values())
     return "same" if running <= own else "mixed" if running & own else "other"
+
+
+def _loaded(config: Config) -> set[str]:
+    """Names of the programs that the agent in force has: one of another version may lack some of this one's. Of all that are pinned if no link is left."""
+    sets_of = [sets.pinned(directory) for directory in config.pin_dir.glob("programs-*")]
+    running = sets.linked(config).keys()
+    in_force = [one for one in sets_of if running & set(one.values())]
+    return {name for one in in_force or sets_of for name in one}
 
 
 def _own(config: Config) -> set[int]:

@@ -70,6 +70,7 @@ class EventKind(enum.IntEnum):
     ESTABLISHED = 2
     CLOSED = 3
     AUDITED = 4
+    HELD = 5
 
 
 class Close(enum.IntEnum):

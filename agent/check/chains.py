@@ -83,7 +83,7 @@ def _xtables() -> Iterator[Chain]:
 
 
 def _entries(family: _Family, table: str) -> bytes:
-    with socket.socket(family.family, socket.SOCK_RAW, socket.IPPROTO_RAW) as asked:
+    with socket.socket(family.family, socket.SOCK_DGRAM) as asked:  # any will do; a raw one, as iptables has it, needs CAP_NET_RAW
         info = _option(asked, family.level, _GET_INFO, table.encode().ljust(_INFO.size, b"\0"))
         size = _INFO.unpack(info)[-1]
         if size > _MOST_BYTES:

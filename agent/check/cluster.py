@@ -41,6 +41,11 @@ RIGHTS: Final = (  # of the controller's service account: (group, resource, verb
     ("events.k8s.io", "events", "create"),
     ("authentication.k8s.io", "tokenreviews", "create"),
 )
+RIGHTS_HERE: Final = (  # of the same in the mesh's own namespace, with the name of the object if the right is for one: (group, resource, verb, name)
+    ("coordination.k8s.io", "leases", "create", ""),
+    *(("coordination.k8s.io", "leases", verb, CONTROLLER) for verb in ("get", "update")),
+    *((definitions.GROUP, "controllerstates", verb, "") for verb in ("get", "list", "watch", "create", "update", "delete")),
+)
 _TO_INSTALL: Final = (
     ("apiextensions.k8s.io", "customresourcedefinitions"),
     ("rbac.authorization.k8s.io", "clusterroles"),
@@ -79,6 +84,12 @@ class Cluster:
     @property
     def _installed(self) -> bool:
         return self._daemons is not None or self._deployment is not None
+
+    @property
+    def _removing(self) -> bool:
+        """Do agents take the mesh off their nodes instead of running it (agent.remove of the chart)?"""
+        containers = self._daemons["spec"]["template"]["spec"]["containers"] if self._daemons is not None else ()
+        return any("meshagent uninstall" in word for one in containers for word in one.get("args", ()))
 
     def findings(self) -> Iterator[Finding]:
         """Everything. Without an answer to the first question there is no other."""
@@ -143,6 +154,9 @@ class Cluster:
         apps = f"/apis/apps/v1/namespaces/{self._namespace}"
         self._daemons, self._deployment = self._get(f"{apps}/daemonsets/{AGENT}"), self._get(f"{apps}/deployments/{CONTROLLER}")
         self._looked = True
+        if self._removing:
+            yield from self._removal()
+            return
         if not self._installed:
             yield ok("installed", f"the mesh is not installed in namespace {self._namespace}: what it will need is checked")
             return
@@ -162,6 +176,27 @@ class Cluster:
             )  # fmt: skip
         else:
             yield ok("versions", f"agents, controllers and this command are of version {self._version}")
+
+    def _removal(self) -> Iterator[Finding]:
+        """Of agents that clean their nodes, each is ready when it is done."""
+        found = self._daemons or {}
+        status = found.get("status", {})
+        seen = status.get("observedGeneration", 0) >= found["metadata"].get("generation", 0)
+        wanted, updated, ready = (
+            int(status.get(field, 0)) for field in ("desiredNumberScheduled", "updatedNumberScheduled", "numberReady")
+        )
+        clean = min(updated, ready) if seen else 0
+        where, cause = f"daemonset {self._namespace}/{AGENT}", "agent.remove=true was given, or uninstall.yaml applied"
+        if not seen or clean < wanted:
+            yield warning(
+                "installed", f"the mesh is being taken off the nodes: {wanted - clean} of {wanted} are not clean yet", where, cause=cause,
+                next_step=f"kubectl -n {self._namespace} rollout status daemonset {AGENT}; where it does not end, the log of that node's agent",
+            )  # fmt: skip
+        else:
+            yield warning(
+                "installed", f"the mesh was taken off all {wanted} nodes: no pod is in it, and no policy is in force", where, cause=cause,
+                next_step="uninstall the release (docs/kubernetes.md), or have agents run again: helm upgrade with agent.remove=false",
+            )  # fmt: skip
 
     def _definitions(self) -> Iterator[Finding]:
         known = definitions.own()
@@ -354,7 +389,7 @@ class Cluster:
             yield ok("signer", "the Secret that controllers sign with is there", where)
 
     def _nodes(self) -> Iterator[Finding]:
-        if self._daemons is None:
+        if self._daemons is None or self._removing:
             return
         selector = self._daemons["spec"]["template"]["spec"].get("nodeSelector", {})
         pods = self._api.items(f"/api/v1/namespaces/{self._namespace}/pods", AGENTS)
@@ -400,19 +435,33 @@ class Cluster:
             yield ok("rights", "what the controller may do is not known: you may not ask (create subjectaccessreviews)")
             return
         missing = [f"{verb} {resource}" for group, resource, verb in RIGHTS if not self._may(verb, group, resource, account=account)]
+        missing += [
+            f"{verb} {resource} of {self._namespace}"
+            for group, resource, verb, name in RIGHTS_HERE
+            if not self._may(verb, group, resource, name=name, namespace=self._namespace, account=account)
+        ]
         if missing:
             yield error(
-                "rights", f"the controller may not {some(missing)}", account, cause="its ClusterRole or its binding was changed, or is of another version",
+                "rights", f"the controller may not {some(missing)}", account, cause="a role of it or a binding was changed, or is of another version",
                 next_step="apply the chart again: helm upgrade, or kubectl apply -f deploy/kubernetes/meshagent.yaml",
             )  # fmt: skip
         else:
-            yield ok("rights", f"the controller's service account has all {len(RIGHTS)} that it needs")
+            yield ok("rights", f"the controller's service account has all {len(RIGHTS) + len(RIGHTS_HERE)} that it needs")
 
-    def _may(self, verb: str, group: str, resource: str, *, subresource: str = "", namespace: str = "", account: str = "") -> bool:
+    def _may(
+        self, verb: str, group: str, resource: str, *, subresource: str = "", name: str = "", namespace: str = "", account: str = ""
+    ) -> bool:
         """Ask the API server itself (https://kubernetes.io/docs/reference/access-authn-authz/authorization/)."""
         resource, _, below = resource.partition("/")
         kind = "SubjectAccessReview" if account else "SelfSubjectAccessReview"
-        asked = {"verb": verb, "group": group, "resource": resource, "subresource": subresource or below, "namespace": namespace}
+        asked = {
+            "verb": verb,
+            "group": group,
+            "resource": resource,
+            "subresource": subresource or below,
+            "name": name,
+            "namespace": namespace,
+        }
         body = {
             "apiVersion": "authorization.k8s.io/v1",
             "kind": kind,

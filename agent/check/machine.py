@@ -21,7 +21,6 @@ from agent.check.finding import Finding, Severity, error, ok, some, warning
 from agent.config import EGRESS_PORT, HBONE_PORT, INBOUND_PORT, NAMES_PORT, OUTBOUND_PORT, TUNNEL_PORT, Config
 from agent.errors import EnvironmentUnfit, MeshError
 from agent.l7 import envoy
-from agent.names.dnsmasq import kubernetes_node
 from agent.netns import file_system
 from agent.wireguard import device
 
@@ -91,7 +90,7 @@ def cgroup(config: Config, root: Path = Path("/sys/fs/cgroup")) -> Iterator[Find
         return
     hybrid = file_system(root) != "cgroup2"
     yield ok("cgroup", f"cgroup2{', beside controllers of cgroup v1 (hybrid)' if hybrid else ''}", str(config.cgroup))
-    if hybrid and kubernetes_node() and (old := sorted(root.glob("*/kubepods*"))) and not any(config.cgroup.glob("kubepods*")):
+    if hybrid and features.kubernetes_node() and (old := sorted(root.glob("*/kubepods*"))) and not any(config.cgroup.glob("kubepods*")):
         yield error(
             "cgroup", "pods are in cgroup v1 only", str(old[0]), cause="the kubelet and the runtime use cgroup v1 on this node",
             next_step="boot the node with systemd.unified_cgroup_hierarchy=1; without pods in cgroup2 none of them can be in the mesh",
@@ -110,8 +109,7 @@ def bpffs(config: Config) -> Finding:
 
 def rights(status: str) -> Iterator[Finding]:
     """Capabilities in force, from the text of /proc/self/status (proc(5), CapEff)."""
-    match = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
-    held = int(match[1], 16) if match else 0
+    held = features.capabilities(status)
     missing = {name for name, number in CAPABILITIES.items() if not held >> number & 1}
     if held >> CAPABILITIES["SYS_ADMIN"] & 1:
         missing -= _REPLACED_BY_SYS_ADMIN

@@ -19,20 +19,23 @@ from agent import features, logs
 from agent.bpf import source
 from agent.config import METRICS_PORT, WIREGUARD_PORT, Config, Join, TlsFiles
 from agent.errors import MeshError
-from agent.names.dnsmasq import kubernetes_node
 from agent.uninstall import uninstall as remove_everything
 
 if TYPE_CHECKING:
     from agent.bpf import upgrade
 
 _TOKEN_VARIABLE = "MESHAGENT_JOIN_TOKEN"  # noqa: S105  a name
+_CGROUP_VARIABLE = "MESHAGENT_RUN_CGROUP"
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 _TOKEN = click.Path(path_type=Path, dir_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
 
 def places(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that say where an agent keeps its things; `uninstall` and `check` need the same ones as `run`."""
+    """Options that say where an agent keeps its things; `uninstall` and `check` need the same ones as `run`.
+
+    The cgroup that `run` has from its environment, as the chart and agent.env give it, all of them have from there.
+    """
     for option in (
         click.option("--state-dir", type=_DIRECTORY, default=Path("/var/lib/meshagent"), show_default=True, help="Last good snapshot."),
         click.option(
@@ -41,7 +44,12 @@ def places(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--pin-dir", type=_DIRECTORY, default=Path("/sys/fs/bpf/meshagent"), show_default=True, help="Programs, maps, links; bpffs."
         ),
-        click.option("--cgroup", type=_DIRECTORY, help="cgroup2 directory to serve.  [default: where cgroup2 is mounted]"),
+        click.option(
+            "--cgroup",
+            type=_DIRECTORY,
+            default=lambda: os.environ.get(_CGROUP_VARIABLE) or None,
+            help=f"cgroup2 directory to serve.  [default: ${_CGROUP_VARIABLE}, or where cgroup2 is mounted]",
+        ),
     ):
         command = option(command)
     return command
@@ -222,6 +230,8 @@ def run(  # noqa: PLR0913  one parameter for each option
         raise click.UsageError(
             f"controller {controller} is reached over TCP: --tls-ca, --tls-cert and --tls-key are needed, or a token to join with (--join-token-file)"
         )
+    if names:
+        features.check_names(Path("/proc/self/status").read_text())
     logs.configure(log_level)
     config = Config(
         node=node,
@@ -237,7 +247,7 @@ def run(  # noqa: PLR0913  one parameter for each option
         metrics_port=metrics_port,
         envoy=envoy,
         envoy_concurrency=envoy_concurrency,
-        names=not kubernetes_node() if names is None else names,
+        names=not features.kubernetes_node() if names is None else names,
         cluster_domain=cluster_domain,
         kubelet_cgroup=kubelet_cgroup,
         keep_connections=keep_denied_connections,

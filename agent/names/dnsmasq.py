@@ -63,11 +63,6 @@ def find() -> str:
     return found
 
 
-def kubernetes_node(root: Path = Path("/")) -> bool:
-    """True if this machine, or the container that the agent runs in, belongs to a cluster: that has a DNS of its own."""
-    return "KUBERNETES_SERVICE_HOST" in os.environ or any((root / p).exists() for p in ("var/lib/kubelet", "etc/kubernetes/kubelet.conf"))
-
-
 class Server:
     """The name server of one namespace. `changed` is called, on the event loop, when `answering` changes."""
 

@@ -102,12 +102,12 @@ def plan(lab: Lab, node: str, source: str, destination: str) -> dict[str, Any]:
     return document
 
 
-def takes(condition: Callable[[], object], limit: float = 10.0) -> float:
-    """Seconds until a condition came true; AssertionError if that takes longer than `limit`."""
+def takes(condition: Callable[[], object], limit: float = 10.0, *, pause: float = POLL_S, said: Callable[[], object] = str) -> float:
+    """Seconds until a condition came true; AssertionError if that takes longer than `limit`, with what is `said` then."""
     started = time.monotonic()
     while not condition():
-        assert time.monotonic() - started < limit, f"not true after {limit} s"
-        time.sleep(POLL_S)
+        assert time.monotonic() - started < limit, f"not true after {limit} s {said()}"
+        time.sleep(pause)
     return time.monotonic() - started
 
 

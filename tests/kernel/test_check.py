@@ -123,6 +123,24 @@ def test_a_program_that_lets_nobody_be_beside_it_is_an_error(bare: tuple[Path, l
     assert f"bpftool prog show id {number}" in one["where"]
 
 
+def test_chains_of_iptables_legacy_are_read_without_raw_sockets() -> None:
+    if shutil.which("iptables-legacy") is None:
+        pytest.skip("there is no iptables-legacy: it belongs to Debian's iptables")
+    code = "from agent.check import chains; print(*(name for _, name in chains.here()))"
+    script = f'iptables-legacy -t nat -N PROXY_INIT_REDIRECT && setpriv --bounding-set=-net_raw {sys.executable} -c "{code}"'
+    done = subprocess.run(["unshare", "--net", "sh", "-c", script], capture_output=True, text=True, check=False)
+    assert ("PROXY_INIT_REDIRECT" in done.stdout.split(), done.stderr) == (True, "")
+
+
+def test_names_are_refused_where_name_servers_cannot_run() -> None:
+    """As in the chart's container."""
+    argv = [mesh.program("meshagent"), "run", "--node", "n", "--names"]
+    done = subprocess.run(["setpriv", "--bounding-set=-setuid,-kill", *argv], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: --names needs KILL, SETUID, which this process lacks")
+    assert "Leave --names away" in done.stderr
+
+
 def test_without_a_bpf_file_system_it_says_what_to_mount(tmp_path: Path, bare: tuple[Path, list[str]]) -> None:
     place, _ = bare
     code, found = alone(["--cgroup", str(place), "--pin-dir", str(tmp_path), "--run-dir", str(tmp_path / "run")])

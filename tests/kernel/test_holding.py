@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from agent import features, netns
-from agent.bpf.manifest import Counter
+from agent.bpf.manifest import Counter, EventKind
 from agent.holding import Holding
 from lab import cgroup
 from lab import netns as lab_netns
-from tests.kernel.datanode import DataNode, snapshot
+from tests.kernel.datanode import DataNode, snapshot, workload
 from tests.kernel.kubelet import LAYOUTS, Kubelet, pod, running, uid
 
 RESERVED, MARK = "net/ipv4/ip_local_reserved_ports", "15001-15008"
@@ -141,10 +141,53 @@ def test_without_an_agent_there_is_no_sandbox(node: DataNode, kubelet: Kubelet) 
     assert node.datapath.counters()[Counter.SANDBOX_REFUSED.name.lower()] == refused + 2
 
 
-def test_an_agent_that_does_not_know_where_pods_are_is_none(node: DataNode, kubelet: Kubelet) -> None:
+def test_an_agent_that_does_not_know_where_pods_are_is_none(node: DataNode, kubelet: Kubelet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "kubernetes_node", lambda: True)
     space = kubelet.namespace("unknown")
+    holding(node)._pods.search()
     holding(node).beat(())
+    assert "there is no kubepods cgroup below" in holding(node).problems([pod(1)])[0]
+    assert holding(node).problems([workload("caller")]) == []
     assert not sandbox(kubelet, 1, space, LAYOUTS["kind"])
+
+
+def test_where_no_pods_are_the_setting_is_anybodys(node: DataNode, kubelet: Kubelet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual machine, with and without its agent; until a kubelet comes."""
+    monkeypatch.setattr(features, "kubernetes_node", lambda: False)
+    layout, space = LAYOUTS["systemd-burstable"], kubelet.namespace("machine")
+    holding(node)._pods.search()
+    holding(node).beat(())
+    assert sandbox(kubelet, 1, space, layout)  # of which the agent knows nothing yet
+    holding(node).end()
+    assert sandbox(kubelet, 1, space, layout)
+    beat(node, kubelet, layout)
+    assert holding(node).problems([pod(1)]) == []
+    holding(node).end()
+    assert not sandbox(kubelet, 1, space, layout)
+
+
+def test_directories_of_pods_that_miss_are_a_problem(node: DataNode, kubelet: Kubelet) -> None:
+    layout = LAYOUTS["cgroupfs-burstable"]
+    kubelet.start(1, layout)
+    holding(node)._pods.search()
+    holding(node).beat(())
+    (said,) = holding(node).problems([pod(1)])
+    assert f"{kubelet.directory(1, layout).parent.parent}/besteffort, so pods beside it are not held" in said
+    beat(node, kubelet, layout)
+    assert holding(node).problems([pod(1)]) == []
+
+
+@holds
+def test_the_agent_is_told_of_a_pod_that_is_held(node: DataNode, kubelet: Kubelet) -> None:
+    """The mark may come when the pod is in the mesh already: whoever let go of it a moment ago must look again."""
+    layout, space = LAYOUTS["cgroupfs-burstable"], kubelet.namespace("told")
+    beat(node, kubelet, layout)
+    with node.events() as events:
+        assert sandbox(kubelet, 1, space, layout, "20000-20010")
+        assert sandbox(kubelet, 1, space, layout)
+        assert sandbox(kubelet, 1, space, layout)
+        assert sandbox(kubelet, 2, space, layout)
+    assert [event.kind for event in events] == [EventKind.HELD] * 2
 
 
 @holds

@@ -68,11 +68,15 @@ class Program:
 
     def call(self, address: str, port: int, kind: str = "tcp") -> str:
         """What it got back, or the name of the errno."""
-        assert self._process.stdin is not None
+        self.tell(address, port, kind)
         assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def tell(self, address: str, port: int, kind: str = "tcp") -> None:
+        """Have it call, after all that it was told before."""
+        assert self._process.stdin is not None
         self._process.stdin.write(f"{address} {port} {kind}\n")
         self._process.stdin.flush()
-        return self._process.stdout.readline().strip()
 
     def end(self) -> None:
         """End it, and wait until it has."""
@@ -139,11 +143,11 @@ def machine(node: DataNode, tmp_path: Path) -> Iterator[Machine]:
 
 
 def strict(*policies: Policy, ports: tuple[int, ...] = (8080,)) -> Snapshot:
-    """server-a is STRICT and probed on 8080, server-b is probed and not STRICT."""
+    """server-a is STRICT and probed on 8080, server-b is probed and not STRICT; 8081 has a row of its own in the kernel, without being probed."""
     names = tuple(policy.name for policy in policies)
     return snapshot(
         workload("caller"),
-        replace(workload("server-a", policies=names), mtls=Mtls.STRICT, probe_ports=ports),
+        replace(workload("server-a", policies=names), mtls=Mtls.STRICT, mtls_ports=((8081, Mtls.STRICT),), probe_ports=ports),
         replace(workload("server-b", policies=names), probe_ports=ports),
         workload("stranger", enrolled=False),
         policies=policies,
@@ -278,6 +282,29 @@ def test_probes_are_counted_under_their_own_reason(node: DataNode, machine: Mach
     }
     assert node.stats(CALLER, "default/server-a", Direction.OUTBOUND)["closed"] - before == calls
     assert node.stats(CALLER, "default/server-a", Direction.INBOUND)["opened"] >= calls
+
+
+def test_what_the_receiver_hears_of_a_probe_vouches_for_nobody(node: DataNode, machine: Machine) -> None:
+    """A row with a namespace stands for a caller of the mesh: were the port probed no more when it is read, STRICT would let it in."""
+    node.enforce(strict(ports=(8082,)))
+    program = machine.start("kubelet")
+    machine.find()
+    table = node.datapath.maps["mesh_flow"]
+
+    heard: set[tuple[int, str]] = set()
+
+    def look() -> bool:
+        rows = [(table.layout.key.unpack(key), table.layout.value.unpack(values[0])) for key, values in table.items()]
+        heard.update((row["netns_cookie"], node.ids.name(row["workload"])) for key, row in rows if key["destination_port"] == 8082)
+        return bool(heard)
+
+    full = "import socket,time; s=socket.socket(); s.bind(('',8082)); s.listen(0); print('ready',flush=True); time.sleep(60)"
+    with node.program("server-a", ["python3", "-c", full]):
+        # Nobody accepts: when the queue is full a SYN waits, and with it what was written for the receiver.
+        for _ in range(3):
+            program.tell(address_of("server-a"), 8082)
+        assert until(look, 15)
+    assert heard == {(0, CALLER)}
 
 
 def test_a_trace_shows_a_probe_hop_by_hop(node: DataNode, machine: Machine) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from agent import files, netns
 from agent.addresses import packed
-from agent.bpf import libbpf, source, upgrade
+from agent.bpf import attached, libbpf, source, upgrade
 from agent.bpf.datapath import DataPath
 from agent.bpf.manifest import HOOKED, Direction, Program
 from agent.bpf.migrate import Migration
@@ -33,6 +33,19 @@ def node() -> Iterator[DataNode]:
     with datanode.running() as started:
         started.enforce(MODEL)
         yield started
+
+
+def test_a_program_that_the_agent_in_force_never_had_is_no_drift(node: DataNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`meshagent check` of a newer version beside it. What the agent has and runs no more is drift all the same."""
+    assert attached.drifted(node.config) == []
+    monkeypatch.setattr(attached, "HOOKED", (*HOOKED, replace(HOOKED[0], name="mesh_newer")))
+    assert attached.drifted(node.config) == []
+    links = node.config.pin_dir / "links"
+    (links / "mesh_sysctl").unlink()
+    assert [one.name for one in attached.drifted(node.config)] == ["mesh_sysctl"]
+    for link in links.iterdir():
+        link.unlink()
+    assert len(attached.drifted(node.config)) == len([one for one in HOOKED if one.where != "namespace"])
 
 
 def test_a_restart_takes_over_programs_links_and_rows_without_loading(node: DataNode) -> None:

@@ -6,7 +6,6 @@ import ctypes
 import json
 import os
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import cgroup
+from tests.kernel import shop
 from tests.kubernetes import controlplane, node
 from tests.kubernetes.controlplane import ControlPlane
 from tests.kubernetes.node import Node
@@ -96,10 +96,7 @@ class Cluster:
 
 def takes(condition: Callable[[], object], of: Cluster | None = None, seconds: float = READY_S) -> None:
     """Wait until it is so; what a cluster says is told otherwise."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, of.told() if of else ""
-        time.sleep(0.1)
+    shop.takes(condition, seconds, pause=0.1, said=of.told if of else str)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from controller.identity.certificates import key_pem, pem
 from meshapi import discovery_pb2, discovery_pb2_grpc, identity_pb2_grpc
 from meshapi import identity_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
+from tests.unit.agent.l7.harness import free_ports
 from tests.unit.controller.identity.authorities import Held, make
 from tests.unit.controller.identity.harness import OPTIONS, decoded, new_key, request
 
@@ -33,18 +33,12 @@ PROGRAM = Path(sys.executable).with_name("mesh-controller")
 OVERRIDE = [*OPTIONS, ("grpc.ssl_target_name_override", "mesh-controller")]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        found: int = held.getsockname()[1]
-        return found
-
-
 class Replica:
     """One controller: a process, and where it listens."""
 
     def __init__(self, plane: ControlPlane, top: Path, name: str, authority: Path, user: str = "admin") -> None:
         self.plane, self.top, self.user = plane, top / name, user
-        self.port, self.join_port, self.metrics_port = free_port(), free_port(), free_port()
+        self.port, self.join_port, self.metrics_port = free_ports(3)
         self._authority = authority
         self.process: subprocess.Popen[bytes] | None = None
 

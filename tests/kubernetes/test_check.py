@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 
 from agent.check.definitions import own
+from controller.documents import parse
 from tests.certificates import pair
 from tests.kubernetes.controlplane import ControlPlane
 from tests.kubernetes.test_manifest import objects
 from tests.kubernetes.test_status import OWN
 
 CRDS = Path(__file__).parents[2] / "deploy" / "crds"
+REMOVAL = Path(__file__).parents[2] / "deploy" / "kubernetes" / "uninstall.yaml"
 READY = {"conditions": [{"type": "Ready", "status": "True"}], "phase": "Running"}
 GONE = {"DaemonSet": "daemonset/meshagent-agent", "Deployment": "deployment/meshagent-controller"}
 
@@ -88,7 +91,7 @@ def ready(plane: ControlPlane, agents: int = 2) -> None:
     }
     plane.set_status("daemonset", OWN, "meshagent-agent", {**numbers, "observedGeneration": 99})
     plane.set_status(
-        "deployment", OWN, "meshagent-controller", {"replicas": 1, "updatedReplicas": 1, "readyReplicas": 1, "observedGeneration": 99}
+        "deployment", OWN, "meshagent-controller", {"replicas": 2, "updatedReplicas": 2, "readyReplicas": 2, "observedGeneration": 99}
     )
 
 
@@ -137,7 +140,7 @@ def test_a_definition_that_is_older_newer_or_gone_is_said_with_its_fields(instal
         code, found = check(installed)
         assert (code, severities(found, "definitions")) == (1, ["error"])
         assert name in found["definitions"][0]["what"]
-        assert len(own()) == 8
+        assert len(own()) == 9
     finally:
         installed.install_crds()
     assert check(installed)[0] == 0
@@ -214,6 +217,63 @@ def test_a_right_that_the_controller_lost_is_named(installed: ControlPlane) -> N
     assert code == 1
     (one,) = [one for one in found["rights"] if one["severity"] == "error"]
     assert "the controller may not list endpointslices, watch endpointslices" in one["what"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "lost"),
+    [
+        pytest.param(1, f"get leases of {OWN}, update leases of {OWN}", id="the-lease-that-it-holds"),
+        pytest.param(
+            2, f"create controllerstates of {OWN}, delete controllerstates of {OWN}, get controllerstates of {OWN}", id="its-memory"
+        ),
+    ],
+)
+def test_a_right_that_the_controller_lost_in_its_own_namespace_is_named(installed: ControlPlane, rule: int, lost: str) -> None:
+    remove = f'[{{"op": "remove", "path": "/rules/{rule}"}}]'
+    installed.kubectl("patch", "role", "-n", OWN, "meshagent-controller", "--type=json", "-p", remove)
+    try:
+        code, found = check(installed)
+    finally:
+        installed.apply(*objects("Role"))
+    (one,) = [one for one in found["rights"] if one["severity"] == "error"]
+    assert (code, one["what"].startswith(f"the controller may not {lost}")) == (1, True), one
+
+
+def test_the_taint_of_a_new_node_goes_as_the_page_says_when_its_agent_is_ready(installed: ControlPlane) -> None:
+    page = (Path(__file__).parents[2] / "docs/kubernetes.md").read_text()
+    wait, untaint = (
+        line.replace("NODE", "check-1").split()[1:] for line in page.splitlines() if re.match(r"kubectl (-n \S+ wait|taint) .*NODE", line)
+    )
+    installed.kubectl("taint", "node", "check-1", "meshagent.io/not-ready:NoSchedule")
+    assert "condition met" in installed.kubectl(*wait)
+    assert "untainted" in installed.kubectl(*untaint)
+    (daemons,) = objects("DaemonSet")
+    assert {"operator": "Exists"} in daemons["spec"]["template"]["spec"]["tolerations"]
+
+
+def test_a_mesh_that_is_being_removed_is_said_to_be(installed: ControlPlane) -> None:
+    """agent.remove=true: each agent's pod is ready when its node is clean."""
+    document = json.loads(installed.kubectl("get", "daemonset", "-n", OWN, "meshagent-agent", "-o", "json"))
+    before = document["spec"]["template"]["spec"]["containers"][0]["args"]
+    argument = '[{"op": "replace", "path": "/spec/template/spec/containers/0/args", "value": %s}]'
+    (daemons,) = (one.value for one in parse(REMOVAL.read_bytes(), str(REMOVAL)) if one.value["kind"] == "DaemonSet")
+    removing = daemons["spec"]["template"]["spec"]["containers"][0]["args"]
+    installed.kubectl("patch", "daemonset", "-n", OWN, "meshagent-agent", "--type=json", "-p", argument % json.dumps(removing))
+    try:
+        ready(installed, agents=1)
+        code, found = check(installed)
+        assert (code, severities(found, "installed"), "nodes" in found) == (0, ["warning"], False)
+        assert "the mesh is being taken off the nodes: 1 of 2 are not clean yet" in found["installed"][0]["what"]
+        ready(installed)
+        code, found = check(installed)
+        assert (code, found["installed"][0]["what"]) == (
+            0,
+            "the mesh was taken off all 2 nodes: no pod is in it, and no policy is in force",
+        )
+        assert "agent.remove=false" in found["installed"][0]["nextStep"]
+    finally:
+        installed.kubectl("patch", "daemonset", "-n", OWN, "meshagent-agent", "--type=json", "-p", argument % json.dumps(before))
+        ready(installed)
 
 
 def test_a_namespace_of_two_meshes_is_an_error(installed: ControlPlane) -> None:

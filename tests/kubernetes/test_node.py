@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from lab import cgroup, mounts
+from tests.kernel import shop as lab_shop
 from tests.kubernetes import node
 from tests.kubernetes.controlplane import ControlPlane, Failed
 from tests.kubernetes.node import BOX, Node
@@ -32,10 +33,7 @@ NAME = "node-1"
 
 def takes(condition: Callable[[], object], seconds: float = 60) -> None:
     """Wait until it is so."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    lab_shop.takes(condition, seconds, pause=0.1)
 
 
 class Cluster:

@@ -8,13 +8,13 @@ import os
 import re
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.kernel import shop
 from tests.package import machine
 from tests.package.machine import Machine
 
@@ -122,10 +122,8 @@ class Vm(Machine):
 
     def takes(self, condition: Callable[[], object], seconds: float = 60) -> None:
         """Wait until it is so."""
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, self.run("sh", "-c", "meshagent status; journalctl -u meshagent -n 20 --no-pager").stdout
-            time.sleep(0.1)
+        said = ("sh", "-c", "meshagent status; journalctl -u meshagent -n 20 --no-pager")
+        shop.takes(condition, seconds, pause=0.1, said=lambda: self.run(*said).stdout)
 
     def envoy(self) -> str:
         """Envoy's process id."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -20,17 +19,12 @@ from controller.server import Controller, ServerTls
 from meshapi import agent_pb2
 from meshapi import relay_pb2 as pb
 from tests.tasks import beside, until
+from tests.unit.agent.l7.harness import free_ports
 from tests.unit.controller.harness import Authority, serve
 from tests.unit.test_relay import MESH, Place, asking
 
 NODE = "spiffe://mesh.local/meshagent/node/node-1"
 HOSTS = ("127.0.0.1", "127.0.0.2")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        found: int = held.getsockname()[1]
-        return found
 
 
 @contextlib.asynccontextmanager
@@ -73,7 +67,7 @@ async def status(controller: Controller) -> list[str]:
 
 def test_an_agent_answers_through_every_replica_and_goes_on_when_one_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replicas, "LOOK_S", 0.1)
-    authority, port = Authority(tmp_path, "mesh"), free_port()
+    authority, (port,) = Authority(tmp_path, "mesh"), free_ports(1)
     first, second = (f"{host}:{port}" for host in HOSTS)
 
     async def check() -> None:
@@ -109,7 +103,7 @@ def test_an_agent_answers_through_every_replica_and_goes_on_when_one_goes(tmp_pa
 
 def test_a_replica_that_leaves_the_name_is_not_dialled_again_and_one_that_comes_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replicas, "LOOK_S", 0.1)
-    authority, port = Authority(tmp_path, "mesh"), free_port()
+    authority, (port,) = Authority(tmp_path, "mesh"), free_ports(1)
     first, second = (f"{host}:{port}" for host in HOSTS)
 
     async def check() -> None:
@@ -130,7 +124,7 @@ def test_a_replica_that_leaves_the_name_is_not_dialled_again_and_one_that_comes_
 
 def test_there_are_never_more_connections_than_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replicas, "LOOK_S", 0.05)
-    authority, port = Authority(tmp_path, "mesh"), free_port()
+    authority, (port,) = Authority(tmp_path, "mesh"), free_ports(1)
 
     async def check() -> None:
         agent = Agent(tmp_path, authority, port)

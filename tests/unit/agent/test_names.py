@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 from click.testing import CliRunner
 
+from agent import features
 from agent.cli import daemon
 from agent.config import NAMES_ROOT, Config
 from agent.errors import EnvironmentUnfit, KernelRefused
@@ -138,11 +139,11 @@ def test_a_pod_that_names_no_namespace_reads_the_nodes_resolv_conf(tmp_path: Pat
 
 def test_a_node_of_a_cluster_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    assert not dnsmasq.kubernetes_node(tmp_path)
+    assert not features.kubernetes_node(tmp_path)
     (tmp_path / "var/lib/kubelet").mkdir(parents=True)
-    assert dnsmasq.kubernetes_node(tmp_path)
+    assert features.kubernetes_node(tmp_path)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
-    assert dnsmasq.kubernetes_node(tmp_path / "elsewhere")
+    assert features.kubernetes_node(tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def test_names_are_on_except_on_a_node_of_a_cluster_unless_asked(
             pass
 
     monkeypatch.setattr("agent.supervisor.Supervisor", NoAgent)
-    monkeypatch.setattr(daemon, "kubernetes_node", lambda: cluster)
+    monkeypatch.setattr(features, "kubernetes_node", lambda: cluster)
     arguments = ["--node", "n", "--cluster-domain", "corp.example", "--run-dir", str(tmp_path), *options]
     done = CliRunner().invoke(daemon.run, arguments, catch_exceptions=False)
     assert done.exit_code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import struct
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any, cast
 import pytest
 
 from agent import addresses
+from agent import revocation as revocation_module
 from agent.bpf.manifest import Direction, Redirect, Verdict
 from agent.bpf.sockets import LiveSocket, Record, Sockets
 from agent.config import UNREAD_MARK, Config
@@ -231,6 +233,101 @@ def test_strict_forbids_plaintext_from_outside_the_node_alone(tmp_path: Path) ->
 )
 def test_connections_are_looked_at_only_after_changes_that_may_forbid_one(now: Snapshot, *, looks: bool) -> None:
     assert affects(SNAPSHOT, now) is looks
+
+
+def test_a_pod_that_starts_has_no_connections_outside_of_its_namespace() -> None:
+    """First it has no address, then those of its namespace, which its node knows, and in the end the kubelet reports these."""
+    pod = replace(workload("pod", "10.0.0.9", policies=("d/p",)), pod_uid="x")
+    made = replace(pod, addresses=())
+    assert not affects(SNAPSHOT, after(Delta("1", workloads=frozenset({"d/pod"})), made))
+    first = replace(after(None, made), version="1")
+    reported = after(Delta("1", workloads=frozenset({"d/pod"})), pod)
+    assert not affects(first, reported, {"d/pod": (pod, pod)})
+    assert affects(first, reported, {"d/pod": (replace(pod, addresses=("10.0.0.8",)), pod)}), "it had another"
+    assert affects(first, reported), "of another node: what was a stranger's is now its own"
+
+
+class Looks(Revocation):
+    """Notes where it would have looked."""
+
+    def __init__(self) -> None:
+        self._config = Config("here", "unix:x")
+        self._wanted = asyncio.Event()
+        self._rules, self._pooled, self._fresh = None, {}, set()
+        self._where, self._untaken = set(), set()
+        self.seen: list[set[int] | None] = []
+
+    def close_forbidden(self, where: set[int] | None = None) -> int:
+        self.seen.append(where)
+        return 0
+
+
+def rules(*local: Workload, snapshot: Snapshot = SNAPSHOT, reading: frozenset[str] = frozenset()) -> Rules:
+    return Rules(snapshot, Enrolled(tuple(LocalWorkload(w, ALL.index(w) + 1, "") for w in local)), reading)
+
+
+@pytest.mark.parametrize(
+    ("then", "where"),
+    [
+        pytest.param([rules(FRIEND, FOE)], {2}, id="a-new-namespace"),
+        pytest.param([rules(FRIEND, FOE), rules(FRIEND, FOE, SERVER)], {2, 3}, id="two-after-each-other"),
+        pytest.param([rules(FRIEND, reading=frozenset({FRIEND.name}))], {1}, id="one-begins-to-read-requests"),
+        pytest.param(
+            [rules(FRIEND, FOE), rules(FRIEND, FOE, snapshot=after(Delta("1", policies=frozenset({"d/p"}))))], None, id="a-policy"
+        ),
+        pytest.param([rules(FRIEND)], "nowhere", id="nothing"),
+    ],
+)
+def test_what_cannot_have_changed_is_not_looked_at(monkeypatch: pytest.MonkeyPatch, then: list[Rules], where: object) -> None:
+    monkeypatch.setattr(revocation_module, "PAUSE_S", 0.01)
+    monkeypatch.setattr(revocation_module, "SETTLE_S", 0.01)
+
+    async def run() -> Looks:
+        looks = Looks()
+        running = asyncio.create_task(looks.run())
+        looks.changed(rules(FRIEND))
+        looks.taken()
+        await asyncio.sleep(0.2)
+        assert looks.seen == [None, None], "when an agent starts"
+        for one in then:
+            looks.changed(one)
+        await asyncio.sleep(0.2)
+        running.cancel()
+        return looks
+
+    assert asyncio.run(run()).seen[2:] == ([] if where == "nowhere" else [where, where])
+
+
+def test_what_envoy_may_have_done_before_it_took_a_change_is_looked_at_where_that_was() -> None:
+    looks = Looks()
+    looks.changed(rules(FRIEND, FOE))
+    looks.taken()
+    looks._where, looks._wanted = set(), asyncio.Event()
+    looks.taken()
+    assert (looks._where, looks._wanted.is_set()) == (set(), False), "there is nothing new"
+    looks.changed(rules(FRIEND, FOE, reading=frozenset({FOE.name})))
+    looks._where = set()
+    looks.taken()
+    assert (looks._where, looks._wanted.is_set()) == ({2}, True)
+
+
+def test_a_pod_that_comes_while_everything_is_being_looked_at_does_not_end_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(revocation_module, "PAUSE_S", 0.01)
+    monkeypatch.setattr(revocation_module, "SETTLE_S", 0.3)
+
+    async def run() -> Looks:
+        looks = Looks()
+        running = asyncio.create_task(looks.run())
+        looks.changed(rules(FRIEND))
+        await asyncio.sleep(0.1)
+        looks.changed(rules(FRIEND, FOE))
+        await asyncio.sleep(0.8)
+        looks.changed(rules(FRIEND, FOE, SERVER))
+        await asyncio.sleep(0.1)
+        running.cancel()
+        return looks
+
+    assert asyncio.run(run()).seen == [None, None, None, {3}]
 
 
 def test_connections_are_looked_at_when_an_agent_starts() -> None:

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from controller.main import main
+from tests.unit.agent.l7.harness import free_ports
 from tests.unit.controller.harness import SHOP, Authority, service
 
 COMMAND = (sys.executable, "-c", "from controller.main import main; main()")
@@ -161,12 +162,6 @@ def test_a_page_that_strangers_could_open_keeps_the_controller_from_starting(tmp
     assert "--page-token-file without --page-listen: there is no page" in text
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        port: int = held.getsockname()[1]
-        return port
-
-
 def http_get(port: int, path: str) -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
@@ -179,7 +174,7 @@ def http_get(port: int, path: str) -> tuple[int, str]:
 
 def test_health_is_served_beside_metrics(tmp_path: Path, directory: Path) -> None:
     (directory / "a.yaml").write_text(SHOP)
-    port = free_port()
+    (port,) = free_ports(1)
     with start(tmp_path, directory, "--metrics-port", str(port)) as process:
         serving(process)
         answers = {path: http_get(port, path) for path in ("/healthz", "/readyz", "/metrics", "/")}
@@ -191,7 +186,7 @@ def test_health_is_served_beside_metrics(tmp_path: Path, directory: Path) -> Non
 
 
 def test_a_controller_whose_api_server_is_away_serves_nothing_and_says_so(tmp_path: Path) -> None:
-    port, closed = free_port(), free_port()
+    port, closed = free_ports(2)
     kubeconfig = tmp_path / "kubeconfig"
     kubeconfig.write_text(
         f"{{clusters: [{{name: c, cluster: {{server: 'http://127.0.0.1:{closed}'}}}}], users: [{{name: u, user: {{token: secret-token}}}}],"

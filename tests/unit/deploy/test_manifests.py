@@ -380,7 +380,9 @@ def test_values_arrive_where_they_belong() -> None:
         "1h",
         "60",
     )
-    assert (agent["cgroup"], agent["keep-denied-connections"], agent["no-record-flows"]) == ("/sys/fs/cgroup/unified", "", "")
+    assert (agent["keep-denied-connections"], agent["no-record-flows"]) == ("", "")
+    (cgroup,) = (one["value"] for item in containers(FULL) for one in item.get("env", ()) if one["name"] == "MESHAGENT_RUN_CGROUP")
+    assert cgroup == "/sys/fs/cgroup/unified"
     assert agent["kubelet-cgroup"] == "/sys/fs/cgroup/unified/system.slice/kubelet.service"
     pod = of(FULL, "Deployment")["spec"]
     assert pod["replicas"] == 3

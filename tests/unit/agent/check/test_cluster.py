@@ -31,6 +31,15 @@ def test_the_rights_that_are_asked_for_are_those_that_the_chart_gives() -> None:
     (role,) = manifest("ClusterRole")
     given = {(g, r, v) for rule in role["rules"] for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"]}
     assert set(cluster.RIGHTS) == given
+    (role,) = manifest("Role")
+    assert set(cluster.RIGHTS_HERE) == {
+        (g, r, v, name)
+        for rule in role["rules"]
+        for g in rule["apiGroups"]
+        for r in rule["resources"]
+        for v in rule["verbs"]
+        for name in rule.get("resourceNames", [""])
+    }
 
 
 def test_names_and_labels_are_those_of_the_chart() -> None:

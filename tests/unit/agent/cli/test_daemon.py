@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from agent import features, logs, supervisor
+from agent.bpf import upgrade
 from agent.cli import daemon
 from agent.cli.main import main
 from agent.config import Config, TlsFiles
@@ -130,6 +131,30 @@ def test_uninstall_says_what_it_removed(monkeypatch: pytest.MonkeyPatch, done: l
     result = CliRunner().invoke(main, ["uninstall", "--run-dir", "/r", "--pin-dir", "/p", "--state-dir", "/s", "--cgroup", "/c"])
     assert (result.exit_code, result.stdout) == (0, said)
     assert [(c.run_dir, c.pin_dir, c.state_dir, c.cgroup) for c in asked] == [(Path("/r"), Path("/p"), Path("/s"), Path("/c"))]
+
+
+def test_the_cgroup_that_the_agent_has_from_its_environment_all_commands_have(
+    monkeypatch: pytest.MonkeyPatch, started: list[Config]
+) -> None:
+    served: list[Path] = []
+
+    def remove(config: Config) -> list[str]:
+        served.append(config.cgroup)
+        return []
+
+    def check(config: Config) -> upgrade.Report:
+        served.append(config.cgroup)
+        return upgrade.Report(upgrade.SAFE, in_force=False)
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(daemon, "remove_everything", remove)
+    monkeypatch.setattr(upgrade, "check", check)
+    for argv in (["run", "--node", "n"], ["uninstall"], ["upgrade-check"], ["uninstall", "--cgroup", "/c"]):
+        result = CliRunner().invoke(main, argv, env={"MESHAGENT_RUN_CGROUP": "/sys/fs/cgroup/own"})
+        assert result.exit_code == 0, result.output
+    assert [*(config.cgroup for config in started), *served] == [*[Path("/sys/fs/cgroup/own")] * 3, Path("/c")]
+    assert CliRunner().invoke(main, ["uninstall"], env={"MESHAGENT_RUN_CGROUP": ""}).exit_code == 0
+    assert served[-1] == features.cgroup2_mount()
 
 
 def test_capacities_of_maps_reach_the_agent(started: list[Config]) -> None:
