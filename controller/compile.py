@@ -270,12 +270,12 @@ def _index_authentications(world: _World, out: Compiled) -> None:
         conditions = out.conditions[item.key]
         conditions.append(_accepted("in force" if world.enrolled & selected else "valid"))
         conditions += unresolved
-        if (selected or not unresolved) and (wrong := _unenforced(world, selected, "its namespace")):
+        wrong = _unenforced(world, selected, "its namespace") if selected or not unresolved else None
+        if portless := sorted(name for name in selected if not _token_ports(world, name)):
+            reason, message = "NoHTTPPort", f"tokens are not looked at where no HTTP port of a Service leads: {_names(portless)}"
+            wrong = Condition("Enforced", False, wrong.reason if wrong else reason, f"{wrong.message}; {message}" if wrong else message)
+        if wrong:
             conditions.append(wrong)
-        portless = sorted(name for name in selected if not _token_ports(world, name))
-        if portless:
-            message = f"tokens are not looked at where no HTTP port of a Service leads: {_names(portless)}"
-            conditions.append(Condition("Enforced", False, "NoHTTPPort", message))
         reason, message = authentication.problems(item, world.keys)
         if reason:
             conditions.append(Condition("KeysCurrent", False, reason, message))

@@ -25,7 +25,9 @@ _OPAQUE = re.compile(f"{_ESCAPED}|{_CLASS}", re.DOTALL)
 _NOT_RE2 = re.compile(r"\(\?(?:[=!>(#]|<[=!]|P=|[a-zA-Z]*[auLx])|(?:[*+?]|\{\d+(?:,\d*)?\})\+")
 _ESCAPES = frozenset("aAbBdDfnrsStvwWx")
 _NAMED = re.compile(r"\[:(\^?\w*):\]", re.ASCII)
-_CLASSES = frozenset("alnum alpha ascii blank cntrl digit graph lower print punct space upper word xdigit".split())
+_CLASSES = frozenset(
+    ["alnum", "alpha", "ascii", "blank", "cntrl", "digit", "graph", "lower", "print", "punct", "space", "upper", "word", "xdigit"]
+)
 
 
 @dataclass(slots=True)
@@ -54,10 +56,9 @@ def problem(text: str) -> str:
     escapes = set(re.findall(r"\\([A-Za-z0-9])", re.sub(r"\\\\", "", text)))
     if _NOT_RE2.search(_OPAQUE.sub(".", text)) or escapes & set("123456789"):
         return "look-around, back references and possessive quantifiers do not exist in RE2, which Envoy uses"
-    if not escapes <= _ESCAPES:
-        return f"\\{min(escapes - _ESCAPES)} does not exist in RE2, which Envoy uses"
-    if wrong := next(filter(None, map(_wrong_class, _OPAQUE.findall(text))), ""):
-        return f"{wrong} does not exist within [] in RE2, which Envoy uses"
+    wrong = "" if escapes <= _ESCAPES else f"\\{min(escapes - _ESCAPES)} does not exist"
+    if wrong := wrong or next(filter(None, map(_wrong_class, _OPAQUE.findall(text))), ""):
+        return f"{wrong} in RE2, which Envoy uses"
     steps, repeats = _measure(text)
     if repeats > MOST_REPEATS:
         return f"repeats more than {MOST_REPEATS} times ({repeats}), which RE2 refuses"
@@ -71,8 +72,8 @@ def _wrong_class(atom: str) -> str:
     if not atom.startswith("["):
         return ""
     if r"\b" in re.sub(r"\\\\", "", atom):
-        return r"\b"
-    return next((f"[:{name}:]" for name in _NAMED.findall(atom) if name.removeprefix("^") not in _CLASSES), "")
+        return r"\b does not exist within []"
+    return next((f"[:{name}:] does not exist within []" for name in _NAMED.findall(atom) if name.removeprefix("^") not in _CLASSES), "")
 
 
 _TOKEN = re.compile(_ESCAPED + "|" + _CLASS + r"|\(\?(?:P<\w+>|[a-zA-Z-]*[:)])|\{(\d*)(,?)(\d*)\}|.", re.DOTALL)

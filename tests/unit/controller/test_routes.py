@@ -408,8 +408,10 @@ def test_the_youngest_routes_of_a_service_are_refused_when_there_are_too_many_an
 
 @pytest.mark.parametrize(
     "text",
-    ["/a.*", "[a-z]{1,63}", "(?i)a|b", r"\d+\.\w+", "(?P<x>a)+", "a{1000}", "[]a]", r"[^\]]*", "", r"\x41", "(a|b{2}){3,}"]
-    + ["[*+.]+", "[*+]a", r"a\++", r"[\]*+]+", "a}+", r"a\}+", "[(?=]", r"[(?#\w]*", "[[:alpha:][:^space:]]+", r"[\\b]", "a{,3}+"],
+    [
+        *("/a.*", "[a-z]{1,63}", "(?i)a|b", r"\d+\.\w+", "(?P<x>a)+", "a{1000}", "[]a]", r"[^\]]*", "", r"\x41", "(a|b{2}){3,}"),
+        *("[*+.]+", "[*+]a", r"a\++", r"[\]*+]+", "a}+", r"a\}+", "[(?=]", r"[(?#\w]*", "[[:alpha:][:^space:]]+", r"[\\b]", "a{,3}+"),
+    ],
 )
 def test_ordinary_expressions_pass(text: str) -> None:
     assert regexes.problem(text) == ""
