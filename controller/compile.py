@@ -18,7 +18,7 @@ from typing import Any, Final
 from controller import authentication, conditions, endpoints, externals, protocols, routes, telemetry, traffic
 from controller.conflicts import virtual_addresses, workload_addresses
 from controller.durations import milliseconds
-from controller.gateways import CONTROLLER, Ingress
+from controller.gateways import CONTROLLER, Ingress, Known
 from controller.jwks import Fetched
 from controller.objects import (
     ACCELERATION_LABEL,
@@ -73,9 +73,11 @@ class Compiled:
     status: dict[Key, dict[str, Any]] = field(default_factory=dict)
     """What else stands in an object's status: of Gateways and of routes attached to them."""
     certificates: dict[str, dict[str, Pair]] = field(default_factory=dict, repr=False)
+    """Of gateways, by node and by the name of the Secret. No part of the model."""
+    pairs: dict[str, Pair] = field(default_factory=dict, repr=False)
+    """The same of every node, and of gateways that have none just now."""
     awaited: list[float] = field(default_factory=list)
     """When certificates of gateways begin to hold that do not yet, Unix seconds."""
-    """Of gateways, by node and by the name of the Secret. No part of the model."""
 
 
 @dataclass(slots=True)
@@ -118,11 +120,12 @@ def compile_model(
     keys: Mapping[str, Fetched] | None = None,
     egress: str = "allow",
     now: float | None = None,
+    known: Known | None = None,
 ) -> Compiled:
     """Return the workload model of `objects`; the same objects always give the same bytes, as long as certificates of gateways hold at `now` (Unix s).
 
     `authority` says that this controller gives workloads certificates; without them there is no mutual TLS, whatever objects ask for. `keys` are those that
-    RequestAuthentications name by URI. `egress` is "allow" or "deny", for namespaces that do not say.
+    RequestAuthentications name by URI. `egress` is "allow" or "deny", for namespaces that do not say. `known` is about Secrets of gateways.
     """
     world, out = _World(objects, authority, keys=keys or {}, egress=egress), Compiled()
     world.slices = endpoints.by_service(world.of("EndpointSlice"))
@@ -131,7 +134,7 @@ def compile_model(
     _index_authentications(world, out)
     _index_mtls(world, out)
     enrolled = [workload for workload in world.workloads if workload.key.qualified in world.enrolled]
-    world.ingress = Ingress(objects, enrolled, dt.datetime.fromtimestamp(time.time() if now is None else now, dt.timezone.utc))
+    world.ingress = Ingress(objects, enrolled, dt.datetime.fromtimestamp(time.time() if now is None else now, dt.timezone.utc), known)
     _index_routes(world, out)
     _gateways(world, out)
     _index_traffic(world, out)
@@ -683,7 +686,7 @@ def _gateways(world: _World, out: Compiled) -> None:
         out.entities[f"gateway/{gateway.key.qualified}"] = pb.Entity(gateway=entity)
         out.conditions[gateway.key] += [Condition(*one) for one in said]
         out.status[gateway.key] = status
-    out.certificates, out.awaited = world.ingress.certificates(), world.ingress.awaited
+    out.certificates, out.pairs, out.awaited = world.ingress.certificates(), world.ingress.pairs(), world.ingress.awaited
     for item in (*world.of("Secret"), *world.of("ReferenceGrant")):
         out.conditions[item.key].append(_accepted("valid"))
 
