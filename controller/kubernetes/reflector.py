@@ -22,7 +22,7 @@ import msgspec
 
 from controller.errors import Problem
 from controller.kubernetes.api import Api, ApiError, TooLarge, Unreachable
-from controller.kubernetes.shapes import Kind, Seen, newer
+from controller.kubernetes.shapes import ORIGIN, Kind, Seen, newer
 from controller.objects import Key
 
 _log = logging.getLogger(__name__)
@@ -91,6 +91,8 @@ class Reflector:
         """Why nothing newer is known."""
         self.absent = False
         """The API server does not know this kind."""
+        self.denied = False
+        """The controller may not read it (403)."""
         self.lists = 0
         self.events = 0
         self.ignored = 0
@@ -145,10 +147,8 @@ class Reflector:
             await asyncio.sleep(ABSENT_S)
             return
         if error.code in {401, 403}:
-            self._fail(
-                f"the API server does not let the controller read it ({error}): see the ClusterRole of the controller's service account; "
-                "what was known stays in force"
-            )
+            self.denied = error.code == 403
+            self._fail(f"the API server does not let the controller read it ({error}): {self.kind.rights}; what was known stays in force")
         elif error.code != 410 or self._failures >= MANY:  # too old once: it has been long, and nothing is wrong
             self._fail(f"no news of it: {error}; what was known stays in force")
         await self._pause()
@@ -206,8 +206,11 @@ class Reflector:
 
     def _synced(self, version: str) -> None:
         if not self.synced or self.problem is not None:
-            _log.info("following the API server", extra={"kind": self.kind.kind, "objects": len(self.store), "version": version})
-        self.synced, self.problem = True, None
+            _log.info(
+                "following the API server",
+                extra={"kind": self.kind.kind, "which": self.kind.name, "objects": len(self.store), "version": version},
+            )
+        self.synced, self.denied, self.problem = True, False, None
         self._changed()
 
     async def _watch(self, version: str) -> str:
@@ -267,7 +270,7 @@ class Reflector:
         self._changed()
 
     def _fail(self, message: str) -> None:
-        problem = Problem("api-server", 0, message, self.kind.kind, "*")
+        problem = Problem(ORIGIN, 0, message, self.kind.kind, self.kind.name)
         if problem != self.problem:
             self.problem = problem
             self._changed()

@@ -20,6 +20,7 @@ from controller.documents import Document
 from controller.errors import Problem
 from controller.objects import Key, Object
 from controller.schema import LABEL, SUBDOMAIN, kinds, validate
+from controller.secrets import CERTIFICATE, KEY
 
 ORIGIN: Final = "api-server"
 UID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}")
@@ -29,6 +30,7 @@ _OWN: Final = "meshagent.io/"
 _SLICE_OF: Final = "kubernetes.io/service-name"
 _MANAGED_BY: Final = "endpointslice.kubernetes.io/managed-by"
 _PORT_DIGITS: Final = 5
+TLS: Final = "kubernetes.io/tls"
 _ENDED: Final = frozenset({"Succeeded", "Failed"})
 
 
@@ -73,6 +75,10 @@ class Kind:
     """Parameters of lists and watches."""
     required: bool = True
     """An API server without it is not ready for a mesh."""
+    name: str = "*"
+    """Of the one object that is followed, where it is one."""
+    rights: str = "see the ClusterRole of the controller's service account"
+    """What to do if it may not be read."""
 
     def read(self, raw: bytes) -> Seen | None:
         """Read one object; None: its name says that nobody can mean it. Raises msgspec.MsgspecError for what has no metadata.
@@ -170,6 +176,12 @@ class _Plain(msgspec.Struct):
 class _Stored(msgspec.Struct):
     metadata: _Meta
     documents: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class _Secret(msgspec.Struct):
+    metadata: _Meta
+    type: str = ""
+    data: dict[str, str] | None = None
 
 
 class _ServicePort(msgspec.Struct):
@@ -354,6 +366,32 @@ def _slice(raw: bytes) -> Seen | None:
     return _seen(key, found.metadata, {"service": service, "ports": ports, "endpoints": endpoints})
 
 
+def _secret(raw: bytes) -> Seen | None:
+    """A certificate for Gateways. Its annotations are not read: kubectl may have written all of it there again."""
+    found = _SECRET.decode(raw)
+    meta, key = found.metadata, _key("Secret", found.metadata)
+    if key is None:
+        return None
+    if found.type != TLS:
+        problem = Problem(ORIGIN, 0, f"is of type {found.type[:80]!r}, not {TLS}", key.kind, key.qualified, "type")
+        return Seen(key, meta.uid, meta.resource_version, meta.generation, None, (problem,))
+    held = {name: text for name in (CERTIFICATE, KEY) if (text := (found.data or {}).get(name)) is not None}
+    data = {"metadata": {"name": key.name, "namespace": key.namespace}, "type": TLS, "data": held}
+    return Seen(key, meta.uid, meta.resource_version, meta.generation, Object(key, data, ORIGIN, 0))
+
+
+def secret_kind(key: Key) -> Kind:
+    """How one Secret is followed."""
+    return Kind(
+        key.kind,
+        f"/api/v1/namespaces/{key.namespace}/secrets",
+        _secret,
+        {"fieldSelector": f"metadata.name={key.name}"},
+        name=key.qualified,
+        rights=f"a Gateway names it; if it may, add namespace {key.namespace} with name {key.name} to controller.gatewaySecrets of the chart",
+    )
+
+
 def stored(raw: bytes) -> Seen | None:
     """A ControllerState (`controller.kubernetes.store`): its documents stand as the spec."""
     found = _STORED.decode(raw)
@@ -363,6 +401,7 @@ def stored(raw: bytes) -> Seen | None:
 
 _POD = msgspec.json.Decoder(_Pod)
 _STORED = msgspec.json.Decoder(_Stored)
+_SECRET = msgspec.json.Decoder(_Secret)
 _PLAIN = msgspec.json.Decoder(_Plain)
 _SERVICE = msgspec.json.Decoder(_Service)
 _SLICE = msgspec.json.Decoder(_Slice)
@@ -426,7 +465,7 @@ def _path(api_version: str, plural: str) -> str:
 
 
 _BY_HAND: Final = {"Namespace", "Service", "Secret"}
-"""Kinds with a schema that are read in another way; Secrets are not listed at all."""
+"""Kinds with a schema that are read in another way; of Secrets only those that Gateways name (`secret_kind`)."""
 
 
 @functools.cache

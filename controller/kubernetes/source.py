@@ -1,20 +1,23 @@
 """A Kubernetes API server as the source of objects, in place of a directory: what it says, what is refused, and what stays in force regardless.
 
 Used by `controller.mesh` in the place of `controller.source.Source`, with the same rules: an object that does not validate keeps its last good version, and
-what is gone is gone. Nothing is in force before each kind has been listed once: a policy that was not read yet is not a policy that is not there.
+what is gone is gone. Nothing is in force before each kind has been listed once: a policy that was not read yet is not a policy that is not there. A Gateway is
+taken up when the API server has answered about the Secrets that it names: it would close listeners otherwise that only wait for their certificate.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from controller.conflicts import resolve
 from controller.errors import ControllerError, Problem
+from controller.gateways import Grants, wanted_secrets
 from controller.kubernetes.api import Api
 from controller.kubernetes.reflector import Reflector
+from controller.kubernetes.secrets import Secrets
 from controller.kubernetes.shapes import Seen, followed
 from controller.objects import Key, Object
 from controller.source import State
@@ -28,6 +31,17 @@ REST: Final = 1.0
 """How long after a change was taken in the next one is, in parts of the time that it took: half of the time is left for everything else."""
 
 
+@dataclass(slots=True)
+class _Read:
+    """What one look at everything that was read has found, and what of it was in force before."""
+
+    basis: dict[Key, Seen] = field(default_factory=dict)
+    candidates: dict[Key, Object] = field(default_factory=dict)
+    refused: dict[Key, list[Problem]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    in_force: dict[Key, Object] = field(default_factory=dict)
+
+
 class KubernetesSource:
     """See the module. `run` and `follow` belong to the event loop; `load` may run in a thread beside them."""
 
@@ -37,13 +51,13 @@ class KubernetesSource:
         self.basis: Mapping[Key, Seen] = {}
         """What `state` follows from, of kinds whose status is written."""
         self.reflectors = {kind.kind: Reflector(api, kind, self._changed) for kind in followed()}
+        self.ready = False
+        """Has each kind been listed once, and what `state` says been read?"""
+        self.secrets = Secrets(api, self._changed)
+        self._wanted: frozenset[Key] = frozenset()
+        """Secrets that Gateways name and may use."""
         self._api = api
         self._news = asyncio.Event()
-
-    @property
-    def ready(self) -> bool:
-        """Has each kind been listed once?"""
-        return all(one.synced for one in self.reflectors.values())
 
     def _changed(self) -> None:
         self._news.set()
@@ -60,7 +74,7 @@ class KubernetesSource:
         try:
             while True:
                 news = asyncio.create_task(self._news.wait())
-                done, _ = await asyncio.wait({*tasks, news}, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait({*tasks, *self.secrets.tasks, news}, return_when=asyncio.FIRST_COMPLETED)
                 for task in done - {news}:
                     task.result()
                     raise ControllerError(f"task {task.get_name()!r} ended by itself: this is a bug, please report it")
@@ -68,8 +82,10 @@ class KubernetesSource:
                 self._news.clear()
                 began = loop.time()
                 yield
+                await self.secrets.want(self._wanted)
                 await asyncio.sleep(REST * (loop.time() - began))
         finally:
+            await self.secrets.close()
             for task in [*tasks, *([news] if news else [])]:
                 task.cancel()
             await asyncio.gather(*tasks, *([news] if news else []), return_exceptions=True)
@@ -80,39 +96,70 @@ class KubernetesSource:
 
     def load(self) -> State:
         """Return the state that follows from what has been read; before each kind has been listed, what is wrong and nothing else."""
-        if not self.ready:
+        if not all(one.synced for one in self.reflectors.values()):
             self.state = State(problems=tuple(sorted(one.problem for one in self.reflectors.values() if one.problem is not None)))
             return self.state
-        basis: dict[Key, Seen] = {}
-        candidates: list[Object] = []
-        refused: dict[Key, list[Problem]] = {}
-        problems: list[Problem] = []
-        in_force: dict[Key, Object] = {}
+        read = _Read()
         for name, reflector in self.reflectors.items():
             if reflector.problem is not None:
-                problems.append(reflector.problem)
+                read.problems.append(reflector.problem)
             store = reflector.store.copy()
             if name not in _PLAIN:
-                basis |= store
-            for key, seen in store.items():
-                held = self.state.objects.get(key)
-                # Nobody inherits from an object that had its name before; and what a pod was is never what it is.
-                if held is not None and name not in _PLAIN and (before := self.basis.get(key)) is not None and before.uid == seen.uid:
-                    in_force[key] = held
-                if seen.problems:
-                    refused[key] = list(seen.problems)
-                    problems += seen.problems
-                if (item := seen.object or (in_force.get(key) if seen.problems else None)) is not None:
-                    candidates.append(item)
-        candidates, contested = _one_owner_each(candidates)
-        problems += contested
-        objects, conflicts = resolve(candidates, in_force, oldest_first=True)
+                read.basis |= store
+            for seen in store.values():
+                self._take(read, seen)
+        waiting = self._take_secrets(read)
+        if waiting and not self.ready:
+            self.state = State(problems=tuple(sorted(set(read.problems))))
+            return self.state
+        candidates, contested = _one_owner_each(list(read.candidates.values()))
+        read.problems += contested
+        objects, conflicts = resolve(candidates, read.in_force, oldest_first=True)
         for key, problem in conflicts.items():
-            refused.setdefault(key, []).append(problem)
-            problems.append(problem)
-        self.basis = basis
-        self.state = State(objects, {key: tuple(items) for key, items in refused.items()}, tuple(sorted(set(problems))))
+            read.refused.setdefault(key, []).append(problem)
+            read.problems.append(problem)
+        self.basis, self.ready = read.basis, True
+        self.state = State(objects, {key: tuple(items) for key, items in read.refused.items()}, tuple(sorted(set(read.problems))))
         return self.state
+
+    def _take(self, read: _Read, seen: Seen) -> None:
+        """Take one object as it was read, or if it is refused its last good version."""
+        key, held = seen.key, self.state.objects.get(seen.key)
+        # Nobody inherits from an object that had its name before; and what a pod was is never what it is.
+        if held is not None and key.kind not in _PLAIN and (before := self.basis.get(key)) is not None and before.uid == seen.uid:
+            read.in_force[key] = held
+        if seen.problems:
+            read.refused[key] = list(seen.problems)
+            read.problems += seen.problems
+        if (item := seen.object or (read.in_force.get(key) if seen.problems else None)) is not None:
+            read.candidates[key] = item
+
+    def _take_secrets(self, read: _Read) -> bool:
+        """Take the Secrets of Gateways. Return whether there is a Gateway that waits for an answer about one; it stays as it was, or away."""
+        grants = Grants(item for key, item in read.candidates.items() if key.kind == "ReferenceGrant")
+        wanted: set[Key] = set()
+        waiting = False
+        for key, gateway in [(key, item) for key, item in read.candidates.items() if key.kind == "Gateway"]:
+            named = wanted_secrets(gateway, grants)
+            wanted |= named
+            if all(map(self.secrets.answered, named)):
+                continue
+            waiting = True
+            if (before := read.in_force.get(key)) is None:
+                del read.candidates[key]
+            else:
+                read.candidates[key] = before
+                read.basis[key] = self.basis[key]
+                wanted |= wanted_secrets(before, grants)
+        for key in sorted(wanted):
+            if (problem := self.secrets.problem(key)) is not None:
+                read.problems.append(problem)
+                read.refused[key] = [problem]
+            if (seen := self.secrets.seen(key)) is not None:
+                read.basis[key] = seen
+                self._take(read, seen)
+        self._wanted = frozenset(wanted)
+        return waiting
 
     def seen(self, key: Key) -> Seen | None:
         """What was last read of an object."""
