@@ -18,7 +18,7 @@ from controller.gateways import Grants, wanted_secrets
 from controller.kubernetes.api import Api
 from controller.kubernetes.reflector import Reflector
 from controller.kubernetes.secrets import Secrets
-from controller.kubernetes.shapes import Seen, followed
+from controller.kubernetes.shapes import ORIGIN, Seen, followed
 from controller.objects import Key, Object
 from controller.source import State
 
@@ -100,14 +100,15 @@ class KubernetesSource:
             self.state = State(problems=tuple(sorted(one.problem for one in self.reflectors.values() if one.problem is not None)))
             return self.state
         read = _Read()
+        spaces = self.reflectors["Namespace"].store.copy()
         for name, reflector in self.reflectors.items():
-            if reflector.problem is not None:
-                read.problems.append(reflector.problem)
+            read.problems += [problem for problem in (reflector.problem, reflector.definition.problem) if problem is not None]
             store = reflector.store.copy()
             if name not in _PLAIN:
                 read.basis |= store
             for seen in store.values():
-                self._take(read, seen)
+                if not seen.orphan or Key("Namespace", "", seen.key.namespace) in spaces:
+                    self._take(read, seen)
         waiting = self._take_secrets(read)
         if waiting and not self.ready:
             self.state = State(problems=tuple(sorted(set(read.problems))))
@@ -128,9 +129,10 @@ class KubernetesSource:
         # Nobody inherits from an object that had its name before; and what a pod was is never what it is.
         if held is not None and key.kind not in _PLAIN and (before := self.basis.get(key)) is not None and before.uid == seen.uid:
             read.in_force[key] = held
-        if seen.problems:
-            read.refused[key] = list(seen.problems)
-            read.problems += seen.problems
+        problems = [*seen.problems, *([_orphaned(key)] if seen.orphan else [])]
+        if problems:
+            read.refused[key] = problems
+            read.problems += problems
         if (item := seen.object or (read.in_force.get(key) if seen.problems else None)) is not None:
             read.candidates[key] = item
 
@@ -165,6 +167,14 @@ class KubernetesSource:
         """What was last read of an object."""
         reflector = self.reflectors.get(key.kind)
         return reflector.store.get(key) if reflector is not None else None
+
+
+def _orphaned(key: Key) -> Problem:
+    message = (
+        "is not there any more, because the CustomResourceDefinition of its kind was deleted and took all objects with it: it stays in force; "
+        "apply the definition and the object again, and if it is to go, delete it then"
+    )
+    return Problem(ORIGIN, 0, message, key.kind, key.qualified)
 
 
 def _one_owner_each(candidates: list[Object]) -> tuple[list[Object], list[Problem]]:
