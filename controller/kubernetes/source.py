@@ -16,6 +16,7 @@ from controller.conflicts import resolve
 from controller.errors import ControllerError, Problem
 from controller.gateways import Grants, wanted_secrets
 from controller.kubernetes.api import Api
+from controller.kubernetes.lastgood import Kept, LastGood
 from controller.kubernetes.reflector import Reflector
 from controller.kubernetes.secrets import Secrets
 from controller.kubernetes.shapes import ORIGIN, Seen, followed
@@ -45,7 +46,8 @@ class _Read:
 class KubernetesSource:
     """See the module. `run` and `follow` belong to the event loop; `load` may run in a thread beside them."""
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api, namespace: str = "") -> None:
+        """`namespace` is the controller's own, for what it has to know after a restart; "": it keeps nothing."""
         self.state = State()
         self.unsettled = False
         self.basis: Mapping[Key, Seen] = {}
@@ -56,11 +58,23 @@ class KubernetesSource:
         self.secrets = Secrets(api, self._changed)
         self._wanted: frozenset[Key] = frozenset()
         """Secrets that Gateways name and may use."""
+        self.last_good = LastGood(api, namespace, self._restored) if namespace else None
+        self._kept: Mapping[Key, Kept] = {}
+        self._begun = False
         self._api = api
         self._news = asyncio.Event()
 
     def _changed(self) -> None:
         self._news.set()
+
+    def _restored(self) -> None:
+        """Something was read of the last good versions: orphans are taken from there once, at the start, and those that come later are others'."""
+        if self.last_good is not None and self.last_good.reflector.synced and not self._begun:
+            self._begun = True
+            for key, kept in self.last_good.kept.items():
+                if kept.orphan and (reflector := self.reflectors.get(key.kind)) is not None and key not in reflector.store:
+                    reflector.store[key] = kept.as_seen()
+        self._changed()
 
     def start(self) -> State:
         """Nothing is known yet."""
@@ -69,7 +83,7 @@ class KubernetesSource:
     async def follow(self) -> AsyncIterator[None]:
         """Follow the API server for ever; yields when `load` has something new to say."""
         loop = asyncio.get_running_loop()
-        tasks = [asyncio.create_task(one.run(), name=f"follow {name}") for name, one in self.reflectors.items()]
+        tasks = [asyncio.create_task(one.run(), name=f"follow {name}") for name, one in self._followed()]
         news: asyncio.Task[Any] | None = None
         try:
             while True:
@@ -83,6 +97,8 @@ class KubernetesSource:
                 began = loop.time()
                 yield
                 await self.secrets.want(self._wanted)
+                if self.last_good is not None and self.ready:
+                    self.last_good.want(self._kept)
                 await asyncio.sleep(REST * (loop.time() - began))
         finally:
             await self.secrets.close()
@@ -96,10 +112,13 @@ class KubernetesSource:
 
     def load(self) -> State:
         """Return the state that follows from what has been read; before each kind has been listed, what is wrong and nothing else."""
-        if not all(one.synced for one in self.reflectors.values()):
-            self.state = State(problems=tuple(sorted(one.problem for one in self.reflectors.values() if one.problem is not None)))
+        followed = dict(self._followed()).values()
+        if not all(one.synced for one in followed):
+            self.state = State(problems=tuple(sorted(one.problem for one in followed if one.problem is not None)))
             return self.state
         read = _Read()
+        if self.last_good is not None:
+            read.problems += [one for one in (self.last_good.problem, self.last_good.reflector.problem) if one is not None]
         spaces = self.reflectors["Namespace"].store.copy()
         for name, reflector in self.reflectors.items():
             read.problems += [problem for problem in (reflector.problem, reflector.definition.problem) if problem is not None]
@@ -119,13 +138,20 @@ class KubernetesSource:
         for key, problem in conflicts.items():
             read.refused.setdefault(key, []).append(problem)
             read.problems.append(problem)
-        self.basis, self.ready = read.basis, True
+        self.basis, self.ready, self._kept = read.basis, True, _kept(objects, read.basis)
         self.state = State(objects, {key: tuple(items) for key, items in read.refused.items()}, tuple(sorted(set(read.problems))))
         return self.state
+
+    def _followed(self) -> list[tuple[str, Reflector]]:
+        return [*self.reflectors.items(), *([("last good versions", self.last_good.reflector)] if self.last_good is not None else [])]
 
     def _take(self, read: _Read, seen: Seen) -> None:
         """Take one object as it was read, or if it is refused its last good version."""
         key, held = seen.key, self.state.objects.get(seen.key)
+        kept = self.last_good.kept.get(key) if self.last_good is not None else None
+        if kept is not None and kept.uid == seen.uid:
+            read.in_force[key] = kept.object
+            seen = read.basis[key] = seen.without_loss(kept.as_seen())
         # Nobody inherits from an object that had its name before; and what a pod was is never what it is.
         if held is not None and key.kind not in _PLAIN and (before := self.basis.get(key)) is not None and before.uid == seen.uid:
             read.in_force[key] = held
@@ -167,6 +193,16 @@ class KubernetesSource:
         """What was last read of an object."""
         reflector = self.reflectors.get(key.kind)
         return reflector.store.get(key) if reflector is not None else None
+
+
+def _kept(objects: Mapping[Key, Object], basis: Mapping[Key, Seen]) -> dict[Key, Kept]:
+    """What of `objects` the API server would not give again; of Secrets nothing is kept."""
+    found = {}
+    for key, item in objects.items():
+        seen = basis.get(key)
+        if seen is not None and key.kind != "Secret" and (seen.orphan or seen.pruned or seen.object is not item):
+            found[key] = Kept(item, seen.uid, seen.orphan, seen.generation if seen.pruned else 0)
+    return found
 
 
 def _orphaned(key: Key) -> Problem:
