@@ -37,6 +37,8 @@ class _Read:
     """What one look at everything that was read has found, and what of it was in force before."""
 
     basis: dict[Key, Seen] = field(default_factory=dict)
+    whole: dict[Key, Seen] = field(default_factory=dict)
+    """Of `basis`, what has been read without fields that last good versions have, with these."""
     candidates: dict[Key, Object] = field(default_factory=dict)
     refused: dict[Key, list[Problem]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -138,7 +140,7 @@ class KubernetesSource:
         for key, problem in conflicts.items():
             read.refused.setdefault(key, []).append(problem)
             read.problems.append(problem)
-        self.basis, self.ready, self._kept = read.basis, True, _kept(objects, read.basis)
+        self.basis, self.ready, self._kept = read.basis, True, _kept(objects, read.basis | read.whole)
         self.state = State(objects, {key: tuple(items) for key, items in read.refused.items()}, tuple(sorted(set(read.problems))))
         return self.state
 
@@ -151,7 +153,9 @@ class KubernetesSource:
         kept = self.last_good.kept.get(key) if self.last_good is not None else None
         if kept is not None and kept.uid == seen.uid:
             read.in_force[key] = kept.object
-            seen = read.basis[key] = seen.without_loss(kept.as_seen())
+            seen = seen.without_loss(kept.as_seen())
+            if seen.pruned:
+                read.whole[key] = seen
         # Nobody inherits from an object that had its name before; and what a pod was is never what it is.
         if held is not None and key.kind not in _PLAIN and (before := self.basis.get(key)) is not None and before.uid == seen.uid:
             read.in_force[key] = held

@@ -17,7 +17,7 @@ from tests.kubernetes.controlplane import ControlPlane
 from tests.kubernetes.test_manifest import ACCOUNT, objects
 from tests.kubernetes.test_source import namespace, policy, until
 from tests.kubernetes.test_source_definitions import CRD, action, install, older, soon, told
-from tests.kubernetes.test_status import OWN, Writing, writing
+from tests.kubernetes.test_status import OWN, Writing, conditions, writing
 
 pytestmark = pytest.mark.anyio
 BAD = {"meshagent.io/dry-run": "perhaps"}
@@ -132,6 +132,8 @@ async def test_a_field_that_an_older_definition_hides_is_in_force_in_a_controlle
         await started(two.mesh)
         assert two.mesh.compiled.entities["policy/defined/p"].SerializeToString() == before
         assert "gives it without spec.rules[0].when" in told(two.mesh)
+        await asyncio.to_thread(plane.set_status, "authorizationpolicy", "defined", "p", {"conditions": []})
+        await until(lambda: conditions(plane, "authorizationpolicy", "defined", "p").get("Accepted") == ("False", "Invalid"))
 
 
 async def test_the_controller_that_has_the_lease_writes_and_the_other_one_reads(plane: ControlPlane) -> None:
