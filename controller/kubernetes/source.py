@@ -125,8 +125,10 @@ class KubernetesSource:
         for name, reflector in self.reflectors.items():
             read.problems += [problem for problem in (reflector.problem, reflector.definition.problem) if problem is not None]
             store = reflector.store.copy()
-            if name not in _PLAIN:
-                read.basis |= store
+            if name in _PLAIN:  # thousands, of which there is nothing to remember
+                read.candidates |= {key: seen.object for key, seen in store.items() if seen.object is not None}
+                store = {key: seen for key, seen in store.items() if seen.problems}
+            read.basis |= store
             for seen in store.values():
                 if not seen.orphan or Key("Namespace", "", seen.key.namespace) in spaces:
                     self._take(read, seen)
