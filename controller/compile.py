@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import calendar
 import datetime as dt
-import ipaddress
 import re
 import time
 from collections import defaultdict
@@ -15,20 +14,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from controller import authentication, conditions, endpoints, externals, protocols, routes, telemetry, traffic
+from controller import authentication, authorization, endpoints, externals, protocols, routerules, routes, telemetry, traffic
 from controller.conflicts import virtual_addresses, workload_addresses
-from controller.durations import milliseconds
-from controller.gateways import CONTROLLER, Ingress
+from controller.gateways import CONTROLLER, Ingress, Known
 from controller.jwks import Fetched
 from controller.objects import (
     ACCELERATION_LABEL,
     BALANCING_ANNOTATION,
     DEFAULT_POLICY_LABEL,
-    DRY_RUN_ANNOTATION,
     EGRESS_ANNOTATION,
     FAIL_MODE_ANNOTATION,
-    HTTP_FIELDS,
-    HTTP_SOURCE_FIELDS,
     MODE_LABEL,
     ROOT_NAMESPACE,
     WAYPOINT_ANNOTATION,
@@ -40,7 +35,6 @@ from controller.objects import (
 from controller.secrets import Pair
 from meshapi import discovery_pb2 as pb
 
-DEFAULT_RETRIES: Final = 1  # HTTPRouteRetry.attempts left out: "implementation-specific"
 DEFAULT_DENY: Final = "(default-deny)"
 """Name of the policy that stands for meshagent.io/default-policy: deny; no object can have it."""
 DEFAULT_MTLS: Final = "PERMISSIVE"
@@ -73,9 +67,11 @@ class Compiled:
     status: dict[Key, dict[str, Any]] = field(default_factory=dict)
     """What else stands in an object's status: of Gateways and of routes attached to them."""
     certificates: dict[str, dict[str, Pair]] = field(default_factory=dict, repr=False)
+    """Of gateways, by node and by the name of the Secret. No part of the model."""
+    pairs: dict[str, Pair] = field(default_factory=dict, repr=False)
+    """The same of every node, and of gateways that have none just now."""
     awaited: list[float] = field(default_factory=list)
     """When certificates of gateways begin to hold that do not yet, Unix seconds."""
-    """Of gateways, by node and by the name of the Secret. No part of the model."""
 
 
 @dataclass(slots=True)
@@ -118,11 +114,12 @@ def compile_model(
     keys: Mapping[str, Fetched] | None = None,
     egress: str = "allow",
     now: float | None = None,
+    known: Known | None = None,
 ) -> Compiled:
     """Return the workload model of `objects`; the same objects always give the same bytes, as long as certificates of gateways hold at `now` (Unix s).
 
     `authority` says that this controller gives workloads certificates; without them there is no mutual TLS, whatever objects ask for. `keys` are those that
-    RequestAuthentications name by URI. `egress` is "allow" or "deny", for namespaces that do not say.
+    RequestAuthentications name by URI. `egress` is "allow" or "deny", for namespaces that do not say. `known` is about Secrets of gateways.
     """
     world, out = _World(objects, authority, keys=keys or {}, egress=egress), Compiled()
     world.slices = endpoints.by_service(world.of("EndpointSlice"))
@@ -131,7 +128,7 @@ def compile_model(
     _index_authentications(world, out)
     _index_mtls(world, out)
     enrolled = [workload for workload in world.workloads if workload.key.qualified in world.enrolled]
-    world.ingress = Ingress(objects, enrolled, dt.datetime.fromtimestamp(time.time() if now is None else now, dt.timezone.utc))
+    world.ingress = Ingress(objects, enrolled, dt.datetime.fromtimestamp(time.time() if now is None else now, dt.timezone.utc), known)
     _index_routes(world, out)
     _gateways(world, out)
     _index_traffic(world, out)
@@ -243,7 +240,7 @@ def _is_enrolled(world: _World, workload: Object) -> bool:
 
 def _index_policies(world: _World, out: Compiled) -> None:
     for policy in world.of("AuthorizationPolicy"):
-        out.entities[f"policy/{policy.key.qualified}"] = pb.Entity(policy=_policy(policy))
+        out.entities[f"policy/{policy.key.qualified}"] = pb.Entity(policy=authorization.message(policy))
         protected, unresolved = _selected(world, policy)
         for name in protected:
             world.policies[name].append(policy)
@@ -270,12 +267,12 @@ def _index_authentications(world: _World, out: Compiled) -> None:
         conditions = out.conditions[item.key]
         conditions.append(_accepted("in force" if world.enrolled & selected else "valid"))
         conditions += unresolved
-        if (selected or not unresolved) and (wrong := _unenforced(world, selected, "its namespace")):
+        wrong = _unenforced(world, selected, "its namespace") if selected or not unresolved else None
+        if portless := sorted(name for name in selected if not _token_ports(world, name)):
+            reason, message = "NoHTTPPort", f"tokens are not looked at where no HTTP port of a Service leads: {_names(portless)}"
+            wrong = Condition("Enforced", False, wrong.reason if wrong else reason, f"{wrong.message}; {message}" if wrong else message)
+        if wrong:
             conditions.append(wrong)
-        portless = sorted(name for name in selected if not _token_ports(world, name))
-        if portless:
-            message = f"tokens are not looked at where no HTTP port of a Service leads: {_names(portless)}"
-            conditions.append(Condition("Enforced", False, "NoHTTPPort", message))
         reason, message = authentication.problems(item, world.keys)
         if reason:
             conditions.append(Condition("KeysCurrent", False, reason, message))
@@ -571,7 +568,7 @@ def _level(
         if wanted == port["port"] or (wanted == 0 and (is_http or not app_protocol)):
             return True, route
     for policy in policies:
-        if any(_rule_needs_request(rule, target) for rule in policy.spec.get("rules", []) for target in targets):
+        if any(authorization.needs_request(rule, target) for rule in policy.spec.get("rules", []) for target in targets):
             return True, f"AuthorizationPolicy {policy.key.qualified} has HTTP rules"
     if service.annotations.get(WAYPOINT_ANNOTATION) == "true":
         if is_http:
@@ -580,95 +577,14 @@ def _level(
     return False, "no L7 feature is used"
 
 
-def _rule_needs_request(rule: Mapping[str, Any], target: int) -> bool:
-    when = rule.get("when", [])
-    operations = [entry["operation"] for entry in rule.get("to", [])]
-    if not all(_is_at(fields, target) for fields in conditions.ports_of(when)):
-        return False
-    fitting = [operation for operation in operations if _is_at(operation, target) and "TCP" in operation.get("protocols", ["TCP"])]
-    if operations and not fitting:
-        return False
-    everywhere = any(HTTP_SOURCE_FIELDS & set(entry["source"]) for entry in rule.get("from", []))
-    return everywhere or any(map(conditions.is_about_requests, when)) or any(HTTP_FIELDS & set(operation) for operation in fitting)
-
-
-def _is_at(fields: Mapping[str, Any], target: int) -> bool:
-    return ("ports" not in fields or target in _ports(fields["ports"])) and target not in _ports(fields.get("notPorts", []))
-
-
-def _ports(values: Iterable[int | str]) -> list[int]:
-    return [int(value) for value in values]
-
-
-_ACTIONS: Final = {"ALLOW": pb.Policy.ALLOW, "DENY": pb.Policy.DENY, "AUDIT": pb.Policy.AUDIT}
-
-
-def _policy(policy: Object) -> pb.Policy:
-    return pb.Policy(
-        namespace=policy.key.namespace,
-        name=policy.key.name,
-        action=pb.Policy.AUDIT if policy.annotations.get(DRY_RUN_ANNOTATION) == "true" else _ACTIONS[policy.spec.get("action", "ALLOW")],
-        rules=[
-            pb.PolicyRule(
-                sources=[_source(entry["source"], policy.key.namespace) for entry in rule.get("from", [])],
-                operations=[_operation(entry["operation"]) for entry in rule.get("to", [])],
-                also_sources=[
-                    _source(source, policy.key.namespace)
-                    for one in rule.get("when", [])
-                    if (source := conditions.source_of(one)) is not None
-                ],
-                also_operations=[found for one in rule.get("when", []) if (found := conditions.operation_of(one)) is not None],
-            )
-            for rule in policy.spec.get("rules", [])
-        ],
-    )
-
-
-def _source(source: Mapping[str, Any], namespace: str) -> pb.Source:
-    def accounts(field_name: str) -> list[str]:
-        # https://istio.io/latest/docs/reference/config/security/authorization-policy/#Source: a bare name is in the policy's namespace
-        return [name if "/" in name else f"{namespace}/{name}" for name in source.get(field_name, [])]
-
-    return pb.Source(
-        principals=source.get("principals", []),
-        not_principals=source.get("notPrincipals", []),
-        namespaces=source.get("namespaces", []),
-        not_namespaces=source.get("notNamespaces", []),
-        service_accounts=accounts("serviceAccounts"),
-        not_service_accounts=accounts("notServiceAccounts"),
-        ip_blocks=_blocks(source.get("ipBlocks", [])),
-        not_ip_blocks=_blocks(source.get("notIpBlocks", [])),
-        labels=source.get("matchLabels", {}),
-        request_principals=source.get("requestPrincipals", []),
-        not_request_principals=source.get("notRequestPrincipals", []),
-    )
-
-
-def _blocks(texts: Iterable[str]) -> list[str]:
-    """One spelling for each block: CIDR, no bits behind the prefix."""
-    return list(dict.fromkeys(str(ipaddress.ip_network(text, strict=False)) for text in texts))
-
-
-def _operation(operation: Mapping[str, Any]) -> pb.Operation:
-    return pb.Operation(
-        ports=_ports(operation.get("ports", [])),
-        not_ports=_ports(operation.get("notPorts", [])),
-        methods=operation.get("methods", []),
-        not_methods=operation.get("notMethods", []),
-        paths=operation.get("paths", []),
-        not_paths=operation.get("notPaths", []),
-        hosts=operation.get("hosts", []),
-        not_hosts=operation.get("notHosts", []),
-        protocols=operation.get("protocols", []),
-    )
-
-
 def _index_routes(world: _World, out: Compiled) -> None:
     attached = routes.attach({kind: world.of(kind) for kind in routes.KINDS}, world.services, _created)
     for route in sorted((route for kind in routes.KINDS for route in world.of(kind)), key=lambda one: (_created(one), one.key.qualified)):
         attached[route.key].ingress = world.ingress.attach(route)
     world.grpc = routes.spoken_grpc(world.of("GRPCRoute"), attached)
-    resolver = routes.Resolver(world.services, {item.key.qualified: item for item in world.of("CallerMatch")}, world.grpc, _source)
+    resolver = routes.Resolver(
+        world.services, {item.key.qualified: item for item in world.of("CallerMatch")}, world.grpc, authorization.source_message
+    )
     for item in world.of("CallerMatch"):
         out.conditions[item.key].append(_accepted("valid"))
     for route in (route for kind in routes.KINDS for route in world.of(kind)):
@@ -683,7 +599,7 @@ def _gateways(world: _World, out: Compiled) -> None:
         out.entities[f"gateway/{gateway.key.qualified}"] = pb.Entity(gateway=entity)
         out.conditions[gateway.key] += [Condition(*one) for one in said]
         out.status[gateway.key] = status
-    out.certificates, out.awaited = world.ingress.certificates(), world.ingress.awaited
+    out.certificates, out.pairs, out.awaited = world.ingress.certificates(), world.ingress.pairs(), world.ingress.awaited
     for item in (*world.of("Secret"), *world.of("ReferenceGrant")):
         out.conditions[item.key].append(_accepted("valid"))
 
@@ -697,7 +613,7 @@ def _route(resolver: routes.Resolver, out: Compiled, route: Object, found: route
         kind = "ParentsResolved" if holds else "Accepted"
         conditions.append(Condition(kind, False, problems[0][0], routes.texts(problems)))
     wrong: list[tuple[str, str]] = []
-    rules = [_rule(resolver, route, index, rule, wrong) for index, rule in enumerate(route.spec.get("rules", [{}]))]
+    rules = [routerules.message(resolver, route, index, rule, wrong) for index, rule in enumerate(route.spec.get("rules", [{}]))]
     denied = ingress.denied(route) if found.ingress.parents else []
     wrong += [
         ("RefNotPermitted", f"no ReferenceGrant lets gateways send requests of {route.key} to Service {name}: they are answered with 500")
@@ -730,86 +646,6 @@ def _route(resolver: routes.Resolver, out: Compiled, route: Object, found: route
             not_from_gateways=denied,
         )
         out.entities[f"route/{route.key.namespace}/{name}"] = pb.Entity(route=entity)
-
-
-def _rule(resolver: routes.Resolver, route: Object, index: int, rule: Mapping[str, Any], wrong: list[tuple[str, str]]) -> pb.RouteRule:
-    """Resolve one rule; what cannot be resolved is added to `wrong`, as (reason, message)."""
-    timeouts = rule.get("timeouts", {})
-    request, response = _filters(rule.get("filters", []))
-    message = pb.RouteRule(
-        name=rule.get("name", ""),
-        matches=[_match(match, grpc=route.key.kind == "GRPCRoute") for match in rule.get("matches", [])],
-        backends=[_backend(resolver, route, reference, wrong) for reference in rule.get("backendRefs", [])],
-        request_timeout_ms=milliseconds(timeouts.get("request", "")),
-        backend_request_timeout_ms=milliseconds(timeouts.get("backendRequest", "")),
-        request_headers=request,
-        response_headers=response,
-    )
-    wrong += resolver.filters(message, route, index, rule)
-    if "retry" in rule:
-        retry = rule["retry"]
-        message.retry.CopyFrom(
-            pb.Retry(
-                attempts=retry.get("attempts", DEFAULT_RETRIES),
-                codes=retry.get("codes", []),
-                backoff_ms=milliseconds(retry.get("backoff", "")),
-            )
-        )
-    return message
-
-
-_PATHS: Final = {"Exact": pb.StringMatch.EXACT, "PathPrefix": pb.StringMatch.PREFIX, "RegularExpression": pb.StringMatch.REGEX}
-
-
-def _match(match: Mapping[str, Any], *, grpc: bool) -> pb.RouteMatch:
-    def named(items: list[Mapping[str, Any]]) -> list[pb.NamedMatch]:
-        return [
-            pb.NamedMatch(name=item["name"], value=pb.StringMatch(kind=_PATHS[item.get("type", "Exact")], value=item["value"]))
-            for item in items
-        ]
-
-    message = pb.RouteMatch(headers=named(match.get("headers", [])), query=named(match.get("queryParams", [])))
-    if grpc:
-        message.grpc.CopyFrom(routes.grpc_match(match, _PATHS))
-        return message
-    message.method = match.get("method", "")
-    if "path" in match:
-        path = match["path"]
-        message.path.CopyFrom(pb.StringMatch(kind=_PATHS[path.get("type", "PathPrefix")], value=path.get("value", "/")))
-    return message
-
-
-def _backend(resolver: routes.Resolver, route: Object, reference: Mapping[str, Any], wrong: list[tuple[str, str]]) -> pb.Backend:
-    service, port, problem = resolver.backend(route, reference)
-    if problem:
-        wrong.append(
-            (problem[0], f"{problem[1]}: its share of requests answers {'UNAVAILABLE' if route.key.kind == 'GRPCRoute' else '500'}")
-        )
-    filters = reference.get("filters", [])
-    request, response = _filters(filters)
-    return pb.Backend(
-        service=service,
-        port=port,
-        weight=reference.get("weight", 1),
-        invalid=problem[1] if problem else "",
-        request_headers=request,
-        response_headers=response,
-        hostname=routes.hostname(filters),
-    )
-
-
-def _filters(filters: list[Mapping[str, Any]]) -> tuple[pb.HeaderEdit | None, pb.HeaderEdit | None]:
-    edits: dict[str, pb.HeaderEdit] = {}
-    for item in filters:
-        if item["type"] not in {"RequestHeaderModifier", "ResponseHeaderModifier"}:
-            continue
-        edit = item["requestHeaderModifier" if item["type"] == "RequestHeaderModifier" else "responseHeaderModifier"]
-        edits[item["type"]] = pb.HeaderEdit(
-            set={header["name"]: header["value"] for header in edit.get("set", [])},
-            add={header["name"]: header["value"] for header in edit.get("add", [])},
-            remove=edit.get("remove", []),
-        )
-    return edits.get("RequestHeaderModifier"), edits.get("ResponseHeaderModifier")
 
 
 def _created(item: Object) -> int:

@@ -109,12 +109,37 @@ class Grants:
         return namespace == source.namespace or (*who, "*") in self._allowed or (*who, name) in self._allowed
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of Secrets beside what they hold: `refused`, why the newest version of one is not what is looked at; `served`, what was served last."""
+
+    refused: Mapping[Key, str] = field(default_factory=dict)
+    served: Mapping[str, secrets.Pair] = field(default_factory=dict, repr=False)
+
+
+def named_secret(reference: Mapping[str, Any], namespace: str) -> Key | None:
+    """Return the Secret that a certificateRef of a Gateway of `namespace` means; None if it means something else."""
+    if reference.get("kind", "Secret") != "Secret" or reference.get("group", "") not in {"", "core"}:
+        return None
+    return Key("Secret", reference.get("namespace", namespace), reference["name"])
+
+
+def wanted_secrets(gateway: Object, grants: Grants) -> frozenset[Key]:
+    """Return the Secrets that a Gateway of ours names and may use."""
+    if gateway.spec["gatewayClassName"] != CLASS:
+        return frozenset()
+    references = (one for listener in gateway.spec["listeners"] for one in listener.get("tls", {}).get("certificateRefs", ()))
+    keys = (named_secret(reference, gateway.key.namespace) for reference in references)
+    return frozenset(key for key in keys if key is not None and grants.allow(gateway.key, *key))
+
+
 class Ingress:
     """All Gateways of class CLASS. Made once for each compilation; `attach` routes in the order in which they win."""
 
-    def __init__(self, objects: Mapping[Key, Object], workloads: Iterable[Object], now: dt.datetime) -> None:
+    def __init__(self, objects: Mapping[Key, Object], workloads: Iterable[Object], now: dt.datetime, known: Known | None = None) -> None:
         """`workloads`: those that are enrolled."""
         self._objects = objects
+        self._known = known or Known()
         self.awaited: list[float] = []
         """When certificates begin to hold that do not yet, Unix seconds."""
         self._others: set[str] = set()
@@ -163,38 +188,39 @@ class Ingress:
             one.refused = ("PortUnavailable", f"port {port} belongs to the mesh in every workload's network namespace")
             return
         for reference in one.spec.get("tls", {}).get("certificateRefs", ()):
-            name, found = self._certificate(gateway, reference, now)
-            if isinstance(found, secrets.Pair):
-                one.certificates[name] = found
-            elif not one.uncertified:
-                one.unresolved, one.uncertified = found, True
+            key = named_secret(reference, gateway.key.namespace)
+            found, wrong = self._certificate(gateway, reference, key, now)
+            if found is not None and key is not None:
+                one.certificates[key.qualified] = found
+            if wrong is not None and (found is None or one.unresolved is None) and not one.uncertified:
+                one.unresolved, one.uncertified = wrong, found is None
 
-    def _certificate(self, gateway: Object, reference: Mapping[str, Any], now: dt.datetime) -> tuple[str, secrets.Pair | Wrong]:
-        namespace, kind, group = (
-            reference.get("namespace", gateway.key.namespace),
-            reference.get("kind", "Secret"),
-            reference.get("group", ""),
-        )
-        name = f"{namespace}/{reference['name']}"
-        if kind != "Secret" or group not in {"", "core"}:
-            return name, (
-                "InvalidCertificateRef",
-                f"a certificate of kind {f'{group}/' if group else ''}{kind} is not supported: it has to be a Secret",
-            )
-        if not self.grants.allow(gateway.key, "Secret", namespace, reference["name"]):
-            return name, (
-                "RefNotPermitted",
-                f"no ReferenceGrant of namespace {namespace} lets Gateways of {gateway.key.namespace} use Secret {name}",
-            )
-        secret = self._objects.get(Key("Secret", namespace, reference["name"]))
+    def _certificate(
+        self, gateway: Object, reference: Mapping[str, Any], key: Key | None, now: dt.datetime
+    ) -> tuple[secrets.Pair | None, Wrong | None]:
+        """Return what is served for a certificateRef, and what is wrong with what it names: then it is what was served before."""
+        if key is None:
+            kind = "/".join(text for text in (reference.get("group", ""), reference["kind"]) if text)
+            return None, ("InvalidCertificateRef", f"a certificate of kind {kind} is not supported: it has to be a Secret")
+        name = key.qualified
+        if not self.grants.allow(gateway.key, *key):
+            words = f"no ReferenceGrant of namespace {key.namespace} lets Gateways of {gateway.key.namespace} use Secret {name}"
+            return None, ("RefNotPermitted", words)
+        refused, secret = self._known.refused.get(key, ""), self._objects.get(key)
         if secret is None:
-            return name, ("InvalidCertificateRef", f"there is no Secret {name}, or none that is valid")
+            return None, ("InvalidCertificateRef", f"Secret {name}: {refused}" if refused else f"there is no Secret {name}")
+        found: secrets.Pair | None
         try:
-            return name, secrets.pair(secret, now)
+            found = secrets.pair(secret, now)
         except secrets.Unfit as error:
             if error.until is not None:
                 self.awaited.append(error.until.timestamp())
-            return name, ("InvalidCertificateRef", f"Secret {name}: {error}")
+            refused, found = str(error), self._known.served.get(name)
+            if found is None or not found.begins <= now <= found.ends:
+                return None, ("InvalidCertificateRef", f"Secret {name}: {refused}")
+        if refused:
+            return found, ("InvalidCertificateRef", f"Secret {name}: {refused}; the certificate before it goes on being served")
+        return found, None
 
     def attach(self, route: Object) -> Attachment:
         """Say which listeners a route holds for."""
@@ -298,6 +324,11 @@ class Ingress:
                 if held:
                     found.setdefault(workload.spec["node"], {}).update(held)
         return found
+
+    def pairs(self) -> dict[str, secrets.Pair]:
+        """Return the certificates of all listeners that are served, wherever that is, by the name of the Secret."""
+        listeners = (one for _, several in self._gateways.values() for one in several.values() if one.served)
+        return {name: pair for one in listeners for name, pair in one.certificates.items()}
 
 
 def _conflict(one: Listener, others: Iterable[Listener]) -> Wrong | None:

@@ -18,6 +18,7 @@ from controller import metrics
 from controller.authentication import uris
 from controller.compile import Compiled, compile_model
 from controller.errors import ControllerError, Problem
+from controller.gateways import Known
 from controller.gatewayservice import Certificates
 from controller.jwks import Keys
 from controller.objects import Key, Object
@@ -107,7 +108,7 @@ class Mesh:
                         self._unsettled.set()
                     if not self.source.ready:
                         self._report(state)
-                    elif state.objects != before.objects or not self._published:
+                    elif state.objects != before.objects or _secrets(state) != _secrets(before) or not self._published:
                         await self._publish(seen)
                     elif state.problems != before.problems:
                         self._report(state)
@@ -183,7 +184,8 @@ class Mesh:
 
     def compile(self, objects: Mapping[Key, Object]) -> Compiled:
         """Return what the model would be with these objects. Brings nothing into force; takes a while: not for the event loop."""
-        return compile_model(objects, authority=self._authority, keys=self.keys.found, egress=self._egress)
+        known = Known(_secrets(self.source.state), self.compiled.pairs)
+        return compile_model(objects, authority=self._authority, keys=self.keys.found, egress=self._egress, known=known)
 
     def _encoded(self, changed_at_ns: int) -> Snapshot:
         entities = self.readiness.marked(self.compiled.entities)
@@ -224,3 +226,8 @@ class Mesh:
         counts = Counter(key.kind for key in state.objects)
         for kind in kinds():
             metrics.OBJECTS.labels(kind).set(counts[kind])
+
+
+def _secrets(state: State) -> dict[Key, str]:
+    """Why the newest version of a Secret is not in force, where that is so: Gateways say it."""
+    return {key: "; ".join(one.message for one in problems) for key, problems in state.refused.items() if key.kind == "Secret"}

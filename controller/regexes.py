@@ -17,9 +17,17 @@ MOST_REPEATS: Final = 1000
 MOST_STEPS: Final = 10_000
 """Instructions that all expressions of Envoy's are allowed here; RE2's own limit is 8 MB for program and states."""
 _ANY: Final = 12  # instructions for any one character of UTF-8
-# What Python's `re` accepts and RE2 does not.
-_NOT_RE2 = re.compile(r"\(\?(?:[=!>(#]|<[=!]|P=|[a-zA-Z]*[auLx])|[*+?}]\+")
+_ESCAPED: Final = r"\\x[0-9a-fA-F]{2}|\\."
+_CLASS: Final = r"\[\^?\]?(?:\\.|[^\]\\])*\]"
+_OPAQUE = re.compile(f"{_ESCAPED}|{_CLASS}", re.DOTALL)
+"""Atoms in which nothing is an operator."""
+# What Python's `re` accepts and RE2 does not, where it is an operator.
+_NOT_RE2 = re.compile(r"\(\?(?:[=!>(#]|<[=!]|P=|[a-zA-Z]*[auLx])|(?:[*+?]|\{\d+(?:,\d*)?\})\+")
 _ESCAPES = frozenset("aAbBdDfnrsStvwWx")
+_NAMED = re.compile(r"\[:(\^?\w*):\]", re.ASCII)
+_CLASSES = frozenset(
+    ["alnum", "alpha", "ascii", "blank", "cntrl", "digit", "graph", "lower", "print", "punct", "space", "upper", "word", "xdigit"]
+)
 
 
 @dataclass(slots=True)
@@ -46,10 +54,11 @@ def problem(text: str) -> str:
     except (re.error, OverflowError, RecursionError) as error:
         return f"not a regular expression: {error}"
     escapes = set(re.findall(r"\\([A-Za-z0-9])", re.sub(r"\\\\", "", text)))
-    if _NOT_RE2.search(text) or escapes & set("123456789"):
+    if _NOT_RE2.search(_OPAQUE.sub(".", text)) or escapes & set("123456789"):
         return "look-around, back references and possessive quantifiers do not exist in RE2, which Envoy uses"
-    if not escapes <= _ESCAPES:
-        return f"\\{min(escapes - _ESCAPES)} does not exist in RE2, which Envoy uses"
+    wrong = "" if escapes <= _ESCAPES else f"\\{min(escapes - _ESCAPES)} does not exist"
+    if wrong := wrong or next(filter(None, map(_wrong_class, _OPAQUE.findall(text))), ""):
+        return f"{wrong} in RE2, which Envoy uses"
     steps, repeats = _measure(text)
     if repeats > MOST_REPEATS:
         return f"repeats more than {MOST_REPEATS} times ({repeats}), which RE2 refuses"
@@ -58,7 +67,16 @@ def problem(text: str) -> str:
     return ""
 
 
-_TOKEN = re.compile(r"\\x[0-9a-fA-F]{2}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?(?:P<\w+>|[a-zA-Z-]*[:)])|\{(\d*)(,?)(\d*)\}|.", re.DOTALL)
+def _wrong_class(atom: str) -> str:
+    """What a class of characters holds that Python takes for something else: a backspace, or the name of no class (re2/parse.cc, ParseCharClass)."""
+    if not atom.startswith("["):
+        return ""
+    if r"\b" in re.sub(r"\\\\", "", atom):
+        return r"\b does not exist within []"
+    return next((f"[:{name}:] does not exist within []" for name in _NAMED.findall(atom) if name.removeprefix("^") not in _CLASSES), "")
+
+
+_TOKEN = re.compile(_ESCAPED + "|" + _CLASS + r"|\(\?(?:P<\w+>|[a-zA-Z-]*[:)])|\{(\d*)(,?)(\d*)\}|.", re.DOTALL)
 
 
 def _measure(text: str) -> tuple[int, int]:

@@ -30,7 +30,8 @@ MAX_LINE: Final = 8 << 20
 """Bytes of one event of a watch."""
 MAX_ERROR: Final = 1 << 16
 TIMEOUT_S: Final = 30.0
-CONNECTIONS: Final = 64
+CONNECTIONS: Final = 1024
+"""One for each watch, of which Secrets of gateways need one each (`controller.kubernetes.secrets`)."""
 _KEEPALIVE: Final = [  # a server whose machine vanished is noticed within 30 s (tcp(7)); a watch may be silent for minutes
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),

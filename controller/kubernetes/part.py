@@ -53,7 +53,7 @@ class KubernetesPart:
         self._connect = functools.partial(Api.connect, kubeconfig, context)
         self._namespace = namespace
         api = self._connect()
-        self.source = KubernetesSource(api)
+        self.source = KubernetesSource(api, namespace)
         identity = f"{socket.gethostname()}_{uuid.uuid4()}"  # of two controllers on one host, too
         self._lease = Lease(api, namespace, LEASE, identity, self._turn)
         self._writer = StatusWriter(api, self.source, self._lease)
@@ -69,10 +69,13 @@ class KubernetesPart:
 
     def _turn(self) -> None:
         self._writer.changed()
+        if self.source.last_good is not None:
+            self.source.last_good.turn()
 
     async def run(self) -> None:
         """Write back for ever."""
-        await asyncio.gather(self._lease.run(), self._writer.run())
+        keep = [self.source.last_good.write(lambda: self._lease.held)] if self.source.last_good is not None else []
+        await asyncio.gather(self._lease.run(), self._writer.run(), *keep)
 
     async def stop(self) -> None:
         """Let another controller write at once."""

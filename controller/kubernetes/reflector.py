@@ -5,6 +5,8 @@ bookmarks included; when the server remembers that no more (410), everything is 
 server that is away for an hour changes nothing. Events that lie are seen through: one that is not newer than what was last said of its
 object changes nothing, so that neither duplicates nor the late end of an object that was made again meanwhile do
 (versions are numbers that grow: https://kubernetes.io/docs/reference/using-api/api-concepts/#resource-versions).
+Before an object is believed to be gone the definition of its kind is looked at (`controller.kubernetes.definition`): if that goes, or has gone meanwhile, the
+object stays, as an orphan, until one of its name is made again.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import msgspec
 
 from controller.errors import Problem
 from controller.kubernetes.api import Api, ApiError, TooLarge, Unreachable
-from controller.kubernetes.shapes import Kind, Seen, newer
+from controller.kubernetes.definition import GOING, Definition
+from controller.kubernetes.shapes import ORIGIN, Kind, Seen, newer
 from controller.objects import Key
 
 _log = logging.getLogger(__name__)
@@ -91,6 +94,9 @@ class Reflector:
         """Why nothing newer is known."""
         self.absent = False
         """The API server does not know this kind."""
+        self.denied = False
+        """The controller may not read it (403)."""
+        self.definition = Definition(api, kind, changed)
         self.lists = 0
         self.events = 0
         self.ignored = 0
@@ -123,6 +129,8 @@ class Reflector:
         before, version = version, await self._watch(version)
         if before == version and await self._went_back(version):
             return ""
+        if any(seen.pruned for seen in self.store.values()):
+            version = ""  # a definition that was mended ends watches, and shows again what it hid
         if time.monotonic() - began >= SHORTEST_S:
             self._failures = 0
             return version
@@ -145,10 +153,8 @@ class Reflector:
             await asyncio.sleep(ABSENT_S)
             return
         if error.code in {401, 403}:
-            self._fail(
-                f"the API server does not let the controller read it ({error}): see the ClusterRole of the controller's service account; "
-                "what was known stays in force"
-            )
+            self.denied = error.code == 403
+            self._fail(f"the API server does not let the controller read it ({error}): {self.kind.rights}; what was known stays in force")
         elif error.code != 410 or self._failures >= MANY:  # too old once: it has been long, and nothing is wrong
             self._fail(f"no news of it: {error}; what was known stays in force")
         await self._pause()
@@ -165,6 +171,24 @@ class Reflector:
 
     async def _list(self) -> str:
         """Replace the store by what there is; return the version of the whole."""
+        definition = await self.definition.uid()
+        found, version = await self._pages()
+        if definition != await self.definition.uid():
+            raise Unreachable("its CustomResourceDefinition is being replaced")
+        if definition == GOING and not self.synced:
+            raise Unreachable("its CustomResourceDefinition is being deleted")
+        went = self.definition.differs(definition)
+        self.definition.used = definition or self.definition.used
+        orphans = {key: replace(seen, orphan=True) for key, seen in self.store.items() if key not in found and (went or seen.orphan)}
+        self.lists += 1
+        self._gone.clear()
+        self.absent = False
+        self.store = {key: self._settled(self.store.get(key), seen) for key, seen in found.items()} | orphans
+        self._synced(version)
+        return version
+
+    async def _pages(self) -> tuple[dict[Key, Seen], str]:
+        """List everything; return it with its version."""
         found: dict[Key, Seen] = {}
         tokens: set[str] = set()
         size, params = PAGE, dict(self.kind.selector)
@@ -189,25 +213,30 @@ class Reflector:
             tokens.add(page.metadata.next_page)
         if not page.metadata.resource_version:
             raise Unreachable("a list without a version")
-        self.lists += 1
-        self._gone.clear()
-        self.absent = False
-        self._replace(found)
-        self._synced(page.metadata.resource_version)
-        return page.metadata.resource_version
+        return found, page.metadata.resource_version
 
-    def _replace(self, found: dict[Key, Seen]) -> None:
-        """Take what was listed; objects that are as they were stay the same in memory, which makes the two states quick to compare."""
-        before = self.store
-        self.store = {
-            key: replace(seen, object=old.object) if (old := before.get(key)) is not None and old.same(seen) else seen
-            for key, seen in found.items()
-        }
+    def _settled(self, before: Seen | None, seen: Seen) -> Seen:
+        """What is kept of an object that was read. One that is as it was stays the same in memory, which makes two states quick to compare."""
+        if self.kind.definition:
+            seen = seen.without_loss(before)
+        return replace(seen, object=before.object) if before is not None and before.same(seen) else seen
+
+    async def _orphaned(self, event: _Event) -> bool:
+        """Is this the end of an object whose definition goes?"""
+        if event.type != "DELETED":
+            return False
+        definition = await self.definition.uid()
+        if definition != GOING and self.definition.differs(definition):
+            raise ApiError(410, "Replaced", "its CustomResourceDefinition is another one now")  # which a list tells apart
+        return definition == GOING
 
     def _synced(self, version: str) -> None:
         if not self.synced or self.problem is not None:
-            _log.info("following the API server", extra={"kind": self.kind.kind, "objects": len(self.store), "version": version})
-        self.synced, self.problem = True, None
+            _log.info(
+                "following the API server",
+                extra={"kind": self.kind.kind, "which": self.kind.name, "objects": len(self.store), "version": version},
+            )
+        self.synced, self.denied, self.problem = True, False, None
         self._changed()
 
     async def _watch(self, version: str) -> str:
@@ -219,7 +248,8 @@ class Reflector:
             async with self._api.watch(self.kind.path, params, seconds + SILENCE_S) as lines:
                 self._working()
                 async for line in lines:
-                    self._take(_event.decode(line))
+                    event = _event.decode(line)
+                    self._take(event, orphaned=await self._orphaned(event))
         except Unreachable:
             if self._version == version:
                 raise
@@ -232,7 +262,7 @@ class Reflector:
             self.problem = None
             self._changed()
 
-    def _take(self, event: _Event) -> None:
+    def _take(self, event: _Event, *, orphaned: bool) -> None:
         if event.type == "ERROR":
             status = _status.decode(event.object)
             raise ApiError(status.code, status.reason[:80], status.message[:400])
@@ -245,29 +275,32 @@ class Reflector:
             return
         held = self.store.get(seen.key)
         known = held or self._gone.get(seen.key)
-        if known is not None and not seen.after(known):
+        if event.type not in {"ADDED", "MODIFIED", "DELETED"} or (known is not None and not seen.after(known)):
             self.ignored += 1
             return
         self._version = seen.version or self._version
-        if event.type == "DELETED":
-            self._gone[seen.key] = seen
-            if len(self._gone) > REMEMBERED:
-                self._gone.popitem(last=False)
-            if self.store.pop(seen.key, None) is None:
-                return
-        elif event.type in {"ADDED", "MODIFIED"}:
-            same = held is not None and held.same(seen)  # somebody wrote its status, for instance
-            self.store[seen.key] = replace(seen, object=held.object) if held is not None and same else seen
-            self._gone.pop(seen.key, None)
-            if same:
-                return
-        else:
-            self.ignored += 1
-            return
-        self._changed()
+        if self._end(held, seen, orphaned=orphaned) if event.type == "DELETED" else self._keep(held, seen):
+            self._changed()
+
+    def _keep(self, held: Seen | None, seen: Seen) -> bool:
+        """Keep a version; return whether it says something new: somebody may have written its status."""
+        seen = self.store[seen.key] = self._settled(held, seen)
+        self._gone.pop(seen.key, None)
+        return held is None or held.orphan or not held.same(seen)
+
+    def _end(self, held: Seen | None, seen: Seen, *, orphaned: bool) -> bool:
+        """Take an object out, or keep it as an orphan; return whether that is news."""
+        if orphaned:
+            if held is not None:
+                self.store[seen.key] = replace(held, version=seen.version, orphan=True)
+            return held is not None
+        self._gone[seen.key] = seen
+        if len(self._gone) > REMEMBERED:
+            self._gone.popitem(last=False)
+        return self.store.pop(seen.key, None) is not None
 
     def _fail(self, message: str) -> None:
-        problem = Problem("api-server", 0, message, self.kind.kind, "*")
+        problem = Problem(ORIGIN, 0, message, self.kind.kind, self.kind.name)
         if problem != self.problem:
             self.problem = problem
             self._changed()

@@ -11,15 +11,16 @@ import functools
 import ipaddress
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import msgspec
 
-from controller.documents import Document
+from controller.documents import Document, Path, path_text
 from controller.errors import Problem
 from controller.objects import Key, Object
 from controller.schema import LABEL, SUBDOMAIN, kinds, validate
+from controller.secrets import CERTIFICATE, KEY
 
 ORIGIN: Final = "api-server"
 UID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}")
@@ -29,6 +30,8 @@ _OWN: Final = "meshagent.io/"
 _SLICE_OF: Final = "kubernetes.io/service-name"
 _MANAGED_BY: Final = "endpointslice.kubernetes.io/managed-by"
 _PORT_DIGITS: Final = 5
+TLS: Final = "kubernetes.io/tls"
+_NAMES_SHOWN: Final = 10
 _ENDED: Final = frozenset({"Succeeded", "Failed"})
 
 
@@ -51,14 +54,54 @@ class Seen:
     problems: tuple[Problem, ...] = ()
     status: Mapping[str, Any] | None = None
     """As it stands there, of kinds whose status is written here."""
+    orphan: bool = False
+    """It is not there any more, because the definition of its kind has been deleted."""
+    pruned: bool = False
+    """`object` is what was read before the definition of its kind has lost fields."""
 
     def same(self, other: Seen) -> bool:
         """Does the other mean the same to a mesh?"""
         return (self.object, self.problems, self.uid, self.generation) == (other.object, other.problems, other.uid, other.generation)
 
+    def without_loss(self, before: Seen | None) -> Seen:
+        """Return this version, with what it had `before` if fields are missing that nobody has removed.
+
+        A definition that does not know a field takes it out of whatever is read or written
+        (https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/#field-pruning), and without that field a policy may
+        allow more. Whoever changes a field makes a new generation, and pruning does not.
+        """
+        if before is None or before.object is None or self.object is None or not self.generation:
+            return self
+        if (self.uid, self.generation) != (before.uid, before.generation):
+            return self
+        if not (lost := sorted({path_text(path) for path in _lost(before.object.spec, self.object.spec, ("spec",))})):
+            return self
+        message = (
+            f"the API server gives it without {', '.join(lost[:_NAMES_SHOWN])}, which nobody has removed: is its CustomResourceDefinition older than this "
+            "controller? what was read before stays in force; apply the definitions of this version, then the object again"
+        )
+        problem = Problem(ORIGIN, 0, message, self.key.kind, self.key.name)
+        return replace(self, object=before.object, problems=(problem,), pruned=True)
+
     def after(self, other: Seen) -> bool:
         """Is this newer?"""
         return newer(self.version, other.version)
+
+
+def _lost(before: Any, after: Any, path: Path) -> Iterator[Path]:
+    """The fields of `before` that `after` does not have."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for name, value in before.items():
+            if name in after:
+                yield from _lost(value, after[name], (*path, name))
+            else:
+                yield (*path, name)
+    elif isinstance(before, list) and isinstance(after, list):
+        for index, value in enumerate(before):
+            if index < len(after):
+                yield from _lost(value, after[index], (*path, index))
+            else:
+                yield (*path, index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +116,12 @@ class Kind:
     """Parameters of lists and watches."""
     required: bool = True
     """An API server without it is not ready for a mesh."""
+    name: str = "*"
+    """Of the one object that is followed, where it is one."""
+    definition: str = ""
+    """Its CustomResourceDefinition."""
+    rights: str = "see the ClusterRole of the controller's service account"
+    """What to do if it may not be read."""
 
     def read(self, raw: bytes) -> Seen | None:
         """Read one object; None: its name says that nobody can mean it. Raises msgspec.MsgspecError for what has no metadata.
@@ -170,6 +219,12 @@ class _Plain(msgspec.Struct):
 class _Stored(msgspec.Struct):
     metadata: _Meta
     documents: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class _Secret(msgspec.Struct):
+    metadata: _Meta
+    type: str = ""
+    data: dict[str, str] | None = None
 
 
 class _ServicePort(msgspec.Struct):
@@ -354,6 +409,32 @@ def _slice(raw: bytes) -> Seen | None:
     return _seen(key, found.metadata, {"service": service, "ports": ports, "endpoints": endpoints})
 
 
+def _secret(raw: bytes) -> Seen | None:
+    """A certificate for Gateways. Its annotations are not read: kubectl may have written all of it there again."""
+    found = _SECRET.decode(raw)
+    meta, key = found.metadata, _key("Secret", found.metadata)
+    if key is None:
+        return None
+    if found.type != TLS:
+        problem = Problem(ORIGIN, 0, f"is of type {found.type[:80]!r}, not {TLS}", key.kind, key.qualified, "type")
+        return Seen(key, meta.uid, meta.resource_version, meta.generation, None, (problem,))
+    held = {name: text for name in (CERTIFICATE, KEY) if (text := (found.data or {}).get(name)) is not None}
+    data = {"metadata": {"name": key.name, "namespace": key.namespace}, "type": TLS, "data": held}
+    return Seen(key, meta.uid, meta.resource_version, meta.generation, Object(key, data, ORIGIN, 0))
+
+
+def secret_kind(key: Key) -> Kind:
+    """How one Secret is followed."""
+    return Kind(
+        key.kind,
+        f"/api/v1/namespaces/{key.namespace}/secrets",
+        _secret,
+        {"fieldSelector": f"metadata.name={key.name}"},
+        name=key.qualified,
+        rights=f"a Gateway names it; if it may, add namespace {key.namespace} with name {key.name} to controller.gatewaySecrets of the chart",
+    )
+
+
 def stored(raw: bytes) -> Seen | None:
     """A ControllerState (`controller.kubernetes.store`): its documents stand as the spec."""
     found = _STORED.decode(raw)
@@ -363,6 +444,7 @@ def stored(raw: bytes) -> Seen | None:
 
 _POD = msgspec.json.Decoder(_Pod)
 _STORED = msgspec.json.Decoder(_Stored)
+_SECRET = msgspec.json.Decoder(_Secret)
 _PLAIN = msgspec.json.Decoder(_Plain)
 _SERVICE = msgspec.json.Decoder(_Service)
 _SLICE = msgspec.json.Decoder(_Slice)
@@ -426,7 +508,7 @@ def _path(api_version: str, plural: str) -> str:
 
 
 _BY_HAND: Final = {"Namespace", "Service", "Secret"}
-"""Kinds with a schema that are read in another way; Secrets are not listed at all."""
+"""Kinds with a schema that are read in another way; of Secrets only those that Gateways name (`secret_kind`)."""
 
 
 @functools.cache
@@ -451,6 +533,7 @@ def followed() -> tuple[Kind, ...]:
             _path(kind.api_version, kind.plural),
             functools.partial(_validated, name),
             required=kind.api_version.startswith("meshagent.io/"),
+            definition=f"{kind.plural}.{kind.api_version.partition('/')[0]}",
         )
         for name, kind in sorted(kinds().items())
         if name not in _BY_HAND

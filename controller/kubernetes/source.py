@@ -1,21 +1,25 @@
 """A Kubernetes API server as the source of objects, in place of a directory: what it says, what is refused, and what stays in force regardless.
 
 Used by `controller.mesh` in the place of `controller.source.Source`, with the same rules: an object that does not validate keeps its last good version, and
-what is gone is gone. Nothing is in force before each kind has been listed once: a policy that was not read yet is not a policy that is not there.
+what is gone is gone. Nothing is in force before each kind has been listed once: a policy that was not read yet is not a policy that is not there. A Gateway is
+taken up when the API server has answered about the Secrets that it names: it would close listeners otherwise that only wait for their certificate.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from controller.conflicts import resolve
 from controller.errors import ControllerError, Problem
+from controller.gateways import Grants, wanted_secrets
 from controller.kubernetes.api import Api
+from controller.kubernetes.lastgood import Kept, LastGood
 from controller.kubernetes.reflector import Reflector
-from controller.kubernetes.shapes import Seen, followed
+from controller.kubernetes.secrets import Secrets
+from controller.kubernetes.shapes import ORIGIN, Seen, followed
 from controller.objects import Key, Object
 from controller.source import State
 
@@ -28,25 +32,51 @@ REST: Final = 1.0
 """How long after a change was taken in the next one is, in parts of the time that it took: half of the time is left for everything else."""
 
 
+@dataclass(slots=True)
+class _Read:
+    """What one look at everything that was read has found, and what of it was in force before."""
+
+    basis: dict[Key, Seen] = field(default_factory=dict)
+    whole: dict[Key, Seen] = field(default_factory=dict)
+    """Of `basis`, what has been read without fields that last good versions have, with these."""
+    candidates: dict[Key, Object] = field(default_factory=dict)
+    refused: dict[Key, list[Problem]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    in_force: dict[Key, Object] = field(default_factory=dict)
+
+
 class KubernetesSource:
     """See the module. `run` and `follow` belong to the event loop; `load` may run in a thread beside them."""
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api, namespace: str = "") -> None:
+        """`namespace` is the controller's own, for what it has to know after a restart; "": it keeps nothing."""
         self.state = State()
         self.unsettled = False
         self.basis: Mapping[Key, Seen] = {}
         """What `state` follows from, of kinds whose status is written."""
         self.reflectors = {kind.kind: Reflector(api, kind, self._changed) for kind in followed()}
+        self.ready = False
+        """Has each kind been listed once, and what `state` says been read?"""
+        self.secrets = Secrets(api, self._changed)
+        self._wanted: frozenset[Key] = frozenset()
+        """Secrets that Gateways name and may use."""
+        self.last_good = LastGood(api, namespace, self._restored) if namespace else None
+        self._kept: Mapping[Key, Kept] = {}
+        self._begun = False
         self._api = api
         self._news = asyncio.Event()
 
-    @property
-    def ready(self) -> bool:
-        """Has each kind been listed once?"""
-        return all(one.synced for one in self.reflectors.values())
-
     def _changed(self) -> None:
         self._news.set()
+
+    def _restored(self) -> None:
+        """Something was read of the last good versions: orphans are taken from there once, at the start, and those that come later are others'."""
+        if self.last_good is not None and self.last_good.reflector.synced and not self._begun:
+            self._begun = True
+            for key, kept in self.last_good.kept.items():
+                if kept.orphan and (reflector := self.reflectors.get(key.kind)) is not None and key not in reflector.store:
+                    reflector.store[key] = kept.as_seen()
+        self._changed()
 
     def start(self) -> State:
         """Nothing is known yet."""
@@ -55,12 +85,12 @@ class KubernetesSource:
     async def follow(self) -> AsyncIterator[None]:
         """Follow the API server for ever; yields when `load` has something new to say."""
         loop = asyncio.get_running_loop()
-        tasks = [asyncio.create_task(one.run(), name=f"follow {name}") for name, one in self.reflectors.items()]
+        tasks = [asyncio.create_task(one.run(), name=f"follow {name}") for name, one in self._followed()]
         news: asyncio.Task[Any] | None = None
         try:
             while True:
                 news = asyncio.create_task(self._news.wait())
-                done, _ = await asyncio.wait({*tasks, news}, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait({*tasks, *self.secrets.tasks, news}, return_when=asyncio.FIRST_COMPLETED)
                 for task in done - {news}:
                     task.result()
                     raise ControllerError(f"task {task.get_name()!r} ended by itself: this is a bug, please report it")
@@ -68,8 +98,12 @@ class KubernetesSource:
                 self._news.clear()
                 began = loop.time()
                 yield
+                await self.secrets.want(self._wanted)
+                if self.last_good is not None and self.ready:
+                    self.last_good.want(self._kept)
                 await asyncio.sleep(REST * (loop.time() - began))
         finally:
+            await self.secrets.close()
             for task in [*tasks, *([news] if news else [])]:
                 task.cancel()
             await asyncio.gather(*tasks, *([news] if news else []), return_exceptions=True)
@@ -80,44 +114,109 @@ class KubernetesSource:
 
     def load(self) -> State:
         """Return the state that follows from what has been read; before each kind has been listed, what is wrong and nothing else."""
-        if not self.ready:
-            self.state = State(problems=tuple(sorted(one.problem for one in self.reflectors.values() if one.problem is not None)))
+        followed = dict(self._followed()).values()
+        if not all(one.synced for one in followed):
+            self.state = State(problems=tuple(sorted(one.problem for one in followed if one.problem is not None)))
             return self.state
-        basis: dict[Key, Seen] = {}
-        candidates: list[Object] = []
-        refused: dict[Key, list[Problem]] = {}
-        problems: list[Problem] = []
-        in_force: dict[Key, Object] = {}
+        read = _Read()
+        if self.last_good is not None:
+            read.problems += [one for one in (self.last_good.problem, self.last_good.reflector.problem) if one is not None]
+        spaces = self.reflectors["Namespace"].store.copy()
         for name, reflector in self.reflectors.items():
-            if reflector.problem is not None:
-                problems.append(reflector.problem)
+            read.problems += [problem for problem in (reflector.problem, reflector.definition.problem) if problem is not None]
             store = reflector.store.copy()
-            if name not in _PLAIN:
-                basis |= store
-            for key, seen in store.items():
-                held = self.state.objects.get(key)
-                # Nobody inherits from an object that had its name before; and what a pod was is never what it is.
-                if held is not None and name not in _PLAIN and (before := self.basis.get(key)) is not None and before.uid == seen.uid:
-                    in_force[key] = held
-                if seen.problems:
-                    refused[key] = list(seen.problems)
-                    problems += seen.problems
-                if (item := seen.object or (in_force.get(key) if seen.problems else None)) is not None:
-                    candidates.append(item)
-        candidates, contested = _one_owner_each(candidates)
-        problems += contested
-        objects, conflicts = resolve(candidates, in_force, oldest_first=True)
+            if name in _PLAIN:  # thousands, of which there is nothing to remember
+                read.candidates |= {key: seen.object for key, seen in store.items() if seen.object is not None}
+                store = {key: seen for key, seen in store.items() if seen.problems}
+            read.basis |= store
+            for seen in store.values():
+                if not seen.orphan or Key("Namespace", "", seen.key.namespace) in spaces:
+                    self._take(read, seen)
+        waiting = self._take_secrets(read)
+        if waiting and not self.ready:
+            self.state = State(problems=tuple(sorted(set(read.problems))))
+            return self.state
+        candidates, contested = _one_owner_each(list(read.candidates.values()))
+        read.problems += contested
+        objects, conflicts = resolve(candidates, read.in_force, oldest_first=True)
         for key, problem in conflicts.items():
-            refused.setdefault(key, []).append(problem)
-            problems.append(problem)
-        self.basis = basis
-        self.state = State(objects, {key: tuple(items) for key, items in refused.items()}, tuple(sorted(set(problems))))
+            read.refused.setdefault(key, []).append(problem)
+            read.problems.append(problem)
+        self.basis, self.ready, self._kept = read.basis, True, _kept(objects, read.basis | read.whole)
+        self.state = State(objects, {key: tuple(items) for key, items in read.refused.items()}, tuple(sorted(set(read.problems))))
         return self.state
+
+    def _followed(self) -> list[tuple[str, Reflector]]:
+        return [*self.reflectors.items(), *([("last good versions", self.last_good.reflector)] if self.last_good is not None else [])]
+
+    def _take(self, read: _Read, seen: Seen) -> None:
+        """Take one object as it was read, or if it is refused its last good version."""
+        key, held = seen.key, self.state.objects.get(seen.key)
+        kept = self.last_good.kept.get(key) if self.last_good is not None else None
+        if kept is not None and kept.uid == seen.uid:
+            read.in_force[key] = kept.object
+            seen = seen.without_loss(kept.as_seen())
+            if seen.pruned:
+                read.whole[key] = seen
+        # Nobody inherits from an object that had its name before; and what a pod was is never what it is.
+        if held is not None and key.kind not in _PLAIN and (before := self.basis.get(key)) is not None and before.uid == seen.uid:
+            read.in_force[key] = held
+        problems = [*seen.problems, *([_orphaned(key)] if seen.orphan else [])]
+        if problems:
+            read.refused[key] = problems
+            read.problems += problems
+        if (item := seen.object or (read.in_force.get(key) if seen.problems else None)) is not None:
+            read.candidates[key] = item
+
+    def _take_secrets(self, read: _Read) -> bool:
+        """Take the Secrets of Gateways. Return whether there is a Gateway that waits for an answer about one; it stays as it was, or away."""
+        grants = Grants(item for key, item in read.candidates.items() if key.kind == "ReferenceGrant")
+        wanted: set[Key] = set()
+        waiting = False
+        for key, gateway in [(key, item) for key, item in read.candidates.items() if key.kind == "Gateway"]:
+            named = wanted_secrets(gateway, grants)
+            wanted |= named
+            if all(map(self.secrets.answered, named)):
+                continue
+            waiting = True
+            if (before := read.in_force.get(key)) is None:
+                del read.candidates[key]
+            else:
+                read.candidates[key] = before
+                read.basis[key] = self.basis[key]
+                wanted |= wanted_secrets(before, grants)
+        for key in sorted(wanted):
+            if (problem := self.secrets.problem(key)) is not None:
+                read.problems.append(problem)
+                read.refused[key] = [problem]
+            if (seen := self.secrets.seen(key)) is not None:
+                read.basis[key] = seen
+                self._take(read, seen)
+        self._wanted = frozenset(wanted)
+        return waiting
 
     def seen(self, key: Key) -> Seen | None:
         """What was last read of an object."""
         reflector = self.reflectors.get(key.kind)
         return reflector.store.get(key) if reflector is not None else None
+
+
+def _kept(objects: Mapping[Key, Object], basis: Mapping[Key, Seen]) -> dict[Key, Kept]:
+    """What of `objects` the API server would not give again; of Secrets nothing is kept."""
+    found = {}
+    for key, item in objects.items():
+        seen = basis.get(key)
+        if seen is not None and key.kind != "Secret" and (seen.orphan or seen.pruned or seen.object is not item):
+            found[key] = Kept(item, seen.uid, seen.orphan, seen.generation if seen.pruned else 0)
+    return found
+
+
+def _orphaned(key: Key) -> Problem:
+    message = (
+        "is not there any more, because the CustomResourceDefinition of its kind was deleted and took all objects with it: it stays in force; "
+        "apply the definition and the object again, and if it is to go, delete it then"
+    )
+    return Problem(ORIGIN, 0, message, key.kind, key.qualified)
 
 
 def _one_owner_each(candidates: list[Object]) -> tuple[list[Object], list[Problem]]:

@@ -86,6 +86,7 @@ class StatusWriter:
                 kind is None
                 or seen is None
                 or seen.status is None
+                or seen.orphan
                 or not seen.same(meant)
                 or (key not in state.objects and key not in state.refused)
             ):

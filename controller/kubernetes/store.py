@@ -24,6 +24,7 @@ import msgspec
 
 from controller import metrics
 from controller.errors import ControllerError
+from controller.kubernetes import lastgood
 from controller.kubernetes.api import Api, ApiError, TooLarge, Unreachable
 from controller.kubernetes.reflector import Reflector
 from controller.kubernetes.shapes import Kind, Seen, stored
@@ -154,7 +155,8 @@ class ClusterStore:
 
     def groups(self) -> dict[str, object]:
         """Return the groups other than "", each with its version."""
-        return {key.name: (seen.uid, seen.version) for key, seen in self._reflector.store.copy().items() if key.name != AUTHORITY}
+        held = self._reflector.store.copy().items()
+        return {key.name: (seen.uid, seen.version) for key, seen in held if key.name not in {AUTHORITY, lastgood.NAME}}
 
     def read(self, name: str, group: str = "") -> bytes | None:
         """Return a document as this controller knows it; None if there is none."""

@@ -260,3 +260,16 @@ def test_a_dry_run_is_an_audit() -> None:
     found = entity(compiled(SHOP + policy("{action: DENY, rules: [{}]}", 'meshagent.io/dry-run: "true"')), "policy/default/p")
     assert isinstance(found, Policy)
     assert found.action.name == "AUDIT"
+
+
+def test_what_is_not_enforced_for_two_reasons_says_both_in_one_condition() -> None:
+    outside = SHOP.replace("{app: job}}", "{app: job, meshagent.io/mode: none}}")
+    found = compile_model(
+        {item.object.key: item.object for item in read(outside + authentication([rule(jwks=ONE.jwks)]), "f") if item.object}
+    )
+    (said,) = [
+        one for key, several in found.conditions.items() if key.kind == "RequestAuthentication" for one in several if one.type == "Enforced"
+    ]
+    assert (said.status, said.reason) == (False, "PartlyEnrolled")
+    assert "not in the mesh" in said.message
+    assert "no HTTP port of a Service leads: default/job" in said.message

@@ -20,11 +20,12 @@ from cryptography.x509.oid import NameOID
 
 from controller import mesh
 from controller.compile import Compiled, compile_model
-from controller.gateways import intersection, selects
+from controller.gateways import Known, intersection, selects
 from controller.objects import Key
 from controller.schema import read
 from controller.server import ServerTls
 from meshapi import admin_pb2, admin_pb2_grpc, gateway_pb2, gateway_pb2_grpc
+from tests.tasks import until
 from tests.unit.controller.harness import Authority, serve
 
 NOW = dt.datetime.now(dt.timezone.utc)
@@ -472,6 +473,55 @@ def test_a_certificate_that_begins_to_hold_is_served_without_any_other_change(
             assert served(controller.mesh.compiled) != []
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        pytest.param(secret("nothing"), id="unfit"),
+        pytest.param(secret().replace("kubernetes.io/tls", "Opaque"), id="refused"),
+        pytest.param(secret(*Signer().issue(begins=0.5)), id="not yet"),
+    ],
+)
+def test_a_certificate_goes_on_being_served_while_the_one_after_it_is_bad_and_says_so(directory: Path, tmp_path: Path, bad: str) -> None:
+    (directory / "a.yaml").write_text(WORKLOAD + gateway(HTTPS))
+    path, again = directory / "secret.yaml", Signer().issue()
+    path.write_text(secret())
+
+    async def check() -> None:
+        async with serve(directory, tmp_path / "c.sock") as controller:
+
+            def state() -> tuple[list[str], bytes, tuple[str, str]]:
+                model = controller.mesh.compiled
+                (held,) = model.certificates["n1"].values()
+                return served(model), held.chain, listener(model, "https")["conditions"]["ResolvedRefs"]
+
+            assert state() == (["https"], GOOD[0].encode(), ("True", "ResolvedRefs"))
+            path.write_text(bad)
+            await until(lambda: listener(controller.mesh.compiled, "https")["conditions"]["ResolvedRefs"][0] == "False")
+            assert state() == (["https"], GOOD[0].encode(), ("False", "InvalidCertificateRef"))
+            (said,) = [one for one in controller.mesh.compiled.conditions[Key("Gateway", "edge", "web")] if one.type == "ListenersValid"]
+            assert "the certificate before it goes on being served" in said.message
+            await controller.mesh.reload()
+            assert state()[1] == GOOD[0].encode(), "only the compilation right after the change knew it"
+            path.write_text(secret(*again))
+            await until(lambda: listener(controller.mesh.compiled, "https")["conditions"]["ResolvedRefs"][0] == "True")
+            assert state()[1] == again[0].encode()
+            path.unlink()
+            await until(lambda: not controller.mesh.compiled.certificates)
+            assert served(controller.mesh.compiled) == []
+
+    asyncio.run(check())
+
+
+def test_what_goes_on_being_served_ends_with_its_time() -> None:
+    before = compiled(WORKLOAD, gateway(HTTPS), secret(*Signer().issue(ends=1)))
+    objects = {
+        item.object.key: item.object for text in (WORKLOAD, gateway(HTTPS), secret("nothing")) for item in read(text, "f") if item.object
+    }
+    for hours, expected in ((0.5, ["https"]), (1.5, [])):
+        now = (NOW + dt.timedelta(hours=hours)).timestamp()
+        assert served(compile_model(objects, now=now, known=Known(served=before.pairs))) == expected
 
 
 def test_apply_takes_a_secret_and_get_shows_nothing_of_it(directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -407,7 +407,11 @@ def test_the_youngest_routes_of_a_service_are_refused_when_there_are_too_many_an
 
 
 @pytest.mark.parametrize(
-    "text", ["/a.*", "[a-z]{1,63}", "(?i)a|b", r"\d+\.\w+", "(?P<x>a)+", "a{1000}", "[]a]", r"[^\]]*", "", r"\x41", "(a|b{2}){3,}"]
+    "text",
+    [
+        *("/a.*", "[a-z]{1,63}", "(?i)a|b", r"\d+\.\w+", "(?P<x>a)+", "a{1000}", "[]a]", r"[^\]]*", "", r"\x41", "(a|b{2}){3,}"),
+        *("[*+.]+", "[*+]a", r"a\++", r"[\]*+]+", "a}+", r"a\}+", "[(?=]", r"[(?#\w]*", "[[:alpha:][:^space:]]+", r"[\\b]", "a{,3}+"),
+    ],
 )
 def test_ordinary_expressions_pass(text: str) -> None:
     assert regexes.problem(text) == ""
@@ -418,6 +422,9 @@ def test_ordinary_expressions_pass(text: str) -> None:
     [
         ("(", "not a regular expression"),
         ("(?=a)", "look-around"),
+        *((text, "possessive") for text in ("a*+", "a++", "a?+", "a{2}+", "a{2,}+", "[*+.]*+", r"\*++", "(a)?+", r"\x41++", "(?>a)")),
+        (r"[\b]", r"\b does not exist within []"),
+        ("[[:foo:]]", "[:foo:] does not exist within []"),
         (r"(a)\1", "back references"),
         (r"a\Z", r"\Z does not exist"),
         (r"\u0041", r"\u does not exist"),

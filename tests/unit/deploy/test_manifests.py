@@ -17,6 +17,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from agent.cli.daemon import run as agent_run
+from controller.kubernetes.shapes import followed
 from controller.main import run as controller_run
 from controller.schema import kinds
 from meshapi import join
@@ -117,6 +118,11 @@ READ = {
 """What the model is made of. Secrets are not among them."""
 
 
+def test_the_controller_may_look_at_the_definitions_of_what_it_follows_and_at_no_others() -> None:
+    (rule,) = [one for one in of(PLAIN, "ClusterRole")["rules"] if one["apiGroups"] == ["apiextensions.k8s.io"]]
+    assert set(rule["resourceNames"]) == {kind.definition for kind in followed() if kind.definition}
+
+
 def granted(rules: list[Node]) -> set[tuple[str, str, str]]:
     return {
         (group, resource, verb) for rule in rules for group in rule["apiGroups"] for resource in rule["resources"] for verb in rule["verbs"]
@@ -127,6 +133,7 @@ def test_the_controller_reads_what_it_reads_and_writes_status_events_and_token_r
     assert granted(of(PLAIN, "ClusterRole")["rules"]) == {
         *((group, resource, verb) for group, resources in READ.items() for resource in resources for verb in ("list", "watch")),
         *(("meshagent.io", f"{plural}/status", "patch") for plural in READ["meshagent.io"]),
+        ("apiextensions.k8s.io", "customresourcedefinitions", "get"),
         *(("gateway.networking.k8s.io", f"{plural}/status", "patch") for plural in ("gateways", "grpcroutes", "httproutes")),
         ("events.k8s.io", "events", "create"),
         ("authentication.k8s.io", "tokenreviews", "create"),

@@ -119,6 +119,7 @@ def test_a_real_envoy_takes_every_expression_that_the_controller_lets_through(tm
         r"\D+\.[^\]\-x]*",
         "x" * 1024,
         "(" * 99 + "a" + ")" * 99,
+        *("[*+.]+", r"a\++", r"[\]*+]+", "a}+", r"a\}+", "[(?=]", r"[(?#\w]*", "[[:alpha:][:^space:]]+", r"[\\b]", "a{,3}+"),
     ]
     assert [regexes.problem(text) for text in texts] == [""] * len(texts)
     rules = [ruled(S, match=at(text, MatchKind.REGEX)) for text in texts]

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from controller.kubernetes import definition
 from controller.kubernetes.api import Api
+
+_DEFINITION = {"metadata": {"uid": "definition"}}
 
 
 @dataclass(slots=True)
@@ -52,7 +55,7 @@ class Scripted:
                 await self.watches.put(watch)
                 await watch.over.wait()
                 return
-            answers = self.pages.get(target.path, [404])
+            answers = self.pages.get(target.path, [_DEFINITION if target.path.startswith(definition.PATH) else 404])
             answer = answers.pop(0) if len(answers) > 1 else answers[0]
             code = answer if isinstance(answer, int) else 200
             body = _status(code) if isinstance(answer, int) else answer if isinstance(answer, bytes) else json.dumps(answer).encode()

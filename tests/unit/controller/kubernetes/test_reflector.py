@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from controller.kubernetes import api, reflector
+from controller.kubernetes import api, definition, reflector
 from controller.kubernetes.reflector import Reflector
 from controller.kubernetes.shapes import Kind, followed
 from controller.objects import Key
@@ -252,3 +252,130 @@ async def test_a_watch_that_is_closed_at_once_again_and_again_does_not_spin(tmp_
         closing.cancel()
         assert 2 <= len(server.asked) <= 24
         assert found.lists == 1
+
+
+POLICIES = next(kind for kind in followed() if kind.kind == "AuthorizationPolicy")
+DEFINED = f"{definition.PATH}/authorizationpolicies.meshagent.io"
+
+
+def policy(name: str, version: str, generation: int = 1, uid: str = "u", **spec: Any) -> dict[str, Any]:
+    metadata = {"name": name, "namespace": "shop", "uid": uid, "resourceVersion": version, "generation": generation}
+    return {"apiVersion": "meshagent.io/v1alpha1", "kind": "AuthorizationPolicy", "metadata": metadata, "spec": {"rules": [{}], **spec}}
+
+
+def policies(version: str, *items: Any) -> dict[str, Any]:
+    return listed(version, *items, kind="AuthorizationPolicy")
+
+
+@asynccontextmanager
+async def following_policies(tmp_path: Path, *pages: Any, defined: Any) -> AsyncIterator[tuple[Scripted, Reflector]]:
+    async with scripted(tmp_path) as (server, connection):
+        server.pages[POLICIES.path] = list(pages)
+        server.pages[DEFINED] = defined
+        found = Reflector(connection, POLICIES, lambda: None)
+        async with beside(found.run()):
+            yield server, found
+
+
+def defined(uid: str, **more: str) -> dict[str, Any]:
+    return {"metadata": {"uid": uid, **more}}
+
+
+def orphans(found: Reflector) -> dict[str, bool]:
+    return {key.name: seen.orphan for key, seen in found.store.items()}
+
+
+async def test_what_is_not_listed_any_more_is_an_orphan_if_its_definition_is_another_one_now(tmp_path: Path) -> None:
+    pages = (policies("5", policy("a", "1"), policy("b", "2")), policies("9", policy("b", "8", uid="v")))
+    async with following_policies(tmp_path, *pages, defined=[defined("one"), defined("one"), defined("two")]) as (server, found):
+        await (await opened(server)).send("ERROR", {"code": 410})
+        await until(lambda: orphans(found) == {"a": True, "b": False})
+        watch = await opened(server)
+        await watch.send("DELETED", policy("b", "10", uid="v"))
+        await until(lambda: orphans(found) == {"a": True})
+        await watch.send("ADDED", policy("a", "11", uid="v"))
+        await until(lambda: orphans(found) == {"a": False})
+        await watch.send("DELETED", policy("a", "12", uid="v"))
+        await until(lambda: orphans(found) == {})
+
+
+async def test_what_is_not_listed_any_more_is_gone_if_its_definition_is_the_same(tmp_path: Path) -> None:
+    pages = (policies("5", policy("a", "1")), policies("9"))
+    async with following_policies(tmp_path, *pages, defined=[defined("one")]) as (server, found):
+        await (await opened(server)).send("ERROR", {"code": 410})
+        await until(lambda: found.lists == 2)
+        assert orphans(found) == {}
+
+
+async def test_an_end_that_is_told_when_the_definition_is_another_one_already_is_no_end(tmp_path: Path) -> None:
+    pages = (policies("5", policy("a", "1")), policies("9"))
+    async with following_policies(tmp_path, *pages, defined=[defined("one"), defined("one"), defined("two")]) as (server, found):
+        await (await opened(server)).send("DELETED", policy("a", "7"))
+        await until(lambda: found.lists == 2)
+        assert orphans(found) == {"a": True}
+
+
+async def test_a_definition_that_is_replaced_during_a_list_has_it_listed_again(tmp_path: Path) -> None:
+    pages = (policies("5", policy("a", "1")), policies("6"), policies("7", policy("b", "6")))
+    answers = [defined("one"), defined("one"), defined("one"), defined("two"), defined("two")]
+    async with following_policies(tmp_path, *pages, defined=answers) as (server, found):
+        await (await opened(server)).send("ERROR", {"code": 410})
+        await until(lambda: found.lists == 2)
+        assert orphans(found) == {"a": True, "b": False}, "it believed the list between"
+
+
+async def test_nothing_is_known_at_the_start_while_the_definition_is_being_deleted(tmp_path: Path) -> None:
+    answers = [defined("one", deletionTimestamp="x")] * 4 + [404] * 2 + [defined("two")]
+    async with following_policies(tmp_path, policies("5"), defined=answers) as (_, found):
+        await until(lambda: found.problem is not None and "is being deleted" in found.problem.message)
+        assert not found.synced
+        await until(lambda: found.synced)
+        assert found.definition.used == "two"
+
+
+async def test_a_field_that_nobody_has_removed_stays_and_one_that_somebody_has_goes(tmp_path: Path) -> None:
+    full: dict[str, Any] = {"selector": {"matchLabels": {"app": "a"}}, "action": "DENY"}
+    async with following_policies(tmp_path, policies("5", policy("a", "1", **full)), defined=[defined("one")]) as (server, found):
+        watch, key = await opened(server), Key("AuthorizationPolicy", "shop", "a")
+
+        def state() -> tuple[bool, bool]:
+            item = found.store[key].object
+            return "selector" in (item.spec if item else {}), found.store[key].pruned
+
+        await watch.send("MODIFIED", policy("a", "6", action="DENY"))
+        await until(lambda: found.store[key].version == "6")
+        assert state() == (True, True)
+        assert "spec.selector, which nobody has removed" in found.store[key].problems[0].message
+        await watch.send("MODIFIED", policy("a", "7", **full))
+        await until(lambda: found.store[key].version == "7")
+        assert state() == (True, False)
+        await watch.send("MODIFIED", policy("a", "8", 2, action="DENY"))
+        await until(lambda: found.store[key].version == "8")
+        assert state() == (False, False)
+
+
+async def test_as_long_as_a_field_is_missing_the_end_of_a_watch_has_all_listed_again(tmp_path: Path) -> None:
+    full = policy("a", "1", action="DENY")
+    async with following_policies(tmp_path, policies("5", full), defined=[defined("one")]) as (server, found):
+        watch = await opened(server)
+        await watch.send("MODIFIED", policy("a", "6"))
+        await until(lambda: [seen.pruned for seen in found.store.values()] == [True])
+        server.pages[POLICIES.path] = [policies("7", policy("a", "6", action="DENY"))]
+        watch.end()
+        await until(lambda: [seen.pruned for seen in found.store.values()] == [False])
+
+
+async def test_a_pod_loses_addresses_without_a_new_generation(tmp_path: Path) -> None:
+    kind = next(kind for kind in followed() if kind.kind == "Pod")
+
+    def pod(version: str, *addresses: str) -> dict[str, Any]:
+        metadata = {**policy("a", version)["metadata"], "uid": "0fe7fc41-8d9c-4d6c-8c9f-d9f0a5b8e0a1"}
+        return {"metadata": metadata, "spec": {"nodeName": "n"}, "status": {"podIPs": [{"ip": one} for one in addresses]}}
+
+    async with scripted(tmp_path) as (server, connection):
+        server.pages[kind.path] = [listed("5", pod("1", "10.1.0.1", "fd00::1"), kind="Pod")]
+        found = Reflector(connection, kind, lambda: None)
+        async with beside(found.run()):
+            await (await opened(server)).send("MODIFIED", pod("6", "10.1.0.1"))
+            await until(lambda: [seen.version for seen in found.store.values()] == ["6"])
+            assert [seen.object.spec["addresses"] for seen in found.store.values() if seen.object] == [["10.1.0.1"]]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from controller.compile import Compiled, compile_model
-from controller.kubernetes import reflector
+from controller.kubernetes import reflector, secrets
 from controller.kubernetes.shapes import followed
 from controller.kubernetes.source import KubernetesSource
 from controller.mesh import Mesh
@@ -351,3 +351,28 @@ async def test_a_burst_of_changes_is_few_reloads(tmp_path: Path) -> None:
             await until(lambda: "workload/shop/p199" in mesh.compiled.entities)
             await asyncio.sleep(0.1)
             assert mesh.publication.current.serial - before < 40
+
+
+async def test_more_secrets_than_can_be_followed_are_refused_by_name_and_push_none_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "MOST", 1)
+
+    def gateway(name: str) -> dict[str, Any]:
+        listener = {"name": "l", "port": 8443, "protocol": "HTTPS", "tls": {"certificateRefs": [{"name": name}]}}
+        spec = {"gatewayClassName": "meshagent", "listeners": [listener]}
+        return {"apiVersion": "gateway.networking.k8s.io/v1", "kind": "Gateway", "metadata": meta(name), "spec": spec}
+
+    async with scripted(tmp_path) as (server, api):
+        everything(server, Gateway=[gateway("z")])
+        held = {"metadata": meta("z"), "type": "kubernetes.io/tls", "data": {"tls.crt": "eA=="}}
+        server.pages["/api/v1/namespaces/shop/secrets"] = [listed("100", held, kind="Secret")]
+        mesh = Mesh(KubernetesSource(api), authority=False)
+        async with beside(mesh.watch()):
+            await until(lambda: mesh.publication.current.serial)
+            watch = await watched(server, "Gateway")
+            await watch.send("ADDED", {**gateway("a"), "metadata": meta("a", "7")})
+            await until(lambda: mesh.state.problems)
+            assert str(mesh.state.problems[0]) == "api-server Secret/shop/a: is not read: Gateways name more than 1 Secrets"
+            assert Key("Secret", "shop", "z") in mesh.state.objects
+            assert Key("Gateway", "shop", "a") in mesh.state.objects

@@ -1,0 +1,167 @@
+"""What is in force and the API server does not give any more, kept over restarts: last good versions of what is refused, orphans, and fields that were pruned.
+
+Used by `controller.kubernetes.source`; for a directory `controller.source` keeps the same in a file. A controller that starts would know only what is there,
+and a policy that was broken would vanish with the process that knew it whole. It stands in one ControllerState beside those of the authority, which only
+controllers can write. The one that holds the Lease writes it, all read it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from controller.documents import Document
+from controller.errors import Problem
+from controller.kubernetes.api import Api, ApiError, Unreachable
+from controller.kubernetes.reflector import Reflector
+from controller.kubernetes.shapes import ORIGIN, Kind, Seen, stored
+from controller.objects import Key, Object
+from controller.schema import validate
+from controller.waiting import heard
+
+_log = logging.getLogger(__name__)
+
+NAME: Final = "last-good"
+MOST: Final = 1 << 20
+"""Bytes of all of it: etcd takes 1.5 MiB of one object (https://etcd.io/docs/latest/dev-guide/limit/)."""
+AGAIN_S: Final = 5.0
+_API_VERSION: Final = "meshagent.io/v1alpha1"
+_FIRST: Final = ("AuthorizationPolicy", "PeerAuthentication", "RequestAuthentication")
+"""What is kept before all else, should there be no room: without these access would widen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One version that is in force; `uid` of its object as it is, or was, in the API server."""
+
+    object: Object
+    uid: str
+    orphan: bool = False
+    generation: int = 0
+    """Of the object as it is there, if it is there without some fields; else 0."""
+
+    def as_seen(self) -> Seen:
+        """Return it as if it had been read."""
+        return Seen(self.object.key, self.uid, "", self.generation, self.object, orphan=self.orphan)
+
+
+class _Row(msgspec.Struct):
+    uid: str
+    object: dict[str, Any]
+    orphan: bool = False
+    generation: int = 0
+
+
+_rows = msgspec.json.Decoder(list[_Row])
+
+
+class LastGood:
+    """See the module. Belongs to the event loop, but for `kept` and `problem`, which any thread may read."""
+
+    def __init__(self, api: Api, namespace: str, changed: Callable[[], None]) -> None:
+        """`changed` is called after every change of `kept` or `problem`."""
+        self._api, self._changed = api, changed
+        self._key = Key("ControllerState", namespace, NAME)
+        self._path = f"/apis/{_API_VERSION}/namespaces/{namespace}/controllerstates"
+        rights = f"see the Role of the controller's service account in namespace {namespace}"
+        selector = {"fieldSelector": f"metadata.name={NAME}"}
+        kind = Kind("ControllerState", self._path, stored, selector, name=self._key.qualified, rights=rights)
+        self.reflector = Reflector(api, kind, self._read)
+        self.kept: Mapping[Key, Kept] = {}
+        """What is written there."""
+        self.problem: Problem | None = None
+        """Why a restart would lose something."""
+        self._documents: Mapping[str, str] = {}
+        self._wanted: Mapping[Key, Kept] | None = None
+        self._news = asyncio.Event()
+
+    def want(self, kept: Mapping[Key, Kept]) -> None:
+        """Have this kept from now on, and nothing else."""
+        self._wanted = kept
+        self._news.set()
+
+    def turn(self) -> None:
+        """It may be this controller's turn to write."""
+        self._news.set()
+
+    async def write(self, allowed: Callable[[], bool]) -> None:
+        """Write what is wanted, for ever, while it is `allowed`."""
+        while True:
+            if await heard(self._news, AGAIN_S):
+                self._news.clear()
+            if self._wanted is None or not self.reflector.synced or not allowed():
+                continue
+            documents, left_out = _documents(self._wanted)
+            wrong = f"there is no room for {', '.join(left_out)}" if left_out else ""
+            if documents != self._documents:
+                try:
+                    await self._store(documents)
+                except (ApiError, Unreachable, msgspec.MsgspecError) as error:
+                    if not isinstance(error, ApiError) or error.code != 409:  # the controller that wrote before has, once more
+                        wrong = f"it cannot be written: {error}"
+            self._tell(wrong)
+
+    async def _store(self, documents: Mapping[str, str]) -> None:
+        held = self.reflector.store.get(self._key)
+        metadata = {"name": self._key.name, "namespace": self._key.namespace}
+        metadata |= {} if held is None else {"resourceVersion": held.version, "uid": held.uid}
+        body = {"apiVersion": _API_VERSION, "kind": self._key.kind, "metadata": metadata, "documents": documents}
+        path = f"{self._path}/{NAME}"
+        answer = await (self._api.send("POST", self._path, body) if held is None else self._api.send("PUT", path, body))
+        if (seen := stored(json.dumps(answer).encode())) is not None:
+            self.reflector.store[self._key] = seen  # the watch says so later
+            self._read()
+
+    def _tell(self, wrong: str) -> None:
+        message = (
+            f"{wrong}; a restart of all controllers would lose last good versions of refused objects: repair those first" if wrong else ""
+        )
+        problem = Problem(ORIGIN, 0, message, self._key.kind, self._key.qualified) if message else None
+        if problem != self.problem:
+            self.problem = problem
+            self._changed()
+
+    def _read(self) -> None:
+        held = self.reflector.store.get(self._key)
+        documents = dict(held.object.spec) if held is not None and held.object is not None else {}
+        if documents != self._documents:
+            self._documents = documents
+            self.kept = {one.object.key: one for name, text in documents.items() for one in _parsed(name, text)}
+            self._news.set()
+        self._changed()
+
+
+def _documents(kept: Mapping[Key, Kept]) -> tuple[dict[str, str], list[str]]:
+    """Return a document for each kind, and the kinds that there is no room for."""
+    found: dict[str, str] = {}
+    left_out, size = [], 0
+    for kind in sorted({key.kind for key in kept}, key=lambda kind: (kind not in _FIRST, kind)):
+        rows = [_Row(one.uid, dict(one.object.data), one.orphan, one.generation) for key, one in sorted(kept.items()) if key.kind == kind]
+        text = msgspec.json.encode(rows).decode()
+        if size + len(text.encode()) > MOST:
+            left_out.append(kind)
+            continue
+        found[f"{kind}.json"] = text
+        size += len(text.encode())
+    return found, left_out
+
+
+def _parsed(name: str, text: str) -> Iterable[Kept]:
+    """Return what a document says; what of it is not valid (another version of the controller may have written it) is left out."""
+    found = []
+    try:
+        for row in _rows.decode(text):
+            checked = validate(Document(row.object, 0, {}), ORIGIN).object
+            if checked is None:
+                _log.error("a last good version is not valid any more", extra={"document": name, "uid": row.uid})
+            else:
+                found.append(Kept(checked, row.uid, row.orphan, row.generation))
+    except (msgspec.MsgspecError, RecursionError):
+        _log.error("last good versions cannot be read: who wrote them?", extra={"object": NAME, "document": name})
+    return found
