@@ -31,23 +31,26 @@ _OWN: Final = (
     *("authorizationpolicies", "callermatches", "externalservices", "peerauthentications"),
     *("requestauthentications", "telemetries", "trafficpolicies", "workloads"),
 )
-RIGHTS: Final = (  # of the controller's service account: (group, resource, verb), as deploy/helm/meshagent/templates/controller-rbac.yaml gives them
-    *(("", resource, verb) for resource in ("namespaces", "nodes", "pods", "services") for verb in ("list", "watch")),
-    *(("discovery.k8s.io", "endpointslices", verb) for verb in ("list", "watch")),
-    *(("gateway.networking.k8s.io", resource, verb) for resource in GATEWAY_KINDS for verb in ("list", "watch")),
-    *((definitions.GROUP, resource, verb) for resource in _OWN for verb in ("list", "watch")),
-    *(("gateway.networking.k8s.io", f"{resource}/status", "patch") for resource in ("gateways", "grpcroutes", "httproutes")),
-    *((definitions.GROUP, f"{resource}/status", "patch") for resource in _OWN),
-    ("events.k8s.io", "events", "create"),
-    ("authentication.k8s.io", "tokenreviews", "create"),
+_DEFINITIONS: Final = "customresourcedefinitions"
+RIGHTS: Final = (  # of the controller's service account, as deploy/helm/meshagent/templates/controller-rbac.yaml gives them: (group, resource, verb, name)
+    *(("", resource, verb, "") for resource in ("namespaces", "nodes", "pods", "services") for verb in ("list", "watch")),
+    *(("discovery.k8s.io", "endpointslices", verb, "") for verb in ("list", "watch")),
+    *(("gateway.networking.k8s.io", resource, verb, "") for resource in GATEWAY_KINDS for verb in ("list", "watch")),
+    *((definitions.GROUP, resource, verb, "") for resource in _OWN for verb in ("list", "watch")),
+    *(("apiextensions.k8s.io", _DEFINITIONS, "get", f"{resource}.gateway.networking.k8s.io") for resource in GATEWAY_KINDS),
+    *(("apiextensions.k8s.io", _DEFINITIONS, "get", f"{resource}.{definitions.GROUP}") for resource in _OWN),
+    *(("gateway.networking.k8s.io", f"{resource}/status", "patch", "") for resource in ("gateways", "grpcroutes", "httproutes")),
+    *((definitions.GROUP, f"{resource}/status", "patch", "") for resource in _OWN),
+    ("events.k8s.io", "events", "create", ""),
+    ("authentication.k8s.io", "tokenreviews", "create", ""),
 )
-RIGHTS_HERE: Final = (  # of the same in the mesh's own namespace, with the name of the object if the right is for one: (group, resource, verb, name)
+RIGHTS_HERE: Final = (  # the same in the mesh's own namespace
     ("coordination.k8s.io", "leases", "create", ""),
     *(("coordination.k8s.io", "leases", verb, CONTROLLER) for verb in ("get", "update")),
     *((definitions.GROUP, "controllerstates", verb, "") for verb in ("get", "list", "watch", "create", "update", "delete")),
 )
 _TO_INSTALL: Final = (
-    ("apiextensions.k8s.io", "customresourcedefinitions"),
+    ("apiextensions.k8s.io", _DEFINITIONS),
     ("rbac.authorization.k8s.io", "clusterroles"),
     ("rbac.authorization.k8s.io", "clusterrolebindings"),
 )
@@ -434,11 +437,11 @@ class Cluster:
         if not self._may("create", "authorization.k8s.io", "subjectaccessreviews"):
             yield ok("rights", "what the controller may do is not known: you may not ask (create subjectaccessreviews)")
             return
-        missing = [f"{verb} {resource}" for group, resource, verb in RIGHTS if not self._may(verb, group, resource, account=account)]
-        missing += [
-            f"{verb} {resource} of {self._namespace}"
-            for group, resource, verb, name in RIGHTS_HERE
-            if not self._may(verb, group, resource, name=name, namespace=self._namespace, account=account)
+        missing = [
+            " ".join(part for part in (verb, resource, name, f"of {namespace}" if namespace else "") if part)
+            for namespace, rights in (("", RIGHTS), (self._namespace, RIGHTS_HERE))
+            for group, resource, verb, name in rights
+            if not self._may(verb, group, resource, name=name, namespace=namespace, account=account)
         ]
         if missing:
             yield error(

@@ -28,18 +28,17 @@ def manifest(kind: str) -> list[dict[str, Any]]:
 
 
 def test_the_rights_that_are_asked_for_are_those_that_the_chart_gives() -> None:
-    (role,) = manifest("ClusterRole")
-    given = {(g, r, v) for rule in role["rules"] for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"]}
-    assert set(cluster.RIGHTS) == given
-    (role,) = manifest("Role")
-    assert set(cluster.RIGHTS_HERE) == {
-        (g, r, v, name)
-        for rule in role["rules"]
-        for g in rule["apiGroups"]
-        for r in rule["resources"]
-        for v in rule["verbs"]
-        for name in rule.get("resourceNames", [""])
-    }
+    for kind, asked in (("ClusterRole", cluster.RIGHTS), ("Role", cluster.RIGHTS_HERE)):
+        (role,) = manifest(kind)
+        given = {
+            (g, r, v, name)
+            for rule in role["rules"]
+            for g in rule["apiGroups"]
+            for r in rule["resources"]
+            for v in rule["verbs"]
+            for name in rule.get("resourceNames", [""])
+        }
+        assert set(asked) == given
 
 
 def test_names_and_labels_are_those_of_the_chart() -> None:
