@@ -161,7 +161,7 @@ class ControlPlane:
             "service-account-signing-key-file": str(keys / "accounts.key"),
             "api-audiences": "https://kubernetes.default.svc",
             "authorization-mode": "RBAC",
-            "service-cluster-ip-range": "10.96.0.0/16",
+            "service-cluster-ip-range": "10.96.0.0/16,fd96::/112",
             "disable-admission-plugins": "" if self.whole else "ServiceAccount",  # whose accounts a controller-manager makes
             "allow-privileged": "true",
             "endpoint-reconciler-type": "lease" if self.whole else "none",
