@@ -263,7 +263,8 @@ class Node:
 
     def _alive(self, name: str, deadline: float) -> None:
         if self._processes[name].poll() is not None or time.monotonic() > deadline:
-            raise Failed(f"{name} does not start: {self.log(name)}")
+            said = self.plane.kubectl("get", "node", self.name, "-o", "jsonpath={.status.conditions}", check=False)
+            raise Failed(f"{name} does not start: the node's conditions are {said}; {self.log(name)}")
         time.sleep(0.2)
 
     def _run(self, name: str, argv: Sequence[str]) -> None:

@@ -88,7 +88,7 @@ def ready(plane: ControlPlane, agents: int = 2) -> None:
     }
     plane.set_status("daemonset", OWN, "meshagent-agent", {**numbers, "observedGeneration": 99})
     plane.set_status(
-        "deployment", OWN, "meshagent-controller", {"replicas": 1, "updatedReplicas": 1, "readyReplicas": 1, "observedGeneration": 99}
+        "deployment", OWN, "meshagent-controller", {"replicas": 2, "updatedReplicas": 2, "readyReplicas": 2, "observedGeneration": 99}
     )
 
 
@@ -137,7 +137,7 @@ def test_a_definition_that_is_older_newer_or_gone_is_said_with_its_fields(instal
         code, found = check(installed)
         assert (code, severities(found, "definitions")) == (1, ["error"])
         assert name in found["definitions"][0]["what"]
-        assert len(own()) == 8
+        assert len(own()) == 9
     finally:
         installed.install_crds()
     assert check(installed)[0] == 0
