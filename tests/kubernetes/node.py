@@ -264,7 +264,10 @@ class Node:
     def _alive(self, name: str, deadline: float) -> None:
         if self._processes[name].poll() is not None or time.monotonic() > deadline:
             said = self.plane.kubectl("get", "node", self.name, "-o", "jsonpath={.status.conditions}", check=False)
-            raise Failed(f"{name} does not start: the node's conditions are {said}; {self.log(name)}")
+            registers = [
+                line[:300] for line in (self.directory / f"{name}.log").read_text(errors="replace").splitlines() if "register" in line
+            ]
+            raise Failed(f"{name} does not start: the node's conditions are {said}; {registers[:20]}; {self.log(name)}")
         time.sleep(0.2)
 
     def _run(self, name: str, argv: Sequence[str]) -> None:
