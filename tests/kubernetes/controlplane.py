@@ -183,15 +183,6 @@ class ControlPlane:
             if time.monotonic() > deadline:
                 raise Failed(f"kube-apiserver is not ready after {START_S:.0f} s: {self._tail('kube-apiserver')}")
             time.sleep(0.2)
-        # Ready may not be able to admit yet ("not yet ready to handle request"): a kubelet that registers too late is not ready for two minutes more
-        # (pkg/volume/csi, csi_plugin.go, initBackoff).
-        tried = json.dumps({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "tried"}})
-        while not (said := self.kubectl("create", "--dry-run=server", "-o", "name", "-f", "-", stdin=tried, check=False)).startswith(
-            "node/"
-        ):
-            if time.monotonic() > deadline:
-                raise Failed(f"kube-apiserver admits nothing after {START_S:.0f} s: {said}")
-            time.sleep(0.2)
 
     def _start_controllers(self) -> None:
         kubeconfig = str(self.kubeconfig())
