@@ -1,4 +1,4 @@
-"""The control plane of a test run: `make test-kubernetes` says where its programs are."""
+"""The control plane of a module of tests: `make test-kubernetes` says where its programs are."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
-    """An API server with the mesh's CRDs and nothing else."""
+    """An API server with the mesh's CRDs and nothing else: no other module's tests leave anything there."""
     assets = os.environ.get(ASSETS)
     if not assets:
         pytest.skip(f"no control plane: `make test-kubernetes` builds one and says so in {ASSETS}")

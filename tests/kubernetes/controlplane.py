@@ -103,7 +103,7 @@ class ControlPlane:
         )
 
     def install_crds(self) -> None:
-        """Apply the mesh's CRDs, and wait until the server knows them."""
+        """Apply the mesh's CRDs, and wait until the server answers for their objects."""
         self._install(CRDS)
 
     def install_gateway_api(self) -> None:
@@ -113,6 +113,12 @@ class ControlPlane:
     def _install(self, folder: Path) -> None:
         self.kubectl("apply", "--server-side", "-f", str(folder))
         self.kubectl("wait", "--for=condition=Established", "--timeout=60s", "-f", str(folder))
+        names = self.kubectl("get", "-f", str(folder), "-o", "jsonpath={.items[*].metadata.name}").split()
+        deadline = time.monotonic() + START_S
+        while "Error" in (said := self.kubectl("get", ",".join(names), "-A", check=False)):  # 429: storage is (re)initializing
+            if time.monotonic() > deadline:
+                raise Failed(f"the API server does not list what is defined in {folder}: {said}")
+            time.sleep(0.2)
 
     def set_status(self, kind: str, namespace: str, name: str, status: dict[str, Any]) -> None:
         """Write the status of an object, as a kubelet does."""
@@ -161,7 +167,7 @@ class ControlPlane:
             "service-account-signing-key-file": str(keys / "accounts.key"),
             "api-audiences": "https://kubernetes.default.svc",
             "authorization-mode": "RBAC",
-            "service-cluster-ip-range": "10.96.0.0/16",
+            "service-cluster-ip-range": "10.96.0.0/16,fd96::/112",
             "disable-admission-plugins": "" if self.whole else "ServiceAccount",  # whose accounts a controller-manager makes
             "allow-privileged": "true",
             "endpoint-reconciler-type": "lease" if self.whole else "none",

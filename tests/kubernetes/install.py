@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lab import cgroup
+from lab import cgroup, mounts
 from tests.kernel import shop
 from tests.kubernetes import controlplane, node
 from tests.kubernetes.controlplane import ControlPlane
@@ -20,9 +22,13 @@ from tests.kubernetes.node import Node
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = ROOT / "deploy/kubernetes/meshagent.yaml"
+CHART = ROOT / "deploy/helm/meshagent"
+HELM = os.environ.get("HELM") or shutil.which("helm")
+"""As scripts/render finds it, which also builds one."""
 OWN = "meshagent-system"
 NEEDED = ("kube-controller-manager", "kube-scheduler", "kube-proxy")
 READY_S = 120.0
+BPF = Path("/sys/fs/bpf")
 _CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
 _NETWORK = (
     "link set lo up",
@@ -55,6 +61,11 @@ class Cluster:
     def install(self, change: Callable[[str], str] = str) -> None:
         """What docs/kubernetes.md says."""
         self.plane.kubectl("apply", "--server-side", "-f", "-", stdin=change(MANIFEST.read_text()))
+        self.sign()
+        self.machine.name_services()
+
+    def sign(self) -> None:
+        """Give the mesh's namespace what it signs with."""
         made = self.directory / "ca"
         if not made.exists():
             made.mkdir()
@@ -62,7 +73,19 @@ class Cluster:
         files = [f"--from-file=tls.crt={made}/tls.crt", f"--from-file=tls.key={made}/tls.key", f"--from-file=ca.crt={made}/tls.crt"]
         self.plane.kubectl("-n", OWN, "create", "secret", "generic", "meshagent-ca", *files, check=False)
         self.plane.kubectl("-n", OWN, "create", "configmap", "meshagent-root", f"--from-file=ca.crt={made}/tls.crt", check=False)
-        self.machine.name_services()
+
+    def helm(self, *command: str) -> str:
+        """Run Helm in the mesh's namespace, while names of what it makes are answered; returns what it prints, on both streams."""
+        argv = [str(HELM), *command, "--namespace", OWN, "--kubeconfig", str(self.plane.kubeconfig())]
+        run = subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"HOME": str(self.directory)}
+        )
+        while run.poll() is None:
+            self.machine.name_services()
+            time.sleep(0.5)
+        said = run.communicate()[0]
+        assert run.returncode == 0, f"{said}\n{self.told()}"
+        return said
 
     def settled(self, kind: str, name: str, space: str = OWN) -> bool:
         """Are all pods of a Deployment or DaemonSet ready, of its newest generation, and no other is left?"""
@@ -119,6 +142,8 @@ def own_network() -> Iterator[None]:
 def cluster(assets: Path, directory: Path) -> Iterator[Cluster]:
     """A cluster of one node, on which nothing is installed."""
     with ExitStack() as stack:
+        if mounts.mount_bpffs(BPF):  # as systemd does on a node
+            stack.callback(mounts.unmount_bpffs, BPF)
         stack.enter_context(own_network())
         plane = stack.enter_context(controlplane.running(assets, directory / "plane", whole=True))
         plane.install_gateway_api()

@@ -13,10 +13,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import ipaddress
 import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import tarfile
 import time
@@ -25,11 +27,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.kubernetes.controlplane import ControlPlane, Failed, free_ports
+from tests.kubernetes.controlplane import ControlPlane, Failed, address, free_ports
 
 PACKAGES = ("containerd", "runc", "containernetworking-plugins", "busybox-static", "curl")
 PAUSE, BOX = "registry.test/pause:1", "registry.test/box:1"
-APPLETS = ("sh", "httpd", "sleep", "mkdir", "cat", "touch", "ls", "true")
+APPLETS = ("sh", "httpd", "nc", "sleep", "mkdir", "cat", "touch", "ls", "true")
 """Nothing that looks up names: linked statically it ends with SIGSEGV, even for an address."""
 START_S = 120.0
 _KUBELET = Path("/var/lib/kubelet")
@@ -114,14 +116,73 @@ class Node:
             self.ctr("images", "import", str(image))
 
     def start_kubelet(self) -> None:
-        """Start kubelet, and wait until its node is ready."""
+        """Start kubelet, and wait until it says that its node is ready: what one before it has said does not count."""
+        self._have_classes_made_anew()
+        unknown = {"type": "Ready", "status": "Unknown", "reason": "NodeStatusUnknown"}
+        patch = json.dumps({"status": {"conditions": [unknown]}})
+        self.plane.kubectl("patch", "node", self.name, "--subresource=status", "--type=strategic", "-p", patch, check=False)
         kubeconfig = self.plane.kubeconfig(f"system:node:{self.name}", "system:nodes", "system:masters")
         argv = [str(self.plane.assets / "kubelet"), "--config", str(self.directory / "kubelet.json"), "--kubeconfig", str(kubeconfig)]
         argv += ["--hostname-override", self.name, "--root-dir", str(self.directory / "kubelet"), "--cert-dir", str(self.directory / "pki")]
+        # Else it asks the machine's DNS for its name, 20 s in a network that leads nowhere; one that registers after 23 s is not ready for two minutes more
+        # (pkg/kubelet/nodestatus/setters.go, NodeAddress; pkg/volume/csi/csi_plugin.go, initBackoff).
+        argv += ["--node-ip", address()]
         self._run("kubelet", argv)
         deadline = time.monotonic() + START_S
         while not self._ready():
             self._alive("kubelet", deadline)
+
+    def restart_kubelet(self) -> None:
+        """Kill it and start another one; pods go on."""
+        self._end("kubelet", signal.SIGKILL)
+        self.start_kubelet()
+
+    def _have_classes_made_anew(self) -> None:
+        """Have a kubelet take cgroups that an earlier one left for such as are not there.
+
+        What it finds it gives limits, and without controllers it ends because of that; what it makes it gives them, too, and only logs that it cannot
+        (pkg/kubelet/cm, qos_container_manager_linux.go, and Create in cgroup_v2_manager_linux.go). Whether one is there it asks of cgroup.controllers: a socket
+        cannot be read.
+        """
+        for name in ("burstable", "besteffort"):
+            asked = self.cgroup2 / "kubepods" / name / "cgroup.controllers"
+            if asked.exists():
+                unreadable = self.directory / "unreadable"
+                if not unreadable.exists():
+                    os.mknod(unreadable, stat.S_IFSOCK)
+                subprocess.run(
+                    [*self._enter(), "mount", "--bind", str(unreadable), f"/sys/fs/cgroup/kubepods/{name}/cgroup.controllers"], check=True
+                )
+
+    def reboot(self) -> None:
+        """Have the node lose what one loses that is switched off and on: processes, mounts, cgroups, networks of pods. What is on disk stays.
+
+        Returns when containerd is there again; `start_kubelet` goes on.
+        """
+        self._end("kubelet", signal.SIGKILL)
+        (self.cgroup2 / "kubepods" / "cgroup.kill").write_text("1")
+        for name in tuple(self._processes):
+            self._end(name, signal.SIGKILL)
+        self._end_shims()
+        self._remove_cgroups()
+        shutil.rmtree(self.directory / "containerd-state")
+        self.start_containerd()
+        if self.plane.whole:
+            self._start_network()
+
+    def next_address(self, *addresses: str) -> None:
+        """Have the next pod get these, of each range one, which have to be free.
+
+        host-local begins after what it gave last (plugins/ipam/host-local/backend/allocator).
+        """
+        store = self.directory / "addresses" / "test"
+        deadline = time.monotonic() + START_S
+        while any((store / one).exists() for one in addresses):
+            if time.monotonic() > deadline:
+                raise Failed(f"{', '.join(addresses)} are not given back: {[each.name for each in store.iterdir()]}")
+            time.sleep(0.1)
+        for number, one in enumerate(addresses):
+            (store / f"last_reserved_ip.{number}").write_text(str(ipaddress.ip_address(one) - 1))
 
     def _start_network(self) -> None:
         """Services by address and by name."""
@@ -129,7 +190,7 @@ class Node:
         self._run("kube-proxy", [*self._proxy(), "--conntrack-max-per-core", "0", "--conntrack-tcp-timeout-established", "0s",
             "--conntrack-tcp-timeout-close-wait", "0s", "--metrics-bind-address", f"127.0.0.1:{port}", "--healthz-bind-address", ""])  # fmt: skip
         subprocess.run(["ip", "address", "replace", f"{DNS}/32", "dev", "lo"], check=True)
-        (self.directory / "names").mkdir()
+        (self.directory / "names").mkdir(exist_ok=True)
         self._run("dnsmasq", ["dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--bind-interfaces", "--pid-file=",
             "--user=root", f"--listen-address={DNS}", "--local=/cluster.local/", f"--hostsdir={self.directory}/names"])  # fmt: skip
 
@@ -137,10 +198,17 @@ class Node:
         return [str(self.plane.assets / "kube-proxy"), "--proxy-mode", "nftables", "--kubeconfig", str(self.plane.kubeconfig())]
 
     def name_services(self) -> None:
-        """Answer for the names of those that have an address now."""
+        """Answer for the names of those that have an address now, and for those of pods behind a headless one (DNS-Based Service Discovery 1.1.0, 2.4)."""
         services = json.loads(self.plane.kubectl("get", "services", "-A", "-o", "json"))["items"]
-        named = ((one["spec"].get("clusterIP", "None"), one["metadata"]) for one in services)
-        lines = [f"{address} {of['name']}.{of['namespace']}.svc.cluster.local\n" for address, of in named if address != "None"]
+        lines = []
+        for of, spec in ((one["metadata"], one["spec"]) for one in services):
+            name = f"{of['name']}.{of['namespace']}.svc.cluster.local"
+            lines += [f"{one} {name}\n" for one in spec.get("clusterIPs", ()) if one != "None"]
+        slices = json.loads(self.plane.kubectl("get", "endpointslices", "-A", "-o", "json"))["items"]
+        for of, endpoint in ((one["metadata"], endpoint) for one in slices for endpoint in one["endpoints"] or ()):
+            if "hostname" in endpoint:
+                name = f"{endpoint['hostname']}.{of['labels']['kubernetes.io/service-name']}.{of['namespace']}.svc.cluster.local"
+                lines += [f"{one} {name}\n" for one in endpoint["addresses"]]
         (self.directory / "names" / "services").write_text("".join(lines))
 
     def stop(self) -> None:
@@ -198,19 +266,24 @@ class Node:
 
     def _alive(self, name: str, deadline: float) -> None:
         if self._processes[name].poll() is not None or time.monotonic() > deadline:
-            raise Failed(f"{name} does not start: {self.log(name)}")
+            said = self.plane.kubectl("get", "node", self.name, "-o", "jsonpath={.status.conditions}", check=False)
+            raise Failed(f"{name} does not start: the node's conditions are {said}; {self.log(name)}")
         time.sleep(0.2)
 
     def _run(self, name: str, argv: Sequence[str]) -> None:
-        first = next((process for process in self._processes.values() if process.poll() is None), None)
-        enter = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _ENTER, "sh"]
-        if first is not None:
-            enter = ["nsenter", f"--mount=/proc/{first.pid}/ns/mnt"]
+        enter = self._enter()
         path = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
         with (self.directory / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
                 [*enter, *argv], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={"PATH": path, "HOME": str(self.directory)}
             )
+
+    def _enter(self) -> list[str]:
+        """What comes before a command that is to have the node's mounts."""
+        first = next((process for process in self._processes.values() if process.poll() is None), None)
+        if first is None:
+            return ["unshare", "--mount", "--propagation", "private", "sh", "-c", _ENTER, "sh"]
+        return ["nsenter", f"--mount=/proc/{first.pid}/ns/mnt"]
 
     def _end(self, name: str, number: signal.Signals) -> None:
         process = self._processes.pop(name, None)

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from lab import cgroup
 from tests.kubernetes.conftest import ASSETS
-from tests.kubernetes.install import MANIFEST, NEEDED, OWN, ROOT, Cluster, cluster, takes
+from tests.kubernetes.install import BPF, CHART, HELM, MANIFEST, NEEDED, OWN, ROOT, Cluster, cluster, takes
 from tests.kubernetes.node import RUN, image, libraries
 
 pytestmark = pytest.mark.timeout(600)
@@ -24,7 +25,7 @@ SHOP = "shop"
 REDIS = "registry.test/redis:1"
 PYTHON = "localhost/meshagent/controller:0.1.0"
 """The image with Python that is there anyway."""
-PINS = Path("/sys/fs/bpf/meshagent")
+PINS = BPF / "meshagent"
 LEFT = (Path("/run/meshagent-workload"), Path("/var/lib/meshagent"))
 """Made by kubelet, for volumes."""
 
@@ -138,18 +139,20 @@ def envoy() -> int:
 
 
 def test_controller_and_agent_run_as_the_manifest_says(installed: Cluster) -> None:
-    (agent,), (controller,) = installed.pods(OWN, "agent"), installed.pods(OWN, "controller")
-    assert [pod["status"]["containerStatuses"][0]["restartCount"] for pod in (agent, controller)] == [0, 0]
+    (agent,), controllers = installed.pods(OWN, "agent"), installed.pods(OWN, "controller")
+    assert len(controllers) == 2
+    assert {pod["status"]["containerStatuses"][0]["restartCount"] for pod in (agent, *controllers)} == {0}
     status = json.loads(installed.agent("meshagent", "status", "-o", "json"))
     assert status["problems"] == []
-    inside = ["exec", "-n", OWN, controller["metadata"]["name"], "--", "/usr/bin/python3", "-c"]
-    assert installed.plane.kubectl(*inside, "import os; print(os.getuid(), os.getgid())").split() == ["65532", "65532"]
-    for path in ("/root-file", "/opt/meshagent/file", "/etc/meshagent/ca/file"):
-        assert "Read-only file system" in installed.plane.kubectl(*inside, f"open('{path}', 'w')", check=False)
     assert "Read-only file system" in installed.agent("touch", "/opt/meshagent/file", check=False)
-    caps = installed.plane.kubectl(*inside, "print(open('/proc/self/status').read())")
-    assert "CapEff:\t0000000000000000" in caps
-    assert "Seccomp:\t2" in caps
+    for controller in controllers:
+        inside = ["exec", "-n", OWN, controller["metadata"]["name"], "--", "/usr/bin/python3", "-c"]
+        assert installed.plane.kubectl(*inside, "import os; print(os.getuid(), os.getgid())").split() == ["65532", "65532"]
+        for path in ("/root-file", "/opt/meshagent/file", "/etc/meshagent/ca/file"):
+            assert "Read-only file system" in installed.plane.kubectl(*inside, f"open('{path}', 'w')", check=False)
+        caps = installed.plane.kubectl(*inside, "print(open('/proc/self/status').read())")
+        assert "CapEff:\t0000000000000000" in caps
+        assert "Seccomp:\t2" in caps
 
 
 def test_the_shop_is_in_the_mesh_and_policy_holds(installed: Cluster) -> None:
@@ -175,6 +178,28 @@ def test_status_and_trace_answer_in_the_agents_pod(installed: Cluster) -> None:
     traced = installed.agent("meshagent", "trace", f"{SHOP}/{frontend}", f"{SHOP}/cart", check=False)
     assert "cart" in traced
     assert "allow" in traced.lower(), traced
+
+
+def used(found: Cluster, pod: dict[str, Any]) -> tuple[float, int]:
+    """Seconds of CPU that a pod's processes have had, and their resident bytes (proc(5), /proc/PID/stat, fields 14, 15 and 24)."""
+    directory = found.machine.cgroup2 / "kubepods" / "burstable" / f"pod{pod['metadata']['uid']}"
+    stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in cgroup.pids(directory)]
+    ticks, pages = sum(int(one[11]) + int(one[12]) for one in stats), sum(int(one[21]) for one in stats)
+    return ticks / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_at_rest_agent_and_controllers_use_less_than_they_ask_for(installed: Cluster) -> None:
+    """With the shop there, and nobody who calls."""
+    pods = [*installed.pods(OWN, "agent"), *installed.pods(OWN, "controller")]
+    before, began = [used(installed, pod)[0] for pod in pods], time.monotonic()
+    time.sleep(20)
+    after, took = [used(installed, pod) for pod in pods], time.monotonic() - began
+    for pod, start, (end, resident) in zip(pods, before, after, strict=True):
+        asked = pod["spec"]["containers"][0]["resources"]["requests"]
+        share = 1000 * (end - start) / took
+        print(f"{pod['metadata']['name']}: {share:.0f} millicores, {resident / 1e6:.0f} MB resident")
+        assert 0 < share < int(asked["cpu"].removesuffix("m"))
+        assert resident < int(asked["memory"].removesuffix("Mi")) << 20
 
 
 def test_the_agent_is_replaced_alone_and_no_request_fails(installed: Cluster) -> None:
@@ -249,3 +274,27 @@ def test_nothing_is_left_on_a_node_from_which_it_is_uninstalled(installed: Clust
         lambda: not any(held & in_kernel(kind) for kind, held in pinned.items()), seconds=10
     )  # the last reference goes with the last program run
     assert ask(installed, "frontend", "http://cart/") == "200", "pods go on without it"
+
+
+@pytest.mark.skipif(HELM is None, reason="no Helm: HELM names it, or it is in PATH")
+def test_helm_installs_waits_until_the_mesh_is_ready_and_uninstalls(installed: Cluster) -> None:
+    plane = installed.plane
+    takes(lambda: f"namespace/{OWN}" not in plane.kubectl("get", "namespaces", "-o", "name").split())
+    plane.kubectl("create", "namespace", OWN)
+    plane.kubectl("label", "namespace", OWN, "pod-security.kubernetes.io/enforce=privileged")
+    installed.sign()
+    began = time.monotonic()
+    installed.helm("install", "meshagent", str(CHART), "--wait", "--timeout", "180s")
+    print(f"helm install --wait: {time.monotonic() - began:.0f} s")
+    assert installed.settled("deployment", "meshagent-controller")
+    assert installed.settled("daemonset", "meshagent-agent")
+    status = json.loads(installed.agent("meshagent", "status", "-o", "json"))
+    assert status["problems"] == []
+    assert {one["redirected"] for one in status["workloads"] if one["namespace"] == SHOP} == {True}
+    takes(lambda: ask(installed, "frontend", "http://cart/") == "200")
+    installed.helm("upgrade", "meshagent", str(CHART), "--reuse-values", "--set", "agent.remove=true", "--wait", "--timeout", "180s")
+    assert "removed programs, maps" in plane.kubectl("logs", "-n", OWN, "daemonset/meshagent-agent")
+    installed.helm("uninstall", "meshagent")
+    takes(lambda: not plane.kubectl("get", "pods", "-n", OWN, "-o", "name", "--ignore-not-found").startswith("pod/"))
+    assert not PINS.exists()
+    assert envoy() == 0

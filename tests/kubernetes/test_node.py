@@ -2,139 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lab import cgroup, mounts
-from tests.kernel import shop as lab_shop
-from tests.kubernetes import node
+from lab import cgroup
+from tests.kubernetes import mesh, node
 from tests.kubernetes.controlplane import ControlPlane, Failed
-from tests.kubernetes.node import BOX, Node
+from tests.kubernetes.mesh import Cluster, takes
+from tests.kubernetes.node import BOX
 from tests.kubernetes.test_hold import MARK
 from tests.kubernetes.test_manifest import objects
-from tests.unit.agent.l7.harness import free_ports
-
-NAME = "node-1"
-
-
-def takes(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Wait until it is so."""
-    lab_shop.takes(condition, seconds, pause=0.1)
-
-
-class Cluster:
-    """A node with a mesh on it."""
-
-    def __init__(self, plane: ControlPlane, machine: Node, top: Path) -> None:
-        self.plane, self.machine, self.top = plane, machine, top
-        self.processes: list[subprocess.Popen[bytes]] = []
-        (self.metrics,) = free_ports(1)
-        self.place = Path()
-
-    def up(self, place: Path) -> None:
-        """Start the controller and the agent, for all below a cgroup."""
-        plane, top = self.plane, self.top
-        self.start(
-            "mesh-controller", "run", "--kubernetes", "--kubeconfig", plane.kubeconfig(), "--socket", top / "c.sock",
-            "--ca-directory", top / "ca",
-        )  # fmt: skip
-        self.place = place
-        self.start_agent()
-        try:
-            takes(self.status)
-        except AssertionError as error:
-            said = (path.read_text(errors="replace")[-2000:] for path in sorted(top.glob("*.log")))
-            raise Failed("the mesh does not start: {}".format("\n".join(said))) from error
-
-    def start_agent(self) -> None:
-        """Also another one, when the one before has ended."""
-        top = self.top
-        self.start(
-            "meshagent", "run", "--node", NAME, "--controller", f"unix:{top}/c.sock", "--cgroup", self.place, "--run-dir", top / "run",
-            "--state-dir", top / "state", "--pin-dir", top / "bpf" / "m", "--metrics-address", "127.0.0.1", "--metrics-port", self.metrics,
-        )  # fmt: skip
-
-    def start(self, program: str, *arguments: object) -> None:
-        with (self.top / f"{program}.log").open("ab") as log:
-            self.processes.append(subprocess.Popen([Path(sys.executable).with_name(program), *map(str, arguments)], stderr=log, stdout=log))
-
-    def status(self) -> dict[str, Any]:
-        argv = [str(Path(sys.executable).with_name("meshagent")), "status", "-o", "json", "--run-dir", str(self.top / "run")]
-        text = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False).stdout
-        found: dict[str, Any] = json.loads(text) if text.startswith("{") else {}
-        return found
-
-    def enrolled(self, name: str) -> bool:
-        return any(f"{one['namespace']}/{one['name']}" == name and one["redirected"] for one in self.status().get("workloads", ()))
-
-    def run(self, space: str, name: str, *command: str, labels: dict[str, str] | None = None, account: str = "", **more: Any) -> None:
-        """Have kubelet run a pod, with the account of its name or another; `more` is of its container."""
-        container = {"name": "app", "image": BOX, "imagePullPolicy": "Never", "command": list(command), **more}
-        spec = {
-            "nodeName": NAME,
-            "automountServiceAccountToken": False,
-            "enableServiceLinks": False,
-            "dnsPolicy": "Default",
-            "terminationGracePeriodSeconds": 0,
-            "tolerations": [{"operator": "Exists"}],
-            "serviceAccountName": account or name,
-            "containers": [container],
-        }
-        metadata = {"name": name, "namespace": space, "labels": {"app": name, **(labels or {})}}
-        self.plane.apply({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
-
-    def exec(self, space: str, name: str, *command: str) -> str:
-        """Have kubelet run a command in a pod; what it says on both streams, if it fails too."""
-        return self.plane.kubectl("exec", "-n", space, name, "--", *command, check=False)
-
-    def get(self, space: str, name: str, url: str, method: str = "GET") -> str:
-        """The status of a request from a pod; 000 if there is no answer."""
-        said = self.exec(space, name, "curl", "-s", "-m", "5", "-o", "/dev/null", "-w", "status=%{http_code}\n", "-X", method, url)
-        return said.partition("status=")[2][:3]
-
-    def close(self, place: Path) -> None:
-        """End both, and take the mesh off the node."""
-        for process in reversed(self.processes):
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
-            process.wait(30)
-        argv = [str(Path(sys.executable).with_name("meshagent")), "uninstall", "--run-dir", str(self.top / "run")]
-        argv += ["--state-dir", str(self.top / "state"), "--pin-dir", str(self.top / "bpf" / "m"), "--cgroup", str(place)]
-        subprocess.run(argv, check=False, timeout=60)
 
 
 @pytest.fixture(scope="module")
 def cluster(plane: ControlPlane) -> Iterator[Cluster]:
     """The mesh on a node with real pods."""
     top = Path(tempfile.mkdtemp(prefix="mesh-", dir="/dev/shm"))
-    root = cgroup.mount_point()
-    with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, top, ignore_errors=True)
-        (top / "bpf").mkdir()
-        mounts.mount_bpffs(top / "bpf")
-        stack.callback(mounts.unmount_bpffs, top / "bpf")
-        try:
-            machine = stack.enter_context(node.running(plane, top / "node", root, NAME))
-        except Failed as error:
-            pytest.fail(str(error))
-        found = Cluster(plane, machine, top)
-        stack.callback(found.close, root)
-        found.up(root)
-        yield found
+    try:
+        with node.running(plane, top / "node", cgroup.mount_point()) as machine, mesh.running(plane, machine, top / "mesh") as found:
+            yield found
+    except Failed as error:
+        pytest.fail(str(error))
+    finally:
+        shutil.rmtree(top, ignore_errors=True)
 
 
 def test_pods_of_a_kubelet_are_enrolled_when_their_namespace_is(cluster: Cluster) -> None:
@@ -235,30 +135,52 @@ def test_service_accounts_decide_who_connects_and_who_asks_for_what(shop: Cluste
     takes(lambda: shop.get("shop", "stranger", urls[0]) == "200")
 
 
-def test_probes_of_the_kubelet_reach_strict_pods_and_other_calls_of_the_node_do_not(cluster: Cluster) -> None:
-    """This kubelet shares its cgroup with everything else here: its process is what is recognised."""
+@pytest.fixture(scope="module")
+def strict(cluster: Cluster) -> Cluster:
+    """A namespace that admits nobody."""
     plane = cluster.plane
     plane.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "strict", "labels": {"meshagent.io/mode": "mesh"}}})
     for kind, spec in (("PeerAuthentication", {"mtls": {"mode": "STRICT"}}), ("AuthorizationPolicy", {})):
         plane.apply({"apiVersion": "meshagent.io/v1alpha1", "kind": kind, "metadata": {"name": "all", "namespace": "strict"}, "spec": spec})
+    return cluster
 
-    def probed(name: str) -> None:
-        """A pod that is ready as soon as the kubelet has been answered over HTTP, and that is killed if it is not over TCP."""
-        plane.apply({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "namespace": "strict"}})
-        cluster.run(
-            *("strict", name, "/bin/httpd", "-f", "-p", "8080", "-h", "/etc"),
-            ports=[{"name": "web", "containerPort": 8080}],
-            readinessProbe={"httpGet": {"path": "/hostname", "port": "web"}, "periodSeconds": 1},
-            livenessProbe={"tcpSocket": {"port": 8080}, "periodSeconds": 1, "failureThreshold": 1, "initialDelaySeconds": 3},
-        )
-        takes(lambda: cluster.enrolled(f"strict/{name}"))
-        ready = "jsonpath={.status.conditions[?(@.type=='Ready')].status}"
-        takes(lambda: plane.kubectl("get", "pod", name, "-n", "strict", "-o", ready) == "True")
 
-    probed("before")
-    address = plane.kubectl("get", "pod", "before", "-n", "strict", "-o", "jsonpath={.status.podIP}")
+def probed(strict: Cluster, name: str) -> None:
+    """Run a pod there that is ready as soon as the kubelet has been answered over HTTP, and that is killed if it is not over TCP."""
+    strict.plane.apply({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name, "namespace": "strict"}})
+    strict.run(
+        *("strict", name, "/bin/httpd", "-f", "-p", "8080", "-h", "/etc"),
+        ports=[{"name": "web", "containerPort": 8080}],
+        readinessProbe={"httpGet": {"path": "/hostname", "port": "web"}, "periodSeconds": 1},
+        livenessProbe={"tcpSocket": {"port": 8080}, "periodSeconds": 1, "failureThreshold": 1, "initialDelaySeconds": 3},
+    )
+    takes(lambda: strict.enrolled(f"strict/{name}"))
+    takes(lambda: ready(strict, name))
+
+
+def ready(strict: Cluster, name: str) -> bool:
+    """Does the kubelet say so?"""
+    condition = "jsonpath={.status.conditions[?(@.type=='Ready')].status}"
+    return strict.plane.kubectl("get", "pod", name, "-n", "strict", "-o", condition) == "True"
+
+
+def test_probes_of_the_kubelet_reach_strict_pods_and_other_calls_of_the_node_do_not(strict: Cluster) -> None:
+    """This kubelet shares its cgroup with everything else here: its process is what is recognised."""
+    probed(strict, "before")
+    address, _ = strict.addresses("strict", "before")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((address, 8080), timeout=5)
+
+
+def test_a_kubelet_that_is_started_again_has_its_new_pods_enrolled_and_may_probe_as_the_one_before(strict: Cluster) -> None:
+    if not strict.enrolled("strict/before"):
+        probed(strict, "before")
+    strict.machine.restart_kubelet()
+    probed(strict, "after")
+    time.sleep(3)  # of probes, the first of which that fails kills
+    for name in ("before", "after"):
+        assert ready(strict, name)
+        assert strict.plane.kubectl("get", "pod", name, "-n", "strict", "-o", "jsonpath={.status.containerStatuses[0].restartCount}") == "0"
 
 
 @pytest.fixture(scope="module")
@@ -305,9 +227,7 @@ def test_the_first_thing_that_a_pod_does_is_decided_by_policy(marking: Cluster) 
 
 def test_a_pod_of_the_mesh_waits_for_an_agent_that_is_away(marking: Cluster) -> None:
     plane = marking.plane
-    agent = marking.processes[-1]
-    agent.kill()
-    agent.wait(30)
+    marking.kill_agent()
     time.sleep(6)  # the programs give it five seconds
     marking.run("shop", "late", "/bin/sleep", "1000", account="friend")
     plane.apply({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "free", "namespace": "default"}})
