@@ -29,7 +29,7 @@ from typing import Any
 
 from agent import files
 from agent.bpf import bridge, libbpf, migrate, shim, source
-from agent.bpf.manifest import PROGRAMS
+from agent.bpf.manifest import FORMAT, PROGRAMS
 from agent.bpf.migrate import Fate
 from agent.errors import MeshError
 
@@ -135,6 +135,7 @@ class _Work:
     def finish(self) -> None:
         """Write the manifest and give everything its name."""
         document = {
+            "format": FORMAT,
             "layout": self.code.layout,
             "programs": self.code.programs,
             "enums": self.code.enums,

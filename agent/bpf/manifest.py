@@ -236,6 +236,11 @@ class MapLayout:
     value: Codec
 
 
+FORMAT = 1
+"""Of what an agent leaves in pins for the next one. To be raised when an older agent must not take over: programs that it does not know, and would take away,
+enforce something, or a map that both know means something else. What is only laid out in another way is carried over, there and back (agent.bpf.migrate)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """`layout` and `programs` name the pin directories."""
@@ -248,8 +253,13 @@ class Manifest:
 
     @staticmethod
     def read(path: Path, *, own: bool = True) -> Manifest:
-        """Read what the loader wrote. Raises LayoutMismatch if the enums of this agent are not those that were compiled, unless it is not its `own`."""
+        """Read what the loader wrote. Raises LayoutMismatch if its format is newer than FORMAT, or if the enums of this agent are not those that were compiled,
+        unless it is not its `own`; OSError, ValueError, KeyError or TypeError if it is no manifest."""
         document = json.loads(path.read_text())
+        if not isinstance(document, dict):
+            raise TypeError("no JSON object")
+        if (form := document.get("format", 0)) > FORMAT:  # the loaders of the first versions wrote none
+            raise LayoutMismatch(f"format {form} is newer than {FORMAT}, the newest that this version knows")
         for name, (prefix, kind) in _ENUMS.items() if own else ():
             compiled = {k.removeprefix(prefix): v for k, v in document["enums"][name].items()}
             expected = {member.name: member.value for member in kind}

@@ -16,9 +16,15 @@ from agent import files
 from agent.bpf import libbpf
 from agent.bpf.manifest import HOOKED, PROGRAMS, Manifest
 from agent.config import Config
+from agent.errors import EnvironmentUnfit, LayoutMismatch
 
 SCRATCH = "check-"
 """What `meshagent upgrade-check` loads is below a directory of this name and its pid."""
+_MANIFEST = "manifest-"
+_NEWER = (
+    "programs are in force here that another version of meshagent left, and this one does not understand what it says of them ({}: {}): probably it is newer; "
+    "they go on as they are, and this agent does not start; start that version again, or have it give up the node first ('meshagent uninstall')"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +43,7 @@ class Set:
             config.pin_dir / f"programs-{programs}",
             config.pin_dir / f"programs-{programs}-bridge",
             config.pin_dir / f"maps-{layout}",
-            config.run_dir / f"manifest-{programs}.json",
+            config.run_dir / f"{_MANIFEST}{programs}.json",
         )
 
     @property
@@ -62,15 +68,17 @@ class Others:
 
 
 def others(config: Config, own: Set) -> Others:
-    """All but `own`."""
+    """All but `own`. Raises EnvironmentUnfit if links run one that this version does not understand: to take over could take away what it enforces."""
     found: list[tuple[int, Set, Manifest]] = []
     running = linked(config)
     unknown = running.keys() - own.ids()
-    for path in sorted(config.run_dir.glob("manifest-*.json")):
+    for path in sorted(config.run_dir.glob(f"{_MANIFEST}*.json")):
         try:
             manifest = Manifest.read(path, own=False)
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # of no version that this one understands
+        except (OSError, ValueError, KeyError, TypeError, LayoutMismatch) as error:
+            if running.keys() & Set.of(config, path.stem.removeprefix(_MANIFEST), "").ids():
+                raise EnvironmentUnfit(_NEWER.format(path, error)) from error
+            continue  # what is over and done with
         other = Set.of(config, manifest.programs, manifest.layout)
         if other != own and other.maps.is_dir():
             ids = other.ids()

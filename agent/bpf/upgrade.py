@@ -24,7 +24,7 @@ from agent.bpf.maps import Map
 from agent.bpf.migrate import SK_STORAGE, Fate, differences, same_key
 from agent.bpf.sets import Set
 from agent.config import Config
-from agent.errors import MeshError
+from agent.errors import EnvironmentUnfit, MeshError
 
 SAFE, IMPOSSIBLE, LOSSY = 0, 1, 2
 _WORDS = {
@@ -90,7 +90,10 @@ def check(config: Config) -> Report:
     running = sets.linked(config).keys()
     if running and running <= set(sets.pinned(own.programs).values()):
         return Report(SAFE, in_force=True, notes=("these very programs are in force: nothing changes",))
-    others = sets.others(config, own)
+    try:
+        others = sets.others(config, own)
+    except EnvironmentUnfit as error:
+        return Report(IMPOSSIBLE, in_force=True, refusal=str(error))
     before = others.found[0] if others.in_force else None
     scratch = config.pin_dir / f"{sets.SCRATCH}{os.getpid()}"
     scratch.mkdir()

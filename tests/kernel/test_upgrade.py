@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from agent.bpf.manifest import FORMAT
 from agent.bpf.source import BPF_SRC
-from lab import mesh, paths
+from lab import mesh, paths, process
 from lab.lab import Lab
 from tests.kernel import shop
 from tests.kernel.test_mesh_faults import DENIED, EVIL, NODES, pids, unharmed
@@ -42,6 +43,7 @@ REFUSED = (
 )
 SLOW = (("datapath.py", "libbpf.link_update(fd, code)\n", "libbpf.link_update(fd, code); time.sleep(0.1)\n"),)
 """Of the package agent.bpf: whoever changes the links is held up after each."""
+NEWER = (("manifest.py", "\nFORMAT = 1\n", "\nFORMAT = 2\n"),)
 Edits = tuple[tuple[str, str, str], ...]
 
 
@@ -196,6 +198,35 @@ def test_a_program_that_the_kernel_refuses_is_found_out_before_the_upgrade_and_h
         lab.start_agent("node-1")
     assert (shop.program_ids("node-1"), shop.map_ids("node-1")) == (programs, kept)
     assert [path.name for path in paths.agent_pins("node-1").glob("check-*")] == []
+
+
+def test_an_agent_that_does_not_understand_what_is_in_force_leaves_it_alone(lab: Lab, tmp_path: Path) -> None:
+    newer = version(tmp_path, LARGER, NEWER)
+    code, _ = checked(lab, "node-1", newer)
+    assert code == 0
+    with installed(newer):
+        lab.kill_agent("node-1")
+        lab.start_agent("node-1", timeout=UPGRADE_S)
+    before = shop.program_ids("node-1"), shop.map_ids("node-1"), shop.running_ids("node-1")
+    (manifest,) = paths.agent_run("node-1").glob("manifest-*.json")
+    written = manifest.read_text()
+    with unharmed(lab):
+        lab.kill_agent("node-1")
+        for text in (written, written[:-100], "[]"):  # of a newer version, torn, something else
+            manifest.write_text(text)
+            agent = mesh.start_agent(lab.topology.node("node-1"))
+            assert agent.wait(START_S)
+            assert "does not start; start that version again" in process.tail(paths.log("agent-node-1"), 5)
+            code, found = checked(lab, "node-1", Path(mesh.program("meshagent")))
+            assert (code, "does not understand" in found["refusal"]) == (1, True)
+            assert (shop.program_ids("node-1"), shop.map_ids("node-1"), shop.running_ids("node-1")) == before
+        manifest.write_text(written)
+        with installed(newer):
+            lab.start_agent("node-1", timeout=UPGRADE_S)
+        assert shop.running_ids("node-1") == before[2]
+        manifest.write_text(json.dumps({**json.loads(written), "format": FORMAT}))
+        replace_agents(lab, None)
+    assert shop.status("node-1")["problems"] == []
 
 
 def test_without_a_last_good_configuration_the_previous_programs_stay_until_one_came(lab: Lab, tmp_path: Path) -> None:
