@@ -53,6 +53,7 @@ class Signer:
         self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "root")])
 
     def issue(self, *, key: Any = None, begins: float = -1, ends: float = 1) -> tuple[str, str]:
+        """In days from NOW, which is when the tests were collected: perhaps an hour ago."""
         key = key or ec.generate_private_key(ec.SECP256R1())
         certificate = (
             x509.CertificateBuilder()
@@ -60,8 +61,8 @@ class Signer:
             .issuer_name(self.name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(NOW + dt.timedelta(hours=begins))
-            .not_valid_after(NOW + dt.timedelta(hours=ends))
+            .not_valid_before(NOW + dt.timedelta(days=begins))
+            .not_valid_after(NOW + dt.timedelta(days=ends))
             .sign(self.key, hashes.SHA256())
         )
         return certificate.public_bytes(Encoding.PEM).decode(), key.private_bytes(
@@ -227,7 +228,7 @@ def test_plain_text_wins_over_base64_and_a_certificate_runs_out() -> None:
     both["data"] = {"tls.crt": "", "tls.key": ""}
     assert served(compiled(WORKLOAD, gateway(HTTPS), json.dumps(both))) == ["https"]
     assert served(compiled(WORKLOAD, gateway(HTTPS), secret(plain=True))) == ["https"]
-    assert served(compiled(WORKLOAD, gateway(HTTPS), secret(), now=(NOW + dt.timedelta(hours=2)).timestamp())) == []
+    assert served(compiled(WORKLOAD, gateway(HTTPS), secret(), now=(NOW + dt.timedelta(days=2)).timestamp())) == []
 
 
 def test_a_secret_of_another_namespace_needs_a_grant() -> None:
@@ -443,7 +444,7 @@ def test_keys_go_to_the_node_that_serves_them_and_to_nobody_else(directory: Path
 def test_a_certificate_that_runs_out_is_taken_from_its_nodes(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mesh, "EXPIRY_S", 0.05)
     left_s = (dt.datetime.now(dt.timezone.utc) - NOW).total_seconds() + 3
-    (directory / "a.yaml").write_text(WORKLOAD + gateway(HTTPS) + secret(*Signer().issue(ends=left_s / 3600)))
+    (directory / "a.yaml").write_text(WORKLOAD + gateway(HTTPS) + secret(*Signer().issue(ends=left_s / 86400)))
 
     async def check() -> None:
         async with serve(directory, tmp_path / "c.sock") as controller:
@@ -461,7 +462,7 @@ def test_a_certificate_that_begins_to_hold_is_served_without_any_other_change(
 ) -> None:
     monkeypatch.setattr(mesh, "EXPIRY_S", 0.05)
     begins_s = (dt.datetime.now(dt.timezone.utc) - NOW).total_seconds() + 3
-    (directory / "a.yaml").write_text(WORKLOAD + gateway(HTTPS) + secret(*Signer().issue(begins=begins_s / 3600)))
+    (directory / "a.yaml").write_text(WORKLOAD + gateway(HTTPS) + secret(*Signer().issue(begins=begins_s / 86400)))
 
     async def check() -> None:
         async with serve(directory, tmp_path / "c.sock") as controller:
@@ -519,8 +520,8 @@ def test_what_goes_on_being_served_ends_with_its_time() -> None:
     objects = {
         item.object.key: item.object for text in (WORKLOAD, gateway(HTTPS), secret("nothing")) for item in read(text, "f") if item.object
     }
-    for hours, expected in ((0.5, ["https"]), (1.5, [])):
-        now = (NOW + dt.timedelta(hours=hours)).timestamp()
+    for days, expected in ((0.5, ["https"]), (1.5, [])):
+        now = (NOW + dt.timedelta(days=days)).timestamp()
         assert served(compile_model(objects, now=now, known=Known(served=before.pairs))) == expected
 
 

@@ -103,7 +103,7 @@ async def test_a_controller_is_ready_again_when_the_api_server_answers(tmp_path:
 async def test_a_reader_that_ends_is_an_error_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with following(tmp_path, authority("3", x="1")) as (_, found, watch):
 
-        def broken(*_: object) -> None:
+        def broken(*_: object, **__: object) -> None:
             raise RuntimeError("boom")
 
         monkeypatch.setattr(Reflector, "_take", broken)
