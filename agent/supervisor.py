@@ -42,7 +42,7 @@ from agent.l7.resources import Resource, Resources
 from agent.l7.snapshot import Builder, tracing
 from agent.l7.xds import XdsServer
 from agent.logfiles import LogFile, keep_bounded
-from agent.model import Direct, Snapshot, Workload
+from agent.model import Direct, LocalWorkload, Snapshot, Workload
 from agent.names.service import Names
 from agent.observability import Observability
 from agent.patience import within
@@ -99,6 +99,9 @@ class Supervisor:
         self._residents: Mapping[str, Workload] = {}
         """The workloads of this node, enrolled or not."""
         self._enrolled = Enrolled()
+        """What the kernel was brought to last."""
+        self._known: tuple[LocalWorkload, ...] = ()
+        """Of that, what Revocation and Envoy know: less if the kernel alone was brought to something, or the rest failed."""
         self._request_log = LogFile(config.log_dir / "requests.log")
         self._builder = Builder(config.node, config.trust_domain, str(self._request_log.path))
         self._connection_log = ConnectionLog(LogFile(config.log_dir / "connections.log"), self._logs_connections)
@@ -311,12 +314,13 @@ class Supervisor:
         self._residents = residents(self._config.node, snapshot, self.snapshot, self._residents)
         self._snapshot = snapshot
         self._observability = Observability(snapshot.telemetry)
+        enrolled = self._enrolled.local
         self._revocation.changed(Rules(snapshot, self.enrolled, needed))
         self._quotas.update(snapshot)
         self._gateways.want(any(gateways.of(one, snapshot) for one in self._residents.values()))
         await self._configure_waypoint()
         await self._wireguard.finish(dialled=True)
-        self._given = True
+        self._given, self._known = True, enrolled
         self._releasable.set()
         self._configured.set()
         self._tunnels.keep(self._builder.identities)
@@ -415,6 +419,7 @@ class Supervisor:
         needed = await asyncio.to_thread(self._builder.needs_inbound, self.snapshot) if taken else self._enforced_inbound
         if news or needed != self._enforced_inbound:
             await self._enforce(self.snapshot, needed)
+            self._namespace_news.set()  # a namespace that came meanwhile may be in force in the kernel now, and nowhere else
 
     async def _configure_waypoint(self) -> None:
         """Build Envoy's configuration in a thread: with many workloads it takes longer than the event loop may stand still."""
@@ -507,7 +512,7 @@ class Supervisor:
                 news.clear()
                 try:
                     async with self._enforcing:
-                        if self._snapshot is not None and self._enrolment.namespaces_changed(self._probe.extend(self._snapshot)):
+                        if self._snapshot is not None and self._behind(self._snapshot):
                             await self._bring_into_force(self._snapshot)
                         self._enrolment.let_go()
                 except (MeshError, OSError) as error:
@@ -517,6 +522,10 @@ class Supervisor:
                     await asyncio.sleep(RETRY_S)
         finally:
             self._loop.remove_reader(watch.fileno())
+
+    def _behind(self, snapshot: Snapshot) -> bool:
+        """Is there a namespace that the kernel, Revocation or Envoy does not know as it is? `_make_use` brings the kernel alone to what it finds."""
+        return self._enrolled.local != self._known or self._enrolment.namespaces_changed(self._probe.extend(snapshot))
 
     async def _seek_truth(self) -> None:
         """Ask the kernel, and try, whether what is believed is so."""
