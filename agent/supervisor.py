@@ -14,6 +14,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -276,6 +277,7 @@ class Supervisor:
                     "sweep": self._sweep_up(),
                     "retire": self._retire(),
                     "heartbeat": self._heartbeat(),
+                    "held-pods": self._look_after_held(),
                     "api": api.run(),
                     "identity": self._identity.run(),
                     "tunnels": self._begin_tunnels(),
@@ -294,7 +296,7 @@ class Supervisor:
         finally:
             self._metrics.stop()
             self._probe.close()
-            await self._loop.shutdown_default_executor()  # which may be saying that the agent is here
+            await self._loop.shutdown_default_executor()
             self._enrolment.holding.end()
 
     async def apply(self, snapshot: Snapshot) -> None:
@@ -568,11 +570,26 @@ class Supervisor:
                     await asyncio.to_thread(self._sweep.run, self._probe.extend(self._snapshot))
 
     async def _heartbeat(self) -> None:
+        """Say that the agent lives, to systemd and to the programs that hold pods back: nothing here waits for a thread."""
         while True:
             self._beat = time.monotonic()
-            await asyncio.to_thread(self._hold)
+            self._say_here()
             self._notifier.beat(self._summary())
             await asyncio.sleep(BEAT_S)
+
+    def _say_here(self) -> None:
+        try:
+            self._enrolment.holding.beat(served=self._discovery.state.connected)
+        except (MeshError, OSError) as error:
+            _log.error("the kernel cannot be told that there is an agent; new pods wait", extra={"reason": str(error)})
+
+    async def _look_after_held(self) -> None:
+        """Look after pods that are held back, in a thread of its own: the others may all be taken by what waits for pods."""
+        with ThreadPoolExecutor(1, "held-pods") as thread:
+            while True:
+                await self._loop.run_in_executor(thread, self._hold)
+                self._say_here()  # where pods are may be known only now, or no longer
+                await asyncio.sleep(BEAT_S)
 
     def _summary(self) -> str:
         """One line for `systemctl status`."""
@@ -586,9 +603,9 @@ class Supervisor:
         return "; ".join(words)
 
     def _hold(self) -> None:
-        outside = [one.pod_uid for one in self._residents.values() if one.pod_uid and not one.enrolled]
+        pods = [one for one in self._residents.values() if one.pod_uid]
         try:
-            self._enrolment.holding.beat(outside, served=self._discovery.state.connected)
+            self._enrolment.holding.look_after([one.pod_uid for one in pods if not one.enrolled], pods=bool(pods))
             self._enrolment.let_go()
         except (MeshError, OSError, RuntimeError) as error:
             _log.error("pods that are held back cannot be looked after; new ones wait", extra={"reason": str(error)})
