@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent import drift, features, kubelet, lock, memory, probe
+from agent import cgroups, drift, features, kubelet, lock, memory, probe
 from agent.api import Api
 from agent.balancing import node_zone
 from agent.bpf.acceleration import failing
@@ -145,6 +145,7 @@ class Supervisor:
         self._request_log.prepare()  # Envoy refuses listeners whose log it cannot open
         held = lock.acquire(config.run_dir / "agent.lock")
         try:
+            cgroups.note_served(config.run_dir, config.cgroup)
             await self._start()
             await self._serve()
         finally:
