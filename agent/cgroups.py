@@ -1,8 +1,13 @@
-"""Where processes are in the cgroup2 tree, as directories. Used by `agent.drift` and `agent.identity`."""
+"""Where processes are in the cgroup2 tree, as directories, and which of these the agent of a node serves. Used by `agent.drift` and `agent.identity`."""
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+
+from agent import files
+
+_SERVED = "cgroup"
 
 
 class Tree:
@@ -44,3 +49,16 @@ def _mount_of(cgroup: Path) -> tuple[Path, str]:
             if (point == cgroup or point in cgroup.parents) and len(point.parts) >= len(best.parts):
                 best, root = point, fields.split()[3]
     return best, root
+
+
+def note_served(run_dir: Path, cgroup: Path) -> None:
+    """Write down which cgroup the agent serves, for commands that do not have its environment."""
+    files.write(run_dir / _SERVED, f"{cgroup}\n".encode())
+
+
+def served(run_dir: Path) -> Path | None:
+    """The cgroup of the agent that runs with this `run_dir`, or did; None if nobody wrote that down, or it cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        found = Path((run_dir / _SERVED).read_text().removesuffix("\n"))
+        return found if found.is_absolute() else None
+    return None

@@ -293,16 +293,15 @@ class Enrolment:
         held = self.holding.held()
         if not held or not self._datapath.in_force:
             return
-        self.holding.let_go(
-            local.number
-            for local in list(self._local.values())  # `enforce` may change it meanwhile, in its own thread
-            if local.number in held
-            and local.pod is not None
-            and local.bound is not None
-            and local.mark == local.pod.mark
-            and local.bound.local.netns_cookie in self._linked
-            and local.pod.lives()
-        )
+        # `enforce` may change them meanwhile, in its own thread.
+        self.holding.let_go(local.number for local in list(self._local.values()) if local.number in held and self._in_force(local))
+
+    def _in_force(self, local: _Local) -> bool:
+        """Is a pod in the mesh, and its sandbox still the one that is? Each part is read once: it may be None the next time."""
+        pod, bound = local.pod, local.bound
+        if pod is None or bound is None:
+            return False
+        return local.mark == pod.mark and bound.local.netns_cookie in self._linked and pod.lives()
 
     def close(self) -> None:
         """Close the descriptors; what is in force stays."""

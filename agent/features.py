@@ -17,6 +17,9 @@ SET_RETVAL_KERNEL = (5, 18)  # bpf_set_retval: lets connect() fail with ECONNREF
 NAMES_CAPABILITIES: Final = {"KILL": 5, "SETGID": 6, "SETUID": 7, "SETPCAP": 8}  # include/uapi/linux/capability.h
 SYSCTL_ANCESTOR_KERNEL = (6, 4)  # bpf_get_current_ancestor_cgroup_id in cgroup/sysctl: kernel/bpf/helpers.c, bpf_base_func_proto
 
+_KUBELETS: Final = ("var/lib/kubelet", "etc/kubernetes/kubelet.conf", "var/lib/k0s/kubelet", "var/snap/microk8s")
+"""Where a kubelet keeps its state (its option --root-dir) or its configuration: by default, with kubeadm, k0s (docs.k0sproject.io, Directories), MicroK8s."""
+
 
 def kernel_version(release: str = "") -> tuple[int, int]:
     """Major and minor version of the running kernel, or of `release`."""
@@ -60,7 +63,7 @@ def cgroup2_mount() -> Path | None:
 
 def kubernetes_node(root: Path = Path("/")) -> bool:
     """True if this machine, or the container that the agent runs in, belongs to a cluster: that has a DNS of its own."""
-    return "KUBERNETES_SERVICE_HOST" in os.environ or any((root / p).exists() for p in ("var/lib/kubelet", "etc/kubernetes/kubelet.conf"))
+    return "KUBERNETES_SERVICE_HOST" in os.environ or any((root / place).exists() for place in _KUBELETS)
 
 
 def capabilities(status: str) -> int:

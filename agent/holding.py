@@ -33,13 +33,15 @@ _NOWHERE = _ID.pack(0)
 
 
 class Holding:
-    """See the module. `beat` and the others may be called by two threads."""
+    """See the module. `beat`, `look_after` and `let_go` may each be called by a thread of its own."""
 
     def __init__(self, maps: Mapping[str, Map], cgroup: Path) -> None:
         """`cgroup` has those of the pods below it."""
         self._held, self._kubepods, self._alive = (maps[f"mesh_{name}"] for name in ("held", "kubepods", "alive"))
         self._cgroup = cgroup
         self._pods = Pods(cgroup)
+        self._known = False
+        """Are the directories known that have pods in them?"""
         self._reported: set[int] = set()
         self._problem = ""
 
@@ -51,20 +53,27 @@ class Holding:
         """Let go of pods, by the ids of their cgroups."""
         self._held.remove(map(_ID.pack, pods))
 
-    def beat(self, outside: Iterable[str], *, served: bool = True) -> None:
-        """Say that the agent is here, and look after who is held; once a second.
+    def beat(self, *, served: bool) -> None:
+        """Say that the agent is here, once a second: one write, which waits for no walk of the cgroup tree. Raises OSError or MeshError.
 
-        `outside`: UIDs of pods of this node that are not in the mesh; `served`: there is a controller that says so. Raises OSError or MeshError.
+        `served`: there is a controller that says which pods are in the mesh. Where they are has to be known, too (`look_after`).
+        """
+        self._alive.put(bytes(4), _ID.pack(time.monotonic_ns()) if self._known and served else _ENDED)
+
+    def look_after(self, outside: Iterable[str], *, pods: bool) -> None:
+        """Find where pods are, and look after who is held; once a second. Blocks for a walk of the cgroup tree. Raises OSError or MeshError.
+
+        `outside`: UIDs of pods of this node that are not in the mesh; `pods`: the controller knows of pods here, so that there are some, found or not.
         """
         self._pods.search_again()
         known, lacking = self._places()
-        elsewhere = not self._pods.kubepods and not features.kubernetes_node()
+        elsewhere = not self._pods.kubepods and not pods and not features.kubernetes_node()
         self._problem = "" if elsewhere else self._unknown(lacking)
         rows = {_NOWHERE} if elsewhere else known.keys()
         self._kubepods.prune(rows)
         for key in rows:
             self._kubepods.put(key, bytes(4))
-        self._alive.put(bytes(4), _ID.pack(time.monotonic_ns()) if known and served else _ENDED)
+        self._known = bool(known)
         held = self.held()
         if held:
             self._look_after(held, outside, known)

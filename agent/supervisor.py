@@ -14,11 +14,12 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent import drift, features, kubelet, lock, memory, probe
+from agent import cgroups, drift, features, kubelet, lock, memory, probe
 from agent.api import Api
 from agent.balancing import node_zone
 from agent.bpf.acceleration import failing
@@ -42,7 +43,7 @@ from agent.l7.resources import Resource, Resources
 from agent.l7.snapshot import Builder, tracing
 from agent.l7.xds import XdsServer
 from agent.logfiles import LogFile, keep_bounded
-from agent.model import Direct, Snapshot, Workload
+from agent.model import Direct, LocalWorkload, Snapshot, Workload
 from agent.names.service import Names
 from agent.observability import Observability
 from agent.patience import within
@@ -99,6 +100,9 @@ class Supervisor:
         self._residents: Mapping[str, Workload] = {}
         """The workloads of this node, enrolled or not."""
         self._enrolled = Enrolled()
+        """What the kernel was brought to last."""
+        self._known: tuple[LocalWorkload, ...] = ()
+        """Of that, what Revocation and Envoy know: less if the kernel alone was brought to something, or the rest failed."""
         self._request_log = LogFile(config.log_dir / "requests.log")
         self._builder = Builder(config.node, config.trust_domain, str(self._request_log.path))
         self._connection_log = ConnectionLog(LogFile(config.log_dir / "connections.log"), self._logs_connections)
@@ -141,6 +145,7 @@ class Supervisor:
         self._request_log.prepare()  # Envoy refuses listeners whose log it cannot open
         held = lock.acquire(config.run_dir / "agent.lock")
         try:
+            cgroups.note_served(config.run_dir, config.cgroup)
             await self._start()
             await self._serve()
         finally:
@@ -273,6 +278,7 @@ class Supervisor:
                     "sweep": self._sweep_up(),
                     "retire": self._retire(),
                     "heartbeat": self._heartbeat(),
+                    "held-pods": self._look_after_held(),
                     "api": api.run(),
                     "identity": self._identity.run(),
                     "tunnels": self._begin_tunnels(),
@@ -291,7 +297,7 @@ class Supervisor:
         finally:
             self._metrics.stop()
             self._probe.close()
-            await self._loop.shutdown_default_executor()  # which may be saying that the agent is here
+            await self._loop.shutdown_default_executor()
             self._enrolment.holding.end()
 
     async def apply(self, snapshot: Snapshot) -> None:
@@ -311,12 +317,13 @@ class Supervisor:
         self._residents = residents(self._config.node, snapshot, self.snapshot, self._residents)
         self._snapshot = snapshot
         self._observability = Observability(snapshot.telemetry)
+        enrolled = self._enrolled.local
         self._revocation.changed(Rules(snapshot, self.enrolled, needed))
         self._quotas.update(snapshot)
         self._gateways.want(any(gateways.of(one, snapshot) for one in self._residents.values()))
         await self._configure_waypoint()
         await self._wireguard.finish(dialled=True)
-        self._given = True
+        self._given, self._known = True, enrolled
         self._releasable.set()
         self._configured.set()
         self._tunnels.keep(self._builder.identities)
@@ -415,6 +422,7 @@ class Supervisor:
         needed = await asyncio.to_thread(self._builder.needs_inbound, self.snapshot) if taken else self._enforced_inbound
         if news or needed != self._enforced_inbound:
             await self._enforce(self.snapshot, needed)
+            self._namespace_news.set()  # a namespace that came meanwhile may be in force in the kernel now, and nowhere else
 
     async def _configure_waypoint(self) -> None:
         """Build Envoy's configuration in a thread: with many workloads it takes longer than the event loop may stand still."""
@@ -507,7 +515,7 @@ class Supervisor:
                 news.clear()
                 try:
                     async with self._enforcing:
-                        if self._snapshot is not None and self._enrolment.namespaces_changed(self._probe.extend(self._snapshot)):
+                        if self._snapshot is not None and self._behind(self._snapshot):
                             await self._bring_into_force(self._snapshot)
                         self._enrolment.let_go()
                 except (MeshError, OSError) as error:
@@ -517,6 +525,10 @@ class Supervisor:
                     await asyncio.sleep(RETRY_S)
         finally:
             self._loop.remove_reader(watch.fileno())
+
+    def _behind(self, snapshot: Snapshot) -> bool:
+        """Is there a namespace that the kernel, Revocation or Envoy does not know as it is? `_make_use` brings the kernel alone to what it finds."""
+        return self._enrolled.local != self._known or self._enrolment.namespaces_changed(self._probe.extend(snapshot))
 
     async def _seek_truth(self) -> None:
         """Ask the kernel, and try, whether what is believed is so."""
@@ -559,11 +571,26 @@ class Supervisor:
                     await asyncio.to_thread(self._sweep.run, self._probe.extend(self._snapshot))
 
     async def _heartbeat(self) -> None:
+        """Say that the agent lives, to systemd and to the programs that hold pods back: nothing here waits for a thread."""
         while True:
             self._beat = time.monotonic()
-            await asyncio.to_thread(self._hold)
+            self._say_here()
             self._notifier.beat(self._summary())
             await asyncio.sleep(BEAT_S)
+
+    def _say_here(self) -> None:
+        try:
+            self._enrolment.holding.beat(served=self._discovery.state.connected)
+        except (MeshError, OSError) as error:
+            _log.error("the kernel cannot be told that there is an agent; new pods wait", extra={"reason": str(error)})
+
+    async def _look_after_held(self) -> None:
+        """Look after pods that are held back, in a thread of its own: the others may all be taken by what waits for pods."""
+        with ThreadPoolExecutor(1, "held-pods") as thread:
+            while True:
+                await self._loop.run_in_executor(thread, self._hold)
+                self._say_here()  # where pods are may be known only now, or no longer
+                await asyncio.sleep(BEAT_S)
 
     def _summary(self) -> str:
         """One line for `systemctl status`."""
@@ -577,9 +604,9 @@ class Supervisor:
         return "; ".join(words)
 
     def _hold(self) -> None:
-        outside = [one.pod_uid for one in self._residents.values() if one.pod_uid and not one.enrolled]
+        pods = [one for one in self._residents.values() if one.pod_uid]
         try:
-            self._enrolment.holding.beat(outside, served=self._discovery.state.connected)
+            self._enrolment.holding.look_after([one.pod_uid for one in pods if not one.enrolled], pods=bool(pods))
             self._enrolment.let_go()
         except (MeshError, OSError, RuntimeError) as error:
             _log.error("pods that are held back cannot be looked after; new ones wait", extra={"reason": str(error)})

@@ -96,6 +96,7 @@ def _remove_cgroup(path: Path) -> None:
 _OWN = (
     "agent.lock",
     "agent.sock",
+    "cgroup",
     "xds.sock",
     "envoy*",
     "ids",

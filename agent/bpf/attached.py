@@ -73,9 +73,6 @@ def drifted(config: Config) -> list[Drifted]:
             continue
         place = places[program.where]
         pin = links / program.name
-        if not pin.exists():
-            found.append(Drifted(program.name, str(place), f"its link {pin} is gone: somebody removed it"))
-            continue
         try:
             with files.closing(libbpf.open_pin(pin)) as link, files.closing(os.open(place, os.O_RDONLY | os.O_CLOEXEC)) as target:
                 if libbpf.link_target(link) != os.fstat(target).st_ino:
@@ -85,7 +82,8 @@ def drifted(config: Config) -> list[Drifted]:
                 elif libbpf.link_program_id(link) not in libbpf.effective_programs(target, program.attach_type):
                     found.append(Drifted(program.name, str(place), "it is linked, but the kernel does not run it there"))
         except OSError as error:
-            found.append(Drifted(program.name, str(place), f"the kernel does not say: {error}"))
+            why = f"the kernel does not say: {error}" if pin.exists() else f"its link {pin} is gone: somebody removed it"
+            found.append(Drifted(program.name, str(place), why))
     return found
 
 

@@ -6,6 +6,7 @@ that the others lack, whatever programs the links run, and whoever takes over ta
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections import Counter
 from collections.abc import Collection
@@ -94,7 +95,7 @@ def linked(config: Config) -> Counter[int]:
     found: Counter[int] = Counter()
     for link in config.pin_dir.glob("links/*"):
         if link.name.removesuffix("-new") in hooked or link.name.startswith("netns-"):
-            with files.closing(libbpf.open_pin(link)) as fd:
+            with contextlib.suppress(FileNotFoundError), files.closing(libbpf.open_pin(link)) as fd:  # an agent may unlink it meanwhile
                 if libbpf.link_target(fd):  # else its cgroup or namespace is gone
                     found[libbpf.link_program_id(fd)] += 1
     return found
@@ -104,7 +105,7 @@ def pinned(directory: Path) -> dict[str, int]:
     """Kernel ids of the programs or maps pinned in a directory, by name; empty if there is none."""
     found = {}
     for pin in directory.glob("mesh_*"):
-        with files.closing(libbpf.open_pin(pin)) as fd:
+        with contextlib.suppress(FileNotFoundError), files.closing(libbpf.open_pin(pin)) as fd:  # as above
             found[pin.name] = libbpf.object_id(fd)
     return found
 

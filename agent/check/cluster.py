@@ -91,8 +91,7 @@ class Cluster:
     @property
     def _removing(self) -> bool:
         """Do agents take the mesh off their nodes instead of running it (agent.remove of the chart)?"""
-        containers = self._daemons["spec"]["template"]["spec"]["containers"] if self._daemons is not None else ()
-        return any("meshagent uninstall" in word for one in containers for word in one.get("args", ()))
+        return self._daemons is not None and _removes(self._daemons["spec"]["template"])
 
     def findings(self) -> Iterator[Finding]:
         """Everything. Without an answer to the first question there is no other."""
@@ -181,18 +180,23 @@ class Cluster:
             yield ok("versions", f"agents, controllers and this command are of version {self._version}")
 
     def _removal(self) -> Iterator[Finding]:
-        """Of agents that clean their nodes, each is ready when it is done."""
+        """Of agents that clean their nodes, each is ready when it is done. The DaemonSet's own numbers count those that run the mesh yet."""
         found = self._daemons or {}
         status = found.get("status", {})
         seen = status.get("observedGeneration", 0) >= found["metadata"].get("generation", 0)
-        wanted, updated, ready = (
-            int(status.get(field, 0)) for field in ("desiredNumberScheduled", "updatedNumberScheduled", "numberReady")
-        )
-        clean = min(updated, ready) if seen else 0
+        wanted = int(status.get("desiredNumberScheduled", 0))
+        pods = self._api.items(f"/api/v1/namespaces/{self._namespace}/pods", AGENTS)
+        clean = sum("deletionTimestamp" not in one["metadata"] and _removes(one) and _ready(one) for one in pods) if seen else 0
         where, cause = f"daemonset {self._namespace}/{AGENT}", "agent.remove=true was given, or uninstall.yaml applied"
-        if not seen or clean < wanted:
+        if seen and not wanted:
             yield warning(
-                "installed", f"the mesh is being taken off the nodes: {wanted - clean} of {wanted} are not clean yet", where, cause=cause,
+                "installed", "the mesh is to be taken off the nodes, and no node is to have an agent that does it", where,
+                cause=f"{cause}; and agent.nodeSelector selects no node",
+                next_step="have agent.nodeSelector select every node that had an agent: what is in force there stays until one takes it off",
+            )  # fmt: skip
+        elif not seen or clean < wanted:
+            yield warning(
+                "installed", f"the mesh is being taken off the nodes: {wanted - min(clean, wanted)} of {wanted} are not clean yet", where, cause=cause,
                 next_step=f"kubectl -n {self._namespace} rollout status daemonset {AGENT}; where it does not end, the log of that node's agent",
             )  # fmt: skip
         else:
@@ -545,6 +549,11 @@ def _rollout(kind: str, found: Object) -> Finding:
 def _version_of(found: Object | None) -> str:
     """What the chart says."""
     return "none" if found is None else str(found["metadata"].get("labels", {}).get("app.kubernetes.io/version", "unknown"))
+
+
+def _removes(found: Object) -> bool:
+    """Does a pod, or one that is made of this template, take the mesh off its node (agent.remove of the chart)?"""
+    return any("meshagent uninstall" in word for one in found["spec"]["containers"] for word in one.get("args", ()))
 
 
 def _ready(pod: Object) -> bool:

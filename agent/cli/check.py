@@ -67,7 +67,7 @@ def check(  # noqa: PLR0913  one parameter for each option
         config = Config(
             node="",
             controller="",
-            cgroup=daemon.served_cgroup(cgroup),
+            cgroup=daemon.served_cgroup(cgroup, run_dir),
             pin_dir=pin_dir,
             run_dir=run_dir,
             state_dir=state_dir,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import meshapi.join
-from agent import features, logs
+from agent import cgroups, features, logs
 from agent.bpf import source
 from agent.config import METRICS_PORT, WIREGUARD_PORT, Config, Join, TlsFiles
 from agent.errors import MeshError
@@ -34,7 +34,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 def places(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that say where an agent keeps its things; `uninstall` and `check` need the same ones as `run`.
 
-    The cgroup that `run` has from its environment, as the chart and agent.env give it, all of them have from there.
+    The cgroup that `run` has from its environment, as the chart and agent.env give it, all of them have from there; or from what the agent wrote down, where
+    they have another environment.
     """
     for option in (
         click.option("--state-dir", type=_DIRECTORY, default=Path("/var/lib/meshagent"), show_default=True, help="Last good snapshot."),
@@ -48,7 +49,7 @@ def places(command: Callable[..., Any]) -> Callable[..., Any]:
             "--cgroup",
             type=_DIRECTORY,
             default=lambda: os.environ.get(_CGROUP_VARIABLE) or None,
-            help=f"cgroup2 directory to serve.  [default: ${_CGROUP_VARIABLE}, or where cgroup2 is mounted]",
+            help=f"cgroup2 directory to serve.  [default: ${_CGROUP_VARIABLE}, the one of the agent that was started, or where cgroup2 is mounted]",
         ),
     ):
         command = option(command)
@@ -98,9 +99,9 @@ def _replicas(_context: click.Context, _parameter: click.Parameter, given: str) 
     return given
 
 
-def served_cgroup(given: Path | None) -> Path:
-    """The cgroup of --cgroup, or its default."""
-    return given or features.cgroup2_mount() or Path("/sys/fs/cgroup")
+def served_cgroup(given: Path | None, run_dir: Path | None = None) -> Path:
+    """The cgroup of --cgroup; else the one that the agent with this `run_dir` serves, which no option of a shell says; else where cgroup2 is mounted."""
+    return given or (cgroups.served(run_dir) if run_dir is not None else None) or features.cgroup2_mount() or Path("/sys/fs/cgroup")
 
 
 def _join(controller: str, address: str | None, token_file: Path | None, account_file: Path | None, ca: Path | None) -> Join | None:
@@ -276,7 +277,7 @@ def upgrade_check(*, cgroup: Path | None, pin_dir: Path, run_dir: Path, state_di
     config = Config(
         node="",
         controller="",
-        cgroup=served_cgroup(cgroup),
+        cgroup=served_cgroup(cgroup, run_dir),
         pin_dir=pin_dir,
         run_dir=run_dir,
         state_dir=state_dir,
@@ -318,7 +319,7 @@ def _in_words(report: upgrade.Report) -> list[str]:
 def uninstall(*, cgroup: Path | None, pin_dir: Path, run_dir: Path, state_dir: Path, output: str) -> None:
     """Remove everything the agent ever made on this machine: also after a crash, also twice."""
     features.check_root()
-    config = Config(node="", controller="", cgroup=served_cgroup(cgroup), pin_dir=pin_dir, run_dir=run_dir, state_dir=state_dir)
+    config = Config(node="", controller="", cgroup=served_cgroup(cgroup, run_dir), pin_dir=pin_dir, run_dir=run_dir, state_dir=state_dir)
     removed = remove_everything(config)
     if output == "json":
         click.echo(json.dumps({"removed": removed}))

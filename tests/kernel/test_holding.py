@@ -49,6 +49,12 @@ def holding(node: DataNode) -> Holding:
     return node.enrolment.holding
 
 
+def say(node: DataNode, *outside: str, pods: bool = False) -> None:
+    """What the agent does once a second."""
+    holding(node).look_after(outside, pods=pods)
+    holding(node).beat(served=True)
+
+
 def run(place: Path, namespace: str, *argv: str) -> subprocess.CompletedProcess[str]:
     """Run a program in a cgroup and a network namespace."""
     join = ["sh", "-c", f'echo 0 > {place}/cgroup.procs && exec "$@"', "sh", "nsenter", f"--net={lab_netns.path(namespace)}"]
@@ -76,7 +82,7 @@ def beat(node: DataNode, kubelet: Kubelet, layout: str, *outside: str) -> None:
     if layout == LAYOUTS["kind"]:
         kubelet.start(89, layout.replace("besteffort", "burstable"))
     holding(node)._pods.search()
-    holding(node).beat(outside)
+    say(node, *outside)
 
 
 def later(node: DataNode) -> None:
@@ -145,7 +151,7 @@ def test_an_agent_that_does_not_know_where_pods_are_is_none(node: DataNode, kube
     monkeypatch.setattr(features, "kubernetes_node", lambda: True)
     space = kubelet.namespace("unknown")
     holding(node)._pods.search()
-    holding(node).beat(())
+    say(node)
     assert "there is no kubepods cgroup below" in holding(node).problems([pod(1)])[0]
     assert holding(node).problems([workload("caller")]) == []
     assert not sandbox(kubelet, 1, space, LAYOUTS["kind"])
@@ -156,7 +162,7 @@ def test_where_no_pods_are_the_setting_is_anybodys(node: DataNode, kubelet: Kube
     monkeypatch.setattr(features, "kubernetes_node", lambda: False)
     layout, space = LAYOUTS["systemd-burstable"], kubelet.namespace("machine")
     holding(node)._pods.search()
-    holding(node).beat(())
+    say(node)
     assert sandbox(kubelet, 1, space, layout)  # of which the agent knows nothing yet
     holding(node).end()
     assert sandbox(kubelet, 1, space, layout)
@@ -166,11 +172,21 @@ def test_where_no_pods_are_the_setting_is_anybodys(node: DataNode, kubelet: Kube
     assert not sandbox(kubelet, 1, space, layout)
 
 
+def test_where_the_controller_knows_of_pods_some_are(node: DataNode, kubelet: Kubelet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the kubelet keeps its state where nobody looks for it, and no pod has been found yet."""
+    monkeypatch.setattr(features, "kubernetes_node", lambda: False)
+    space = kubelet.namespace("unknown")
+    holding(node)._pods.search()
+    say(node, pods=True)
+    assert "there is no kubepods cgroup below" in holding(node).problems([pod(1)])[0]
+    assert not sandbox(kubelet, 1, space, LAYOUTS["kind"])
+
+
 def test_directories_of_pods_that_miss_are_a_problem(node: DataNode, kubelet: Kubelet) -> None:
     layout = LAYOUTS["cgroupfs-burstable"]
     kubelet.start(1, layout)
     holding(node)._pods.search()
-    holding(node).beat(())
+    say(node)
     (said,) = holding(node).problems([pod(1)])
     assert f"{kubelet.directory(1, layout).parent.parent}/besteffort, so pods beside it are not held" in said
     beat(node, kubelet, layout)
@@ -225,7 +241,7 @@ def test_a_class_of_service_is_never_taken_for_a_pod(node: DataNode, kubelet: Ku
     table = node.datapath.maps["mesh_held"]
     assert [struct.unpack("=Q", key)[0] for key, _ in table.items()] == [kubelet.directory(1, layout).stat().st_ino]
     table.put(struct.pack("=Q", place.stat().st_ino), bytes(8))  # made when the agent had not seen the directory yet
-    holding(node).beat(())
+    say(node)
     assert held(node) == 1
     cgroup.remove(place)
     assert sandbox(kubelet, 2, space, layout)  # the directory is there again, and nobody has looked yet
@@ -240,7 +256,7 @@ def test_another_driver_of_the_kubelet_is_noticed(node: DataNode, kubelet: Kubel
     for name in ("systemd-burstable", "systemd-best-effort"):
         kubelet.start(1, LAYOUTS[name])
     holding(node)._pods._searched_at -= 10
-    holding(node).beat(())
+    say(node)
     assert (before, node.datapath.maps["mesh_kubepods"].count()) == (3, 6)
 
 
@@ -266,7 +282,7 @@ def test_an_agent_without_its_controller_is_none(node: DataNode, kubelet: Kubele
     layout, space = LAYOUTS["systemd-burstable"], kubelet.namespace("unserved")
     beat(node, kubelet, layout)
     assert sandbox(kubelet, 1, space, layout)
-    holding(node).beat((), served=False)
+    holding(node).beat(served=False)
     assert not sandbox(kubelet, 2, space, layout)
 
 
@@ -293,9 +309,9 @@ def test_pods_that_have_gone_and_those_that_do_not_fit(node: DataNode, kubelet: 
     for number in range(table.capacity):
         table.put(struct.pack("=Q", (1 << 40) + number), bytes(8))
     assert not sandbox(kubelet, 1, space, layout)
-    holding(node).beat(())
+    say(node)
     assert held(node) == 0
     assert sandbox(kubelet, 1, space, layout)
     kubelet.remove(1, layout)
-    holding(node).beat(())
+    say(node)
     assert held(node) == 0

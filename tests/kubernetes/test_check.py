@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,8 @@ def node(name: str) -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {"kubernetes.io/os": "linux"}}}
 
 
-def pod(name: str, where: str, namespace: str = OWN, **labels: str) -> dict[str, Any]:
-    spec = {"nodeName": where, "containers": [{"name": "agent", "image": "none"}]}
+def pod(name: str, where: str, namespace: str = OWN, args: Sequence[str] = (), **labels: str) -> dict[str, Any]:
+    spec = {"nodeName": where, "containers": [{"name": "agent", "image": "none", "args": list(args)}]}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": namespace, "labels": labels}, "spec": spec}
 
 
@@ -81,11 +81,11 @@ def installed(plane: ControlPlane) -> Iterator[ControlPlane]:
     plane.kubectl("delete", "node", "check-1", "check-2")
 
 
-def ready(plane: ControlPlane, agents: int = 2) -> None:
+def ready(plane: ControlPlane, agents: int = 2, *, wanted: int = 2, updated: int = 2) -> None:
     numbers = {
-        "desiredNumberScheduled": 2,
-        "currentNumberScheduled": 2,
-        "updatedNumberScheduled": 2,
+        "desiredNumberScheduled": wanted,
+        "currentNumberScheduled": wanted,
+        "updatedNumberScheduled": updated,
         "numberReady": agents,
         "numberMisscheduled": 0,
     }
@@ -93,6 +93,12 @@ def ready(plane: ControlPlane, agents: int = 2) -> None:
     plane.set_status(
         "deployment", OWN, "meshagent-controller", {"replicas": 2, "updatedReplicas": 2, "readyReplicas": 2, "observedGeneration": 99}
     )
+
+
+def remake(plane: ControlPlane, number: int, args: Sequence[str] = ()) -> None:
+    """A pod of an agent that is made anew, and not ready yet."""
+    plane.kubectl("delete", "pod", "-n", OWN, "--force", "--grace-period=0", f"agent-{number}")
+    plane.apply(pod(f"agent-{number}", f"check-{number}", args=args, **AGENT_LABELS))
 
 
 def test_before_it_is_installed_nothing_is_an_error(plane: ControlPlane) -> None:
@@ -260,10 +266,18 @@ def test_a_mesh_that_is_being_removed_is_said_to_be(installed: ControlPlane) -> 
     removing = daemons["spec"]["template"]["spec"]["containers"][0]["args"]
     installed.kubectl("patch", "daemonset", "-n", OWN, "meshagent-agent", "--type=json", "-p", argument % json.dumps(removing))
     try:
-        ready(installed, agents=1)
+        ready(installed, agents=2, updated=0)
         code, found = check(installed)
         assert (code, severities(found, "installed"), "nodes" in found) == (0, ["warning"], False)
-        assert "the mesh is being taken off the nodes: 1 of 2 are not clean yet" in found["installed"][0]["what"]
+        assert "the mesh is being taken off the nodes: 2 of 2 are not clean yet" in found["installed"][0]["what"]
+        remake(installed, 1, removing)
+        ready(installed, agents=1, updated=1)  # the agent that runs the mesh yet, and not the one that is to clean its node
+        assert "2 of 2 are not clean yet" in check(installed)[1]["installed"][0]["what"]
+        installed.set_status("pod", OWN, "agent-1", READY)
+        ready(installed, agents=2, updated=1)
+        assert "1 of 2 are not clean yet" in check(installed)[1]["installed"][0]["what"]
+        remake(installed, 2, removing)
+        installed.set_status("pod", OWN, "agent-2", READY)
         ready(installed)
         code, found = check(installed)
         assert (code, found["installed"][0]["what"]) == (
@@ -271,8 +285,14 @@ def test_a_mesh_that_is_being_removed_is_said_to_be(installed: ControlPlane) -> 
             "the mesh was taken off all 2 nodes: no pod is in it, and no policy is in force",
         )
         assert "agent.remove=false" in found["installed"][0]["nextStep"]
+        ready(installed, agents=0, wanted=0, updated=0)
+        (one,) = check(installed)[1]["installed"]
+        assert (one["severity"], "no node is to have an agent that does it" in one["what"]) == ("warning", True), one
     finally:
         installed.kubectl("patch", "daemonset", "-n", OWN, "meshagent-agent", "--type=json", "-p", argument % json.dumps(before))
+        for number in (1, 2):
+            remake(installed, number)
+            installed.set_status("pod", OWN, f"agent-{number}", READY)
         ready(installed)
 
 

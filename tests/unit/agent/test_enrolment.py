@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -44,6 +45,7 @@ class World:
         return path
 
     # The data path and the tables.
+    in_force = True
     maps: dict[str, object] = {}  # noqa: RUF012 - nothing looks into it
 
     def attach_namespace(self, cookie: int, path: Path) -> None:
@@ -391,6 +393,38 @@ def test_a_sandbox_in_another_namespace_is_another_binding(world: World, node: E
     assert node.namespaces_changed(model)
     assert [one.netns_cookie for one in node.enforce(model, frozenset()).local] == [11]
     assert {mount.name for mount in world.mounts} == {"11"}
+
+
+def test_a_pod_whose_sandbox_ends_while_it_is_let_go_of_ends_nothing_else(world: World, node: Enrolment) -> None:
+    """`enforce` runs in a thread of its own and may find meanwhile that the pod has none any more."""
+    world.pods[UID] = (sandbox(1), 7)
+    node.enforce(snapshot(pod()), frozenset())
+    (local,) = node._local.values()
+    asked = list[str]()
+
+    class Ends:
+        """The pod as it was found, for another thread takes its binding in this moment."""
+
+        directory, mark = "/kubepods/pod", (4, 1)
+
+        def __getattribute__(self, name: str) -> object:
+            asked.append(name)
+            local.bound = None
+            return object.__getattribute__(self, name)
+
+        def lives(self) -> bool:
+            return True
+
+    let_go = list[int]()
+    node.holding = cast("Any", SimpleNamespace(held=lambda: {local.number: 1}, let_go=let_go.extend))
+    node.let_go()
+    assert let_go == [local.number]
+    let_go.clear()
+    local.pod = cast("Any", Ends())
+    node.let_go()
+    assert (local.bound, asked[0]) == (None, "mark")
+    node.let_go()
+    assert let_go == [local.number]  # the one before it ended; the next one is not in the mesh
 
 
 def test_a_pod_that_is_gone_is_released(world: World, node: Enrolment) -> None:

@@ -137,10 +137,19 @@ def test_a_pod_that_names_no_namespace_reads_the_nodes_resolv_conf(tmp_path: Pat
     assert resolv_conf("", tmp_path) == tmp_path / "etc/resolv.conf"
 
 
-def test_a_node_of_a_cluster_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param("var/lib/kubelet", id="kubelet"),
+        pytest.param("etc/kubernetes/kubelet.conf", id="kubeadm"),
+        pytest.param("var/lib/k0s/kubelet", id="k0s"),
+        pytest.param("var/snap/microk8s/common/var/lib/kubelet", id="microk8s"),
+    ],
+)
+def test_a_node_of_a_cluster_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     assert not features.kubernetes_node(tmp_path)
-    (tmp_path / "var/lib/kubelet").mkdir(parents=True)
+    (tmp_path / place).mkdir(parents=True)
     assert features.kubernetes_node(tmp_path)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.96.0.1")
     assert features.kubernetes_node(tmp_path / "elsewhere")

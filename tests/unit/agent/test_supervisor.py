@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
@@ -15,19 +16,23 @@ import pytest
 
 from agent import supervisor
 from agent.config import Config
+from agent.enrolment import Enrolled
 from agent.errors import EnvironmentUnfit, KernelRefused
 from agent.identity.part import NoIdentities
 from agent.l7 import names
 from agent.l7.resources import Resource
 from agent.l7.xds import XdsServer
-from agent.model import NO_DIRECT, Snapshot
+from agent.model import NO_DIRECT, LocalWorkload, Snapshot, Workload
 from agent.quota import Quotas
 from agent.supervisor import Supervisor, run_forever
 from agent.tunnels import Tunnels
+from agent.watch import Watch
 from tests.tasks import beside, until
 from tests.unit.agent.l7.scripted import Client
 
 if TYPE_CHECKING:
+    from agent.enrolment import Enrolment
+    from agent.names.service import Names
     from agent.revocation import Revocation
     from agent.wireguard.part import WireGuard
 
@@ -217,6 +222,75 @@ def test_wireguard_lets_go_of_nothing_before_envoy_has_acknowledged_what_is_not_
                 await until(lambda: calls[-3:] == ["prepare 4", "keep", "remove"])
         finally:
             await agent._xds.stop()
+
+    asyncio.run(scenario())
+
+
+class Late:
+    """An enrolment to which a namespace appears while it is asked to enforce less: as in `agent.enrolment`, its watch tells nobody of that again."""
+
+    def __init__(self) -> None:
+        self.watch, self.now, self.fails = Watch(), list[LocalWorkload](), 0
+        self.tables = self.holding = SimpleNamespace()
+
+    def enforce(self, *_: object) -> Enrolled:
+        return Enrolled(tuple(self.now))
+
+    def namespaces_changed(self, _: Snapshot) -> bool:
+        return False
+
+    def let_go(self) -> None: ...
+
+
+class Latecomer(Dialler):
+    """A `Dialler` that enforces what `Late` finds and notes who Revocation and Envoy hear of."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.late, self.looked, self.built, self.down = Late(), list[list[int]](), list[list[int]](), False
+        self._enrolment = cast("Enrolment", self.late)
+        self._identity = NoIdentities()
+        self._names = cast("Names", SimpleNamespace(update=lambda *_: None))
+        self._revocation = cast("Revocation", SimpleNamespace(changed=lambda rules: self.looked.append(cookies(rules.enrolled.local))))
+
+    _enforce = Supervisor._enforce
+
+    async def _configure_waypoint(self) -> None:
+        if self.down:
+            raise KernelRefused("not now")
+        self.built.append(cookies(self.enrolled.local))
+
+
+def cookies(local: Iterable[LocalWorkload]) -> list[int]:
+    return [one.netns_cookie for one in local]
+
+
+@pytest.mark.parametrize("failing", [pytest.param(False, id="at-once"), pytest.param(True, id="after-a-failure")])
+def test_a_pod_that_is_bound_while_less_is_enforced_is_made_known_to_envoy_and_revocation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: bool
+) -> None:
+    """Else nothing listens in its namespace, and connections that are older than its place in the mesh go on."""
+    monkeypatch.setattr(supervisor, "RETRY_S", 0.05)
+
+    async def scenario() -> None:
+        agent = Latecomer(tmp_path)
+        agent._loop = asyncio.get_running_loop()
+        await agent.apply(Snapshot("1"))
+        assert (agent.looked, agent.built) == ([[]], [[]])
+        async with beside(agent._watch_namespaces()):
+            async with agent._enforcing:
+                agent.down = failing
+                agent.late.now = [LocalWorkload(Workload("default/a", "a", "n1", {}, (), "/a", enrolled=True, ready=True), 7, "/7")]
+                agent._enforced_inbound = frozenset({"default/a"})
+                await agent._make_use(True)
+            if failing:
+                await until(lambda: len(agent.looked) > 3)
+                agent.down = False
+            await until(lambda: agent.built == [[], [7]])
+            assert agent.looked[-1] == [7]
+            looks = len(agent.looked)
+            await asyncio.sleep(2 * supervisor.NAMESPACE_POLL_S)
+            assert (len(agent.looked), len(agent.built)) == (looks, 2)  # what is known is not told again
 
     asyncio.run(scenario())
 

@@ -16,7 +16,7 @@ from agent.config import Config
 
 # Everything that an agent writes, and what it was writing when it was killed.
 OWN = (
-    "agent.lock", "agent.sock", "xds.sock", "envoy.log", "envoy.json", "envoy-admin.sock", "envoy-bootstrap.json", "ids.json", "loader.log",
+    "agent.lock", "agent.sock", "cgroup", "xds.sock", "envoy.log", "envoy.json", "envoy-admin.sock", "envoy-bootstrap.json", "ids.json", "loader.log",
     "manifest-2e99c10a35ae.json", ".ids.json.x1y2", ".manifest-2e99c10a35ae.json.x1y2", ".envoy.json.x1y2",
 )  # fmt: skip
 

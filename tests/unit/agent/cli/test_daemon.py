@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from agent import features, logs, supervisor
+from agent import cgroups, features, logs, supervisor
 from agent.bpf import upgrade
+from agent.check.finding import Finding
 from agent.cli import daemon
 from agent.cli.main import main
 from agent.config import Config, TlsFiles
@@ -52,7 +54,8 @@ def test_the_defaults_are_a_node_with_a_controller_beside_it(started: list[Confi
     assert (config.run_dir, config.metrics_port, config.trust_domain) == (Path("/run/meshagent"), 15020, "mesh.local")
 
 
-def test_every_option_reaches_the_configuration(started: list[Config], tmp_path: Path) -> None:
+def test_every_option_reaches_the_configuration(started: list[Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "kubernetes_node", lambda: False)
     values: dict[str, Any] = {
         "controller": "10.0.0.1:1", "trust-domain": "t", "cgroup": "/c", "pin-dir": "/p", "run-dir": "/r", "state-dir": "/s",
         "metrics-address": "127.0.0.1", "metrics-port": 23, "envoy": "/e", "envoy-concurrency": 7, "kubelet-cgroup": "/c/k",
@@ -155,6 +158,44 @@ def test_the_cgroup_that_the_agent_has_from_its_environment_all_commands_have(
     assert [*(config.cgroup for config in started), *served] == [*[Path("/sys/fs/cgroup/own")] * 3, Path("/c")]
     assert CliRunner().invoke(main, ["uninstall"], env={"MESHAGENT_RUN_CGROUP": ""}).exit_code == 0
     assert served[-1] == features.cgroup2_mount()
+
+
+def test_the_cgroup_that_an_agent_serves_is_known_to_commands_without_its_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, started: list[Config]
+) -> None:
+    """An operator's shell on a virtual machine reads no agent.env; an option still counts more, and `run` serves what it is told."""
+    asked: list[Config] = []
+
+    def remove(config: Config) -> list[str]:
+        asked.append(config)
+        return []
+
+    def check(config: Config) -> upgrade.Report:
+        asked.append(config)
+        return upgrade.Report(upgrade.SAFE, in_force=False)
+
+    def look(config: Config, _: str) -> Iterator[Finding]:
+        asked.append(config)
+        return iter(())
+
+    monkeypatch.delenv("MESHAGENT_RUN_CGROUP", raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(daemon, "remove_everything", remove)
+    monkeypatch.setattr(upgrade, "check", check)
+    monkeypatch.setattr("agent.cli.check._node", look)
+    cgroups.note_served(tmp_path, Path("/sys/fs/cgroup/own"))
+    runner = CliRunner()
+    for command in (["check"], ["uninstall"], ["upgrade-check"], ["uninstall", "--cgroup", "/c"], ["run", "--node", "n"]):
+        result = runner.invoke(main, [*command, "--run-dir", str(tmp_path)])
+        assert result.exit_code == 0, result.output
+    assert [config.cgroup for config in asked] == [*[Path("/sys/fs/cgroup/own")] * 3, Path("/c")]
+    assert started[0].cgroup == features.cgroup2_mount()
+
+
+@pytest.mark.parametrize("content", [b"", b"relative\n", b"\xff"])
+def test_what_is_no_path_of_a_cgroup_is_not_taken_for_one(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "cgroup").write_bytes(content)
+    assert cgroups.served(tmp_path) is None
 
 
 def test_capacities_of_maps_reach_the_agent(started: list[Config]) -> None:
