@@ -3,21 +3,25 @@
 It answers what a revocation by SPIFFE ID means, and which nodes must know a new root before it signs. One line a certificate, appended and synced;
 a line that a crash cut off belongs to a certificate that nobody got. What has run out goes now and then, and at the latest when there is no more room:
 the file never grows larger than what can be read again, and is full only of certificates in force.
+
+A line has the fields that it has always had, because an earlier release refuses any other. What there is to say more of a certificate that controllers share
+stands beside it, in knew.json: an earlier release keeps that as it is.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, Protocol
 
 from controller.errors import ControllerError
 from controller.identity import fields
-from controller.identity.directory import ISSUED, MAX_BYTES, Directory
+from controller.identity.directory import ISSUED, KNEW, MAX_BYTES, Directory
 from controller.identity.fields import BadState
 from controller.identity.lapse import Lapse
 from controller.identity.names import serial_allowed
@@ -25,15 +29,15 @@ from controller.store import Documents, SharedStore, of_node
 
 _SPARE: Final = 1000  # lines that may have run out before the file is written anew
 _SPARE_OF_NODE: Final = 64  # the same, of one node
-_FIELDS: Final = ("serial", "spiffe_id", "node", "issuer", "until", "knew")
+_FIELDS: Final = ("serial", "spiffe_id", "node", "issuer", "until")
 
 
 @dataclass(frozen=True, slots=True)
 class Issued:
     """One certificate. `serial` is hexadecimal, `issuer` the hash of the signing key, `until` Unix seconds; `node` asked for it.
 
-    `knew`: the newest revocation of the node that who gave it knew of (`revocations.newest`); 0: of none, and then it is not in the line, as in earlier
-    releases.
+    `knew`: the newest revocation of the node that who gave it knew of (`revocations.newest`); 0: of none. A controller that is alone writes it nowhere: what
+    it has revoked it reads before it gives anything, so after a restart whatever was given before a revocation is older than that.
     """
 
     serial: str
@@ -86,7 +90,7 @@ class FileLedger:
         self._records = {record.serial: record for record in records}
         self._lines = len(records)
         self._gone()  # from now on it counts as time during which they had run out
-        if not whole:
+        if not whole or any(record.knew for record in records):
             self._rewrite()
 
     def append(self, records: Iterable[Issued], unless: Unless | None = None, askers: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -165,7 +169,7 @@ class SharedLedger:
         for record in records:
             groups.setdefault(of_node(record.node), []).append(record)
         for group, added in groups.items():
-            self._shared.change(lambda documents, added=added: _add(documents, added, unless, askers), group, known=True)  # type: ignore[misc]
+            self._shared.change(functools.partial(self._add, group=group, added=added, unless=unless, askers=askers), group, known=True)
 
     def live(self, now: float) -> Iterator[Issued]:
         """Return the certificates that have not run out, as this controller knows it: of its own none is missing."""
@@ -175,8 +179,9 @@ class SharedLedger:
         """Forget what has run out once it is much, or all there is of a node. Raises ControllerError."""
         for group, records in self._groups().items():
             gone = {record.serial for record in self._gone(records)}
-            if gone and (len(gone) >= _SPARE_OF_NODE or len(gone) == len(records)):
-                self._shared.change(lambda documents, gone=gone: _remove(documents, gone), group)  # type: ignore[misc]
+            bare = not records and self._shared.read(KNEW, group) is not None  # an earlier release has removed the lines
+            if bare or (gone and (len(gone) >= _SPARE_OF_NODE or len(gone) == len(records))):
+                self._shared.change(functools.partial(self._remove, group=group, serials=gone), group)
                 for serial in gone:
                     self._lapse.forget(("issued", serial))
 
@@ -186,9 +191,23 @@ class SharedLedger:
             self._read = {group: held for group, held in self._read.items() if group in versions}
             for group, version in versions.items():
                 if group not in self._read or self._read[group][0] != version:
-                    content = self._shared.read(ISSUED, group) or b""
-                    self._read[group] = version, _parsed(content, self._shared.where(f"{group}/{ISSUED}"))[0]
+                    self._read[group] = version, _of_group(self._shared, group)
             return {group: records for group, (_, records) in self._read.items()}
+
+    def _add(self, documents: Documents, group: str, added: list[Issued], unless: Unless | None, askers: Mapping[str, str]) -> None:
+        """Add each once: it may be the second try of what has been written. Raises ControllerError and Taken."""
+        lines = (documents.read(ISSUED) or b"").decode()
+        if unless is None and documents.read(KNEW) is None and '"knew"' not in lines and not any(record.knew for record in added):
+            held = set(lines.splitlines(keepends=True))  # of a node of which nothing was revoked: nothing is to be looked at
+            documents.write(ISSUED, lines + "".join(line for line in map(_line, added) if line not in held))
+            return
+        records = {record.serial: record for record in _shared(documents.read, self._shared, group)}
+        if unless is not None and any(map(unless, records.values())):
+            raise Taken
+        _put(documents, (records | {record.serial: record for record in _knowing(added, askers, records)}).values())
+
+    def _remove(self, documents: Documents, group: str, serials: Collection[str]) -> None:
+        _put(documents, [record for record in _shared(documents.read, self._shared, group) if record.serial not in serials])
 
     def _gone(self, records: Iterable[Issued]) -> list[Issued]:
         return [record for record in records if self._lapse.passed(("issued", record.serial), record.until)]
@@ -200,28 +219,36 @@ def _knowing(records: Iterable[Issued], askers: Mapping[str, str], held: Mapping
     return [record if asker is None else replace(record, knew=max(record.knew, asker.knew)) for record, asker in asked]
 
 
-def _add(documents: Documents, added: Iterable[Issued], unless: Unless | None, askers: Mapping[str, str]) -> None:
-    held = (documents.read(ISSUED) or b"").decode()
-    lines = held.splitlines(keepends=True)
-    if unless is not None or '"knew"' in held:
-        records = {record.serial: record for record in map(parse_line, held.encode().splitlines())}
-        if unless is not None and any(map(unless, records.values())):
-            raise Taken
-        added = _knowing(added, askers, records)
-    documents.write(ISSUED, "".join([*lines, *(line for line in map(_line, added) if line not in lines)]))
+def _shared(read: Callable[[str], bytes | None], store: SharedStore, group: str) -> list[Issued]:
+    """Return the records of a group. `read` gives its documents. Raises ControllerError."""
+    records, _ = _parsed(read(ISSUED) or b"", store.where(f"{group}/{ISSUED}"))
+    content = read(KNEW)  # second: what is written between the two lacks nothing that is on record
+    if content is None:
+        return records
+    try:
+        knew = parse_knew(content)
+    except BadState as error:
+        loss = "or delete it: a node that has joined again after a revocation may then have to join once more"
+        raise fields.refuse(store.where(f"{group}/{KNEW}"), error, loss) from error
+    return [replace(record, knew=max(record.knew, knew.get(record.serial, 0))) for record in records]
 
 
-def _remove(documents: Documents, serials: Collection[str]) -> None:
-    lines = (documents.read(ISSUED) or b"").splitlines()
-    documents.write(ISSUED, "".join(f"{line.decode()}\n" for line in lines if parse_line(line).serial not in serials))
+def _of_group(store: SharedStore, group: str) -> list[Issued]:
+    return _shared(lambda name: store.read(name, group), store, group)
+
+
+def _put(documents: Documents, records: Iterable[Issued]) -> None:
+    records = list(records)
+    knew = {record.serial: record.knew for record in records if record.knew}
+    documents.write(ISSUED, "".join(map(_line, records)))
+    documents.write(KNEW, json.dumps({"knew": knew}) + "\n" if knew else "")
 
 
 def issued(store: Directory | SharedStore) -> list[Issued]:
     """Return every certificate on record. Raises ControllerError."""
     if isinstance(store, Directory):
         return read(store)[0]
-    found = ((group, store.read(ISSUED, group) or b"") for group in store.groups())
-    return [record for group, content in found for record in _parsed(content, store.where(f"{group}/{ISSUED}"))[0]]
+    return [record for group in store.groups() for record in _of_group(store, group)]
 
 
 def read(directory: Directory) -> tuple[list[Issued], bool]:
@@ -247,9 +274,19 @@ def _parsed(content: bytes, place: str) -> tuple[list[Issued], bool]:
 
 def parse_line(line: bytes) -> Issued:
     """Return the record in one line. Raises BadState."""
-    record = fields.only({"knew": 0, **fields.parse(line)}, _FIELDS)
+    found = dict(fields.parse(line))
+    knew = fields.field({"knew": found.pop("knew", 0)}, "knew", int)  # which stood here before there was knew.json
+    record = fields.only(found, _FIELDS)
     serial, spiffe_id, node, issuer = (fields.field(record, name, str) for name in ("serial", "spiffe_id", "node", "issuer"))
-    return Issued(check_serial(serial), spiffe_id, node, issuer, fields.field(record, "until", int), fields.field(record, "knew", int))
+    return Issued(check_serial(serial), spiffe_id, node, issuer, fields.field(record, "until", int), knew)
+
+
+def parse_knew(content: bytes) -> dict[str, int]:
+    """Return, by serial number, what a knew.json holds. Raises BadState."""
+    found = fields.only(fields.parse(content), ("knew",))["knew"]
+    if not isinstance(found, dict):
+        raise BadState("knew is no JSON object")
+    return {check_serial(serial): fields.field(found, serial, int) for serial in found}
 
 
 def check_serial(text: str) -> str:
@@ -271,4 +308,4 @@ def _write(descriptor: int, content: bytes, size: int) -> None:
 
 
 def _line(record: Issued) -> str:
-    return json.dumps({name: value for name, value in asdict(record).items() if value or name != "knew"}) + "\n"
+    return json.dumps({name: getattr(record, name) for name in _FIELDS}) + "\n"

@@ -17,10 +17,12 @@ from controller.identity import crl, jwtkeys, ledger, revocations, rotation
 from controller.identity.attest import TokenAttestor
 from controller.identity.ca import CertificateAuthority
 from controller.identity.certificates import Issuer, Order, new_crl
-from controller.identity.directory import ISSUED, LISTS, Directory
+from controller.identity.directory import ISSUED, KNEW, LISTS, Directory
 from controller.identity.jwtkeys import SharedKeys
+from controller.identity.refusals import SigningFailed
 from controller.identity.service import JoinService
 from controller.identity.tokens import JOINING_S, TokenStore
+from controller.store import Documents
 from meshapi import identity_pb2 as pb
 from tests.unit.controller.identity.authorities import make
 from tests.unit.controller.identity.harness import Clock, decoded, new_key, request
@@ -353,17 +355,76 @@ def test_a_token_for_any_node_gives_no_name_that_a_node_got_at_a_replica_that_th
         join(one, new_token(mesh))
 
 
-def test_a_record_says_what_was_known_only_where_something_was_revoked(tmp_path: Path) -> None:
+def earlier(content: bytes) -> list[dict[str, Any]]:
+    """Read a ledger as the release before knew.json does, which refuses a line with any other field."""
+    lines = [json.loads(line) for line in content.splitlines()]
+    assert all(line.keys() == {"serial", "spiffe_id", "node", "issuer", "until"} for line in lines)
+    return lines
+
+
+def test_what_was_known_when_a_certificate_was_given_stands_where_an_earlier_release_does_not_read(tmp_path: Path) -> None:
     mesh = Mesh(tmp_path)
     one, shared = mesh.authority("one")
     joined = join(one, new_token(mesh, "n1"))
-    assert b"knew" not in (shared.read(ISSUED, "node.n1") or b""), "an earlier release can read it"
+    assert shared.read(KNEW, "node.n1") is None
     revoke(mesh, joined)
     tick(one)
     again = join(one, new_token(mesh, "n1"))
+    renewed = certificate(one, NODE, again)
     (revoked,) = revocations.read(shared)
-    records = {record.serial: record.knew for record in ledger.issued(shared) if record.node == "n1"}
-    assert records == {f"{joined.serial_number:x}": 0, f"{again.serial_number:x}": revoked.at}
+    knew = {f"{joined.serial_number:x}": 0, f"{again.serial_number:x}": revoked.at, f"{renewed.serial_number:x}": revoked.at}
+    assert {record.serial: record.knew for record in ledger.issued(shared)} == knew
+    lines = earlier(shared.read(ISSUED, "node.n1") or b"")
+
+    def go_on(documents: Documents) -> None:  # as the earlier release does
+        kept = [line for line in lines if line["serial"] != f"{again.serial_number:x}"]
+        documents.write(ISSUED, "".join(json.dumps(line) + "\n" for line in [*kept, {**lines[0], "serial": "1"}]))
+
+    Replica(mesh.state).change(go_on, "node.n1")
+    del knew[f"{again.serial_number:x}"]
+    assert {record.serial: record.knew for record in ledger.issued(shared)} == knew | {"1": 0}
+    late = certificate(one, CART, renewed)
+    assert ledger.parse_knew(shared.read(KNEW, "node.n1") or b"").keys() == {f"{found.serial_number:x}" for found in (renewed, late)}
+    assert len(earlier(shared.read(ISSUED, "node.n1") or b"")) == 4
+
+
+def test_what_was_known_goes_with_the_last_certificate_also_if_an_earlier_release_has_removed_that(tmp_path: Path) -> None:
+    mesh = Mesh(tmp_path)
+    one, shared = mesh.authority("one")
+    for remove in (False, True):
+        revoke(mesh, certificate(one, NODE))
+        tick(one)
+        certificate(one, NODE)
+        assert shared.read(KNEW, "node.n1") is not None
+        if remove:
+            Replica(mesh.state).change(lambda documents: documents.write(ISSUED, ""), "node.n1")
+        else:
+            mesh.clock.now += 2 * DAY_S
+        one._prune()
+        assert shared.groups().keys() <= {"controllers"}
+
+
+def test_what_was_known_that_stands_in_a_line_is_read_and_moves_with_the_next_certificate(tmp_path: Path) -> None:
+    mesh = Mesh(tmp_path)
+    one, shared = mesh.authority("one")
+    held = {"serial": "1", "spiffe_id": NODE, "node": "n1", "issuer": "0" * 64, "until": int(mesh.clock()) + DAY_S, "knew": 7}
+    Replica(mesh.state).change(lambda documents: documents.write(ISSUED, json.dumps(held) + "\n"), "node.n1")
+    assert [record.knew for record in ledger.issued(shared)] == [7]
+    leaf = certificate(one)
+    assert len(earlier(shared.read(ISSUED, "node.n1") or b"")) == 2
+    assert {record.serial: record.knew for record in ledger.issued(shared)} == {"1": 7, f"{leaf.serial_number:x}": 0}
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"knew": []}', '{"knew": {"1": "7"}}', '{"knew": {"x": 7}}'])
+def test_a_damaged_list_of_what_was_known_is_left_as_it_is_and_nothing_is_signed(tmp_path: Path, content: str) -> None:
+    mesh = Mesh(tmp_path)
+    one, _ = mesh.authority("one")
+    certificate(one)
+    Replica(mesh.state).change(lambda documents: documents.write(KNEW, content), "node.n1")
+    (made,) = one.issue_now([Order(CART, (key := new_key()).public_key(), request(key), DAY_S, "n1")])
+    assert isinstance(made, SigningFailed)
+    assert "node.n1/knew.json cannot be used" in str(made)
+    assert Replica(mesh.state).read(KNEW, "node.n1") == content.encode()
 
 
 def test_since_when_a_node_is_barred_is_told_by_certificates_of_its_own_alone(tmp_path: Path) -> None:

@@ -289,7 +289,13 @@ def test_a_ledger_on_disk_takes_no_second_certificate_where_there_must_be_one_an
     with pytest.raises(Taken):
         found._ledger.append([replace(first, serial="2")], lambda record: record.spiffe_id == first.spiffe_id)
     found._ledger.append([replace(first, serial="3", knew=0)], lambda record: record.node == "n2", {"3": "1"})
+    assert {record.serial: record.knew for record in found._ledger.live(0)} == {"1": 7, "3": 7}
     found.stop()
+    path = tmp_path / "ca" / "issued.jsonl"
+    assert "knew" not in path.read_text(), "an earlier release refuses it"
+    lines = [json.dumps({**json.loads(line), "knew": 7}) + "\n" for line in path.read_text().splitlines()]
+    path.write_text("".join(lines))  # as it was written for a while
     again = authority(tmp_path / "ca")
     assert {record.serial: record.knew for record in again._ledger.live(0)} == {"1": 7, "3": 7}
+    assert "knew" not in path.read_text()
     again.stop()
