@@ -228,7 +228,9 @@ def test_a_right_that_the_controller_lost_is_named(installed: ControlPlane) -> N
 @pytest.mark.parametrize(
     ("rule", "lost"),
     [
-        pytest.param(1, f"get leases of {OWN}, update leases of {OWN}", id="the-lease-that-it-holds"),
+        pytest.param(
+            1, f"get leases meshagent-controller of {OWN}, update leases meshagent-controller of {OWN}", id="the-lease-that-it-holds"
+        ),
         pytest.param(
             2, f"create controllerstates of {OWN}, delete controllerstates of {OWN}, get controllerstates of {OWN}", id="its-memory"
         ),
