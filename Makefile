@@ -36,7 +36,7 @@ images: ## the images of agent and controller, in build/images, with their bills
 	@$(ROOT) env $(if $(BASE),BASE=$(BASE)) $(if $(TAG),TAG=$(TAG)) scripts/images
 
 test-kubernetes: images ## a real API server, and a node with the mesh on it: etcd and kube-apiserver from KUBEBUILDER_ASSETS, or built once by Go
-	assets=$$(scripts/kubernetes) && $(ROOT) env MESH_KUBERNETES_ASSETS=$$assets $(PY) -m pytest tests/kubernetes
+	assets=$$(scripts/kubernetes) && { helm=$$(scripts/render --helm) || true; } && $(ROOT) env MESH_KUBERNETES_ASSETS=$$assets HELM=$$helm $(PY) -m pytest tests/kubernetes
 
 package: setup ## Debian packages of agent and controller, into build/package
 	@scripts/package

@@ -29,8 +29,9 @@ _log = logging.getLogger(__name__)
 
 NAME: Final = "last-good"
 MOST: Final = 1 << 20
-"""Bytes of all of it: etcd takes 1.5 MiB of one object (https://etcd.io/docs/latest/dev-guide/limit/)."""
+"""Bytes of all of it as etcd has them, which takes 1.5 MiB of one object (https://etcd.io/docs/latest/dev-guide/limit/)."""
 AGAIN_S: Final = 5.0
+_NAMES_SHOWN: Final = 10
 _API_VERSION: Final = "meshagent.io/v1alpha1"
 _FIRST: Final = ("AuthorizationPolicy", "PeerAuthentication", "RequestAuthentication")
 """What is kept before all else, should there be no room: without these access would widen."""
@@ -98,7 +99,7 @@ class LastGood:
             if self._wanted is None or not self.reflector.synced or not allowed():
                 continue
             documents, left_out = _documents(self._wanted)
-            wrong = f"there is no room for {', '.join(left_out)}" if left_out else ""
+            wrong = f"there is no room for {', '.join(left_out[:_NAMES_SHOWN])}{_more(left_out)}" if left_out else ""
             if documents != self._documents:
                 try:
                     await self._store(documents)
@@ -137,19 +138,28 @@ class LastGood:
         self._changed()
 
 
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+
+
 def _documents(kept: Mapping[Key, Kept]) -> tuple[dict[str, str], list[str]]:
-    """Return a document for each kind, and the kinds that there is no room for."""
-    found: dict[str, str] = {}
+    """Return a document for each kind, and the objects that there is no room for: of one kind the largest, so that none takes the room of many."""
+    rows = {key: _Row(one.uid, dict(one.object.data), one.orphan, one.generation) for key, one in kept.items()}
+    sizes = {key: _size(msgspec.json.encode(row)) for key, row in rows.items()}
+    taken: dict[str, list[Key]] = {}
     left_out, size = [], 0
-    for kind in sorted({key.kind for key in kept}, key=lambda kind: (kind not in _FIRST, kind)):
-        rows = [_Row(one.uid, dict(one.object.data), one.orphan, one.generation) for key, one in sorted(kept.items()) if key.kind == kind]
-        text = msgspec.json.encode(rows).decode()
-        if size + len(text.encode()) > MOST:
-            left_out.append(kind)
+    for key in sorted(rows, key=lambda key: (key.kind not in _FIRST, key.kind, sizes[key], key)):
+        if size + sizes[key] > MOST:
+            left_out.append(str(key))
             continue
-        found[f"{kind}.json"] = text
-        size += len(text.encode())
-    return found, left_out
+        taken.setdefault(key.kind, []).append(key)
+        size += sizes[key]
+    return {f"{kind}.json": msgspec.json.encode([rows[key] for key in sorted(keys)]).decode() for kind, keys in taken.items()}, left_out
+
+
+def _size(row: bytes) -> int:
+    """How many bytes etcd has of a row, which stands there in JSON as text: quotes and backslashes with one more, <, > and & as six (encoding/json of Go)."""
+    return len(row) + row.count(b'"') + row.count(b"\\") + 5 * sum(map(row.count, (b"<", b">", b"&"))) + 1
 
 
 def _parsed(name: str, text: str) -> Iterable[Kept]:

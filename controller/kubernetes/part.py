@@ -15,6 +15,7 @@ from typing import Final
 
 from controller.compile import Compiled
 from controller.errors import ControllerError
+from controller.kubernetes import version
 from controller.kubernetes.api import Api
 from controller.kubernetes.lease import Lease
 from controller.kubernetes.source import KubernetesSource
@@ -52,7 +53,7 @@ class KubernetesPart:
         """`namespace` is the controller's own. Raises ControllerError."""
         self._connect = functools.partial(Api.connect, kubeconfig, context)
         self._namespace = namespace
-        api = self._connect()
+        self._api = api = self._connect()
         self.source = KubernetesSource(api, namespace)
         identity = f"{socket.gethostname()}_{uuid.uuid4()}"  # of two controllers on one host, too
         self._lease = Lease(api, namespace, LEASE, identity, self._turn)
@@ -73,9 +74,9 @@ class KubernetesPart:
             self.source.last_good.turn()
 
     async def run(self) -> None:
-        """Write back for ever."""
+        """Write back for ever; at first, say whether the API server is too old."""
         keep = [self.source.last_good.write(lambda: self._lease.held)] if self.source.last_good is not None else []
-        await asyncio.gather(self._lease.run(), self._writer.run(), *keep)
+        await asyncio.gather(self._lease.run(), self._writer.run(), version.tell(self._api), *keep)
 
     async def stop(self) -> None:
         """Let another controller write at once."""

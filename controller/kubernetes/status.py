@@ -50,7 +50,8 @@ class StatusWriter:
         self._news = asyncio.Event()
         self._told: dict[Key, str] = {}
         """Refusals that there are events about."""
-        self._last_failure = ""
+        self._failures: set[str] = set()
+        """What has been logged since all was written last."""
         self.written = 0
         self.failed = 0
 
@@ -71,6 +72,7 @@ class StatusWriter:
             self._news.clear()
             if self._said is None or not self._lease.held or await self._write_all(*self._said):
                 pause = AGAIN_S
+                self._failures.clear()
                 continue
             await asyncio.sleep(pause)
             pause = min(2 * pause, LOOK_S)
@@ -153,8 +155,9 @@ class StatusWriter:
     def _failed(self, what: str, key: Key, error: Exception) -> None:
         self.failed += 1
         metrics.STATUS_FAILURES.inc()
-        if str(error) != self._last_failure:  # of a thousand objects that cannot be written for one reason one is told of
-            self._last_failure = str(error)
+        why = f"{error.code} {error.reason}" if isinstance(error, ApiError) else str(error)  # the message names the object
+        if (failure := f"{what}: {key.kind}: {why}") not in self._failures:  # of a thousand objects of a kind one is told of
+            self._failures.add(failure)
             _log.warning(what, extra={"object": str(key), "error": str(error)})
 
 

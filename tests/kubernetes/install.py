@@ -23,7 +23,8 @@ from tests.kubernetes.node import Node
 ROOT = Path(__file__).parents[2]
 MANIFEST = ROOT / "deploy/kubernetes/meshagent.yaml"
 CHART = ROOT / "deploy/helm/meshagent"
-HELM = os.environ.get("HELM") or shutil.which("helm")
+BUILT = ROOT / "build/helm/helm"
+HELM = os.environ.get("HELM") or shutil.which("helm") or (str(BUILT) if BUILT.exists() else None)
 """As scripts/render finds it, which also builds one."""
 OWN = "meshagent-system"
 NEEDED = ("kube-controller-manager", "kube-scheduler", "kube-proxy")

@@ -17,6 +17,7 @@ import pytest
 from controller.documents import parse
 from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
+from tests.kubernetes.install import HELM
 from tests.kubernetes.test_manifest import MANIFEST
 from tests.kubernetes.test_source import following, until
 from tests.kubernetes.test_status import OWN
@@ -93,11 +94,10 @@ def test_each_command_that_needs_no_running_pod_does_what_it_says(plane: Control
 
 def rendered(tmp_path: Path, install: list[str]) -> str:
     """What Helm would apply; without Helm the manifest, which is the chart with its default values."""
-    helm = os.environ.get("HELM", "")
-    if not helm:
+    if not HELM:
         return str(MANIFEST)
     text = subprocess.run(
-        [helm, "template", "--kube-version", "1.36", *install[2:]], cwd=tmp_path, capture_output=True, text=True, check=True
+        [HELM, "template", "--kube-version", "1.36", *install[2:]], cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout
     path = tmp_path / "rendered.yaml"
     path.write_text(text)

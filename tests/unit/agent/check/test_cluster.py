@@ -139,3 +139,18 @@ def test_the_other_commands_do_not_pay_for_it() -> None:
     ).stdout.split()
     assert "agent.cli.check" in names
     assert not {"httpx2", "lightkube", "cryptography", "agent.check.cluster", "agent.check.machine"} & set(names)
+
+
+@pytest.mark.parametrize(
+    ("major", "minor", "severity"),
+    [("1", "30", "error"), ("1", "30+", "error"), ("1", "9", "error"), ("1", "31", "ok"), ("1", "36+", "ok"), ("2", "0", "ok")],
+)
+def test_a_cluster_that_is_too_old_is_an_error_with_its_version(tmp_path: Path, major: str, minor: str, severity: str) -> None:
+    said = {"major": major, "minor": minor, "gitVersion": f"v{major}.{minor}.4"}
+    with Api.connect(kubeconfig(tmp_path, {})) as api:
+        finding = next(cluster.Cluster(api, "meshagent-system", "0.1.0")._server(said))
+    assert (finding.severity.name.lower(), finding.check) == (severity, "api")
+    assert f"Kubernetes v{major}.{minor}.4" in finding.what
+    if severity == "error":
+        assert finding.what.endswith("is older than 1.31")
+        assert finding.next_step == "upgrade the cluster"

@@ -63,9 +63,27 @@ async def test_what_is_no_last_good_version_is_not_believed(tmp_path: Path, capl
 def test_policies_have_room_before_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
     other = Key("ExternalService", "shop", "e")
     kept = {**KEPT, other: Kept(Object(other, {**DATA, "kind": "ExternalService"}, "api-server", 0), "v")}
-    monkeypatch.setattr(lastgood, "MOST", len(lastgood._documents(KEPT)[0]["AuthorizationPolicy.json"]))
+    monkeypatch.setattr(lastgood, "MOST", 8 + len(json.dumps(lastgood._documents(KEPT)[0]["AuthorizationPolicy.json"])))
     documents, left_out = lastgood._documents(kept)
-    assert (list(documents), left_out) == (["AuthorizationPolicy.json"], ["ExternalService"])
+    assert (list(documents), left_out) == (["AuthorizationPolicy.json"], ["ExternalService shop/e"])
+
+
+@pytest.mark.parametrize("filling", ["x", '"', "\\", "<", "&", "é", "\n", "\x01"], ids=repr)
+def test_one_that_is_large_takes_nobodys_room_and_all_together_is_what_etcd_takes(filling: str) -> None:
+    kept = dict(KEPT)
+    for name, times in (("huge", 1 << 20), *((f"l{number:02}", 20_000) for number in range(97))):
+        key = Key("AuthorizationPolicy", "shop", name)
+        data = {**DATA, "metadata": {"name": name, "namespace": "shop", "annotations": {"a": filling * times}}}
+        kept[key] = Kept(Object(key, data, "api-server", 0), "u")
+    documents, left_out = lastgood._documents(kept)
+    names = {row["object"]["metadata"]["name"] for row in json.loads(documents["AuthorizationPolicy.json"])}
+    assert "p" in names
+    assert "AuthorizationPolicy shop/huge" in left_out
+    assert len(names) + len(left_out) == len(kept)
+    stored = json.dumps(documents, ensure_ascii=False)  # as Go writes JSON, with < > & as six bytes each
+    size = len(stored.encode()) + 5 * sum(map(stored.count, "<>&"))
+    assert size <= lastgood.MOST + 64
+    assert size > lastgood.MOST / 2, "there was room"
 
 
 async def test_what_cannot_be_written_is_a_problem_until_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

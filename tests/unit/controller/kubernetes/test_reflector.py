@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tests.unit.controller.kubernetes.apiserver import Scripted, Watch, listed, 
 
 pytestmark = pytest.mark.anyio
 PATH = "/api/v1/namespaces"
+FIRST, LONGEST = reflector.FIRST_BACKOFF_S, reflector.MAX_BACKOFF_S
 KIND = next(kind for kind in followed() if kind.kind == "Namespace")
 
 
@@ -252,6 +254,37 @@ async def test_a_watch_that_is_closed_at_once_again_and_again_does_not_spin(tmp_
         closing.cancel()
         assert 2 <= len(server.asked) <= 24
         assert found.lists == 1
+
+
+async def test_pauses_after_failures_grow_to_the_longest_and_are_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reflector, "FIRST_BACKOFF_S", FIRST)
+    monkeypatch.setattr(reflector, "MAX_BACKOFF_S", LONGEST)
+    tries, clients = 11, 7
+    pauses: list[list[float]] = []
+
+    async def follow() -> None:
+        mine: list[float] = []
+        enough = asyncio.Event()
+
+        async def sleep(seconds: float) -> None:
+            mine.append(seconds)
+            if len(mine) == tries:
+                enough.set()
+                await asyncio.Event().wait()
+
+        monkeypatch.setattr(reflector, "asyncio", SimpleNamespace(sleep=sleep))
+        async with following(tmp_path, 500):
+            await asyncio.wait_for(enough.wait(), 10)
+        pauses.append(mine)
+
+    for _ in range(clients):
+        await follow()
+    longest = [min(LONGEST, FIRST * 2**number) for number in range(tries)]
+    assert (longest[0], longest[5], longest[6], longest[-1]) == (0.8, 25.6, 30.0, 30.0)
+    for mine in pauses:
+        assert all(most / 2 <= pause <= most for pause, most in zip(mine, longest, strict=True)), mine
+    for one in zip(*pauses, strict=True):
+        assert len(set(one)) == clients, "controllers that lost one API server come back together"
 
 
 POLICIES = next(kind for kind in followed() if kind.kind == "AuthorizationPolicy")
