@@ -25,6 +25,8 @@ from meshapi import discovery_pb2 as pb
 _log = logging.getLogger(__name__)
 
 FILE: Final = "wireguard.json"
+SINCE: Final = "wireguard-since.json"
+"""Beside it, for nodes that were let in again: an earlier release, which may run at the same time, writes nothing but keys to the former."""
 KEY_BYTES: Final = 32  # Curve25519 (RFC 7748, 5)
 LOOK_S: Final = 5.0
 """How often it is looked whether a node was revoked."""
@@ -79,14 +81,14 @@ class NodeKeys:
 
     def start(self) -> None:
         """Read what was kept. Blocking. Raises ControllerError: an empty list would take WireGuard from connections that run on it."""
-        self._keys = self._parsed(self._store.read(FILE))
+        self._keys = self._parsed(self._store.read)
         self.forget_barred()
 
     def read(self) -> bool:
         """Read what other controllers were told; True if it is news. Blocking."""
         with self._lock:
             try:
-                keys = self._parsed(self._store.read(FILE))
+                keys = self._parsed(self._store.read)
             except ControllerError as error:
                 _log.error("WireGuard keys of nodes cannot be read, those that are known stay", extra={"error": str(error)})
                 return False
@@ -98,9 +100,10 @@ class NodeKeys:
         self._foreign = True
         self._changed.set()
 
-    def _parsed(self, content: bytes | None) -> dict[str, Said]:
+    def _parsed(self, read: Callable[[str], bytes | None]) -> dict[str, Said]:
+        content = read(FILE)
         try:
-            return {} if content is None else _parse(content)
+            return {} if content is None else _parse(content, _since(read(SINCE)))
         except ValueError as error:
             raise ControllerError(
                 f"{self._store.where(FILE)} cannot be used: {error}. Restore it from a backup; without it connections between nodes go on unencrypted "
@@ -157,10 +160,12 @@ class NodeKeys:
         """Make the keys into others, durably. Raises ControllerError, and whatever `work` does."""
 
         def written(documents: Documents) -> dict[str, Said]:
-            keys = work(self._parsed(documents.read(FILE)))
+            keys = work(self._parsed(documents.read))
             nodes = {name: base64.b64encode(said.content).decode() for name, said in sorted(keys.items())}
-            since = {name: said.since for name, said in sorted(keys.items()) if said.since}
-            documents.write(FILE, json.dumps({"nodes": nodes, **({"since": since} if since else {})}, indent=1) + "\n")
+            since = {name: {"key": nodes[name], "since": said.since} for name, said in sorted(keys.items()) if said.since}
+            documents.write(FILE, json.dumps({"nodes": nodes}, indent=1) + "\n")
+            if since or documents.read(SINCE) is not None:
+                documents.write(SINCE, json.dumps({"nodes": since}, indent=1) + "\n")
             return keys
 
         with self._lock:
@@ -270,12 +275,28 @@ def _usual(text: str) -> str:
         return text
 
 
-def _parse(content: bytes) -> dict[str, Said]:
+def _since(content: bytes | None) -> dict[tuple[str, str], int]:
+    """Return, by node and encoded key, since when it was barred when it announced that. What is damaged is nothing: then keys are forgotten too soon."""
+    try:
+        nodes = {} if content is None else json.loads(content)["nodes"]
+        return {(str(name), str(item["key"])): int(item["since"]) for name, item in nodes.items()}
+    except (ValueError, OverflowError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        _log.error(
+            f"{SINCE} is cut off or overwritten: keys of nodes that were revoked are forgotten until these announce them again",
+            extra={"error": repr(error)},
+        )
+        return {}
+
+
+def _parse(content: bytes, since: Mapping[tuple[str, str], int]) -> dict[str, Said]:
     try:
         document: Any = json.loads(content)
-        nodes, since = document["nodes"], document.get("since", {})
-        found = {str(name): Said(base64.b64decode(text, validate=True), int(since.get(name, 0))) for name, text in nodes.items()}
-    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        nodes, earlier = document["nodes"], document.get("since", {})  # which stood here before it had a file of its own
+        found = {
+            str(name): Said(base64.b64decode(text, validate=True), since.get((name, text), int(earlier.get(name, 0))))
+            for name, text in nodes.items()
+        }
+    except (ValueError, OverflowError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise ValueError("it is cut off or overwritten") from error
     for name, kept in found.items():
         try:

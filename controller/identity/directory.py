@@ -10,7 +10,7 @@
     status.json     what a rotation waits for; written for `ca show` only
     knew.json       what was known of revocations when they were issued, by serial number; where several controllers share a state, beside each issued.jsonl
     withdrawn.json  after which `ca rotate --now` the JWT keys were made, where several controllers share a state; public
-    wireguard.json  WireGuard public keys of nodes (controller.wireguard); public
+    wireguard.json  WireGuard public keys of nodes (controller.wireguard); public. wireguard-since.json: of those, what nodes announced after a revocation
 
 Controllers that share an API server have authority.json and status.json here, and everything else there (`controller.store`).
 Each file is replaced as a whole (or, issued.jsonl, appended to), so that a crash leaves the old version or the new one. The commands and a running

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
 import json
 import time
@@ -118,6 +119,57 @@ def test_a_key_that_a_revoked_node_announces_before_it_is_shut_out_goes_and_the_
     assert not current.forget_barred()
     assert not keys(tmp_path, {"n1": 1000}).forget_barred()
     assert known(current, "n1") == {"n1": ONE}
+
+
+def test_a_key_that_a_node_announced_after_a_revocation_stays_when_an_earlier_release_writes_keys_and_one_that_is_announced_there_goes(
+    tmp_path: Path,
+) -> None:
+    barred = {"n1": 1000}
+    asyncio.run(keys(tmp_path, barred).announce("n1", end()))
+
+    def earlier(name: str, said: pb.WireGuard) -> None:
+        """As the release does that knows of nothing but keys."""
+        document = json.loads((tmp_path / FILE).read_text())
+        assert document.keys() == {"nodes"}
+        document["nodes"][name] = base64.b64encode(said.SerializeToString(deterministic=True)).decode()
+        (tmp_path / FILE).write_text(json.dumps({"nodes": document["nodes"]}))
+
+    earlier("n2", end(TWO))
+    found = keys(tmp_path, barred)
+    assert known(found, "n1", "n2") == {"n1": ONE, "n2": TWO}
+    asyncio.run(found.announce("n3", end(THREE)))
+    assert known(keys(tmp_path, barred), "n1", "n2", "n3") == {"n1": ONE, "n2": TWO, "n3": THREE}
+    earlier("n1", end(bytes([4]) * 32))  # it may not know of the revocation
+    assert known(keys(tmp_path, barred), "n1") == {"n1": b""}
+    assert json.loads((tmp_path / wireguard.SINCE).read_text()) == {"nodes": {}}
+
+
+def test_since_when_a_node_was_barred_is_read_where_it_stood_before(tmp_path: Path) -> None:
+    content = {"nodes": {"n1": base64.b64encode(end().SerializeToString(deterministic=True)).decode()}, "since": {"n1": 1000}}
+    Directory(tmp_path).write(FILE, json.dumps(content))
+    assert known(keys(tmp_path, {"n1": 1000}), "n1") == {"n1": ONE}
+    assert known(keys(tmp_path, {"n1": 1001}), "n1") == {"n1": b""}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"nodes": []}',
+        '{"nodes": {"n1": 1000}}',
+        '{"nodes": {"n1": {"key": "", "since": Infinity}}}',
+        '{"nodes": {"n1": {"key": "", "since": "x"}}}',
+    ],
+)
+def test_damage_to_what_says_since_when_nodes_were_barred_lets_no_key_of_a_revoked_node_stay_and_no_other_go(
+    tmp_path: Path, content: str
+) -> None:
+    found = keys(tmp_path, {"n1": 1000})
+    asyncio.run(found.announce("n1", end()))
+    asyncio.run(found.announce("n2", end(TWO)))
+    Directory(tmp_path).write(wireguard.SINCE, content)
+    assert known(keys(tmp_path, {"n1": 1000}), "n1", "n2") == {"n1": b"", "n2": TWO}
 
 
 def test_a_key_of_a_node_that_has_left_goes_where_it_is_shared_and_stays_where_it_is_not(
