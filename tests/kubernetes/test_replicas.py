@@ -287,7 +287,7 @@ async def test_a_controller_that_cannot_read_any_more_what_others_change_ends(
             running = asyncio.create_task(controller.run(asyncio.Event()))
             assert controller._shared is not None
 
-            def broken(*_: object) -> None:
+            def broken(*_: object, **__: object) -> None:
                 raise RuntimeError("boom")
 
             monkeypatch.setattr(controller._shared._reflector, "_take", broken)
