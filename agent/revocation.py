@@ -233,7 +233,8 @@ class Revocation:
                 await asyncio.to_thread(self.close_forbidden, self._where)
                 settled = True
             else:
-                self._where = set()
+                if not self._wanted.is_set():  # else something changed during the last look
+                    self._where = set()
 
     def close_forbidden(self, where: set[int] | None = None) -> int:
         """Look once at every connection, or at those in the namespaces `where`; returns how many were closed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -328,6 +329,38 @@ def test_a_pod_that_comes_while_everything_is_being_looked_at_does_not_end_that(
         return looks
 
     assert asyncio.run(run()).seen == [None, None, None, {3}]
+
+
+def test_a_change_that_comes_during_the_last_look_is_looked_at_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(revocation_module, "PAUSE_S", 0.01)
+    monkeypatch.setattr(revocation_module, "SETTLE_S", 0.01)
+
+    class Slow(Looks):
+        """Its second look takes until it is let go on."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.looking, self.go_on = threading.Event(), threading.Event()
+
+        def close_forbidden(self, where: set[int] | None = None) -> int:
+            super().close_forbidden(where)
+            if len(self.seen) == 2:
+                self.looking.set()
+                assert self.go_on.wait(5)
+            return 0
+
+    async def run() -> Slow:
+        looks = Slow()
+        running = asyncio.create_task(looks.run())
+        looks.changed(rules(FRIEND))
+        assert await asyncio.to_thread(looks.looking.wait, 5)
+        looks.changed(rules(FRIEND, snapshot=after(Delta("1", policies=frozenset({"d/p"})))))
+        looks.go_on.set()
+        await asyncio.sleep(0.3)
+        running.cancel()
+        return looks
+
+    assert asyncio.run(run()).seen == [None] * 4
 
 
 def test_connections_are_looked_at_when_an_agent_starts() -> None:
