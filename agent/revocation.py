@@ -201,6 +201,8 @@ class Revocation:
             return
         begun = rules.enforce_inbound - readers
         everywhere = affects(known, rules.snapshot, _bound(before, rules) if before else {})
+        if before is not None and _places(before) - _places(rules):  # who was there is a stranger now, and may live on
+            everywhere = everywhere or _may_forbid(rules)
         # Whoever begins to read requests says nothing about what others receive.
         reading = {local.netns_cookie for local in rules.enrolled.local if local.workload.name in begun}
         if everywhere or begun:
@@ -320,6 +322,15 @@ def _cookies(rules: Rules) -> set[int]:
     return {local.netns_cookie for local in rules.enrolled.local}
 
 
+def _places(rules: Rules) -> set[tuple[int, str]]:
+    return {(local.netns_cookie, local.workload.name) for local in rules.enrolled.local}
+
+
+def _may_forbid(rules: Rules) -> bool:
+    """False if nothing that is in force can forbid a connection: no policy, and no workload here that takes no plaintext."""
+    return bool(rules.snapshot.policies) or any(_protected(local.workload) for local in rules.enrolled.local)
+
+
 def _inode(path: Path) -> int:
     try:
         return path.stat().st_ino
@@ -344,6 +355,7 @@ def affects(before: Snapshot | None, after: Snapshot, bound: Mapping[str, tuple[
 
     `bound`: by name, those that had a namespace of this node and still have, as the node knew and knows them: a pod has the addresses of its namespace before
     the kubelet reports them. One that is new and has no address has no connection but those in its own namespace, which is looked at when it is bound.
+    A pod that went away takes its connections with it; a machine or a process lives on, and is a stranger then.
     """
     if before is None:
         return True
@@ -352,20 +364,23 @@ def affects(before: Snapshot | None, after: Snapshot, bound: Mapping[str, tuple[
     delta = after.delta
     if delta is None or delta.base != before.version or delta.policies:
         return True
-    changed = []
-    for name in delta.workloads & after.workloads.keys():
-        was, now = bound.get(name) or (before.workloads.get(name), after.workloads[name])
-        if (was is not None or now.addresses) and _standing(was) != _standing(now):
+    changed, gone = [], False
+    for name in delta.workloads:
+        now = after.workloads.get(name)
+        was, now = bound.get(name) or (before.workloads.get(name), now)
+        if now is None:
+            gone = gone or (was is not None and not was.pod_uid)
+        elif (was is not None or now.addresses) and _standing(was) != _standing(now):
             changed.append(now)
-    return bool(changed) and (bool(after.policies) or any(w.policies or _strict(w) for w in changed))
+    return bool(after.policies and (changed or gone)) or any(_protected(workload) for workload in changed)
 
 
-def _strict(workload: Workload) -> bool:
-    return Mtls.STRICT in {workload.mtls, *(mode for _, mode in workload.mtls_ports)}
+def _protected(workload: Workload) -> bool:
+    return bool(workload.policies) or Mtls.STRICT in {workload.mtls, *(mode for _, mode in workload.mtls_ports)}
 
 
 def _standing(workload: Workload | None) -> object:
-    """What policies ask about a workload. One that went away takes its connections with it."""
+    """What policies ask about a workload."""
     if workload is None:
         return None
     return (

@@ -35,7 +35,8 @@ def workload(name: str, address: str, *, policies: tuple[str, ...] = (), node: s
 FRIEND, FOE = workload("friend", "10.0.0.1"), workload("foe", "10.0.0.2")
 SERVER, REQUESTS = workload("server", "10.0.0.3", policies=("d/p",)), workload("requests", "10.0.0.4", policies=("d/l7",))
 FAR, PLAIN = workload("far", "10.0.1.1", node="there"), workload("plain", "10.0.1.2", node="there", enrolled=False)
-ALL = (FRIEND, FOE, SERVER, REQUESTS, FAR, PLAIN)
+POD = replace(workload("pod-of-a-deployment", "10.0.1.3", node="there"), pod_uid="u")
+ALL = (FRIEND, FOE, SERVER, REQUESTS, FAR, PLAIN, POD)
 APPLICATION, WAYPOINT = 7, 8
 """Cgroups."""
 WATCHED = workload("watched", "10.0.0.5", policies=("d/audit",))
@@ -197,6 +198,11 @@ def after(delta: Delta | None, *changed: Workload, policies: tuple[Policy, ...] 
     return Snapshot("2", workloads, policies={p.name: p for p in policies}, delta=delta)
 
 
+def without(gone: Workload, policies: tuple[Policy, ...] = (POLICY, L7)) -> Snapshot:
+    found = after(Delta("1", workloads=frozenset({gone.name})), policies=policies)
+    return replace(found, workloads={name: w for name, w in found.workloads.items() if name != gone.name})
+
+
 def test_the_end_of_a_tunnel_is_left_to_the_waypoint(tmp_path: Path) -> None:
     node = Node(tmp_path)
     assert node.rule(SERVER, "10.0.1.1", 15008, source="d/far", direction=Direction.INBOUND) == ""
@@ -226,7 +232,9 @@ def test_strict_forbids_plaintext_from_outside_the_node_alone(tmp_path: Path) ->
         pytest.param(
             after(Delta("1", workloads=frozenset({"d/new"})), workload("new", "10.0.0.9"), policies=()), False, id="without-policies"
         ),
-        pytest.param(after(Delta("1", workloads=frozenset({"d/gone"}))), False, id="workload-that-went"),
+        pytest.param(without(FOE), True, id="machine-or-process-that-went"),
+        pytest.param(without(FOE, policies=()), False, id="machine-that-went-without-policies"),
+        pytest.param(without(POD), False, id="pod-that-went"),
         pytest.param(after(None), True, id="not-known-what-changed"),
         pytest.param(after(Delta("0")), True, id="changed-since-another-version"),
         pytest.param(SNAPSHOT, False, id="the-same"),
@@ -277,6 +285,9 @@ def rules(*local: Workload, snapshot: Snapshot = SNAPSHOT, reading: frozenset[st
             [rules(FRIEND, FOE), rules(FRIEND, FOE, snapshot=after(Delta("1", policies=frozenset({"d/p"}))))], None, id="a-policy"
         ),
         pytest.param([rules(FRIEND)], "nowhere", id="nothing"),
+        pytest.param([rules()], None, id="a-namespace-that-is-bound-no-more"),
+        pytest.param([Rules(SNAPSHOT, Enrolled((LocalWorkload(FRIEND, 9, ""),)))], None, id="another-namespace"),
+        pytest.param([Rules(SNAPSHOT, Enrolled((LocalWorkload(FOE, 1, ""),)))], None, id="another-workload-in-the-namespace"),
     ],
 )
 def test_what_cannot_have_changed_is_not_looked_at(monkeypatch: pytest.MonkeyPatch, then: list[Rules], where: object) -> None:
@@ -297,6 +308,22 @@ def test_what_cannot_have_changed_is_not_looked_at(monkeypatch: pytest.MonkeyPat
         return looks
 
     assert asyncio.run(run()).seen[2:] == ([] if where == "nowhere" else [where, where])
+
+
+@pytest.mark.parametrize(
+    ("mtls", "where"), [pytest.param(Mtls.STRICT, None, id="strict"), pytest.param(Mtls.PERMISSIVE, set(), id="plaintext-is-taken")]
+)
+def test_a_caller_that_leaves_the_mesh_is_looked_for_where_plaintext_is_not_taken(mtls: Mtls, where: set[int] | None) -> None:
+    """Without a policy, too."""
+    server = replace(FRIEND, mtls=mtls)
+    before = Snapshot("1", {server.name: server, FOE.name: FOE})
+    left = Snapshot("2", {**before.workloads, FOE.name: replace(FOE, enrolled=False)}, delta=Delta("1", workloads=frozenset({FOE.name})))
+    at, caller = LocalWorkload(server, 1, ""), LocalWorkload(FOE, 2, "")
+    looks = Looks()
+    looks.changed(Rules(before, Enrolled((at, caller))))
+    looks._where = set()
+    looks.changed(Rules(left, Enrolled((at,))))
+    assert looks._where == where
 
 
 def test_what_envoy_may_have_done_before_it_took_a_change_is_looked_at_where_that_was() -> None:
