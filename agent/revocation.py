@@ -37,6 +37,8 @@ SETTLE_S = 3.0
 """How long after the first look a second one follows: a handshake that was under way was decided by the old policy and had no connection yet."""
 PAUSE_S = 0.5
 """Between two looks, however quickly changes follow: a look takes about 10 us a connection."""
+LOOK_S = 300.0
+"""How often everything is looked at in any case: bounds what no change led to."""
 LET_GO_S = 10.0
 """What a waypoint has to let go of connections in its pools: requests that are under way then fail."""
 EPHEMERAL = 32768
@@ -186,6 +188,8 @@ class Revocation:
         """Namespaces whose connections are to be looked at, by cookie; None: all."""
         self._untaken: set[int] | None = set()
         """The same of changes that Envoy has not taken yet: until then it may make connections that they forbid."""
+        self._all_at = time.monotonic() + LOOK_S
+        """When everything is looked at next, whatever changes (time.monotonic)."""
         self.closed = 0
         """Connections closed since the agent started."""
         self.problem = ""
@@ -221,9 +225,11 @@ class Revocation:
             self._look(where)
 
     async def run(self) -> None:
-        """Close what is forbidden after each change."""
+        """Close what is forbidden after each change, and now and then."""
+        if self._config.keep_connections:
+            await asyncio.Event().wait()  # for ever: nothing is to be closed
         while True:
-            await self._wanted.wait()
+            await self._due()
             self._wanted.clear()
             await asyncio.to_thread(self.close_forbidden, self._where)
             settled = False
@@ -237,6 +243,15 @@ class Revocation:
             else:
                 if not self._wanted.is_set():  # else something changed during the last look
                     self._where = set()
+
+    async def _due(self) -> None:
+        """Return after a change, or when it is time to look at everything."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await within(self._wanted.wait(), max(self._all_at - time.monotonic(), 0))
+        if time.monotonic() >= self._all_at:
+            self._all_at = time.monotonic() + LOOK_S
+            if self._rules is not None and _may_forbid(self._rules):
+                self._look(None)
 
     def close_forbidden(self, where: set[int] | None = None) -> int:
         """Look once at every connection, or at those in the namespaces `where`; returns how many were closed."""

@@ -6,6 +6,7 @@ import asyncio
 import socket
 import struct
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,6 +265,7 @@ class Looks(Revocation):
         self._wanted = asyncio.Event()
         self._rules, self._pooled, self._fresh = None, {}, set()
         self._where, self._untaken = set(), set()
+        self._all_at = time.monotonic() + revocation_module.LOOK_S
         self.seen: list[set[int] | None] = []
 
     def close_forbidden(self, where: set[int] | None = None) -> int:
@@ -388,6 +390,40 @@ def test_a_change_that_comes_during_the_last_look_is_looked_at_everywhere(monkey
         return looks
 
     assert asyncio.run(run()).seen == [None] * 4
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("policies", [(POLICY, L7), ()])
+def test_everything_is_looked_at_now_and_then_if_something_may_be_forbidden(
+    monkeypatch: pytest.MonkeyPatch, policies: tuple[Policy, ...], *, keep: bool
+) -> None:
+    """Also while other changes come all the time."""
+    monkeypatch.setattr(revocation_module, "PAUSE_S", 0.01)
+    monkeypatch.setattr(revocation_module, "SETTLE_S", 0.05)
+    monkeypatch.setattr(revocation_module, "LOOK_S", 0.5)
+
+    async def run() -> Looks:
+        looks = Looks()
+        looks._config = replace(looks._config, keep_connections=keep)
+        running = asyncio.create_task(looks.run())
+        looks.changed(
+            Rules(Snapshot("1", {PLAIN.name: PLAIN}, policies={p.name: p for p in policies}), Enrolled((LocalWorkload(PLAIN, 1, ""),)))
+        )
+        for _ in range(499):  # when an agent starts
+            if looks._where == set():
+                break
+            await asyncio.sleep(0.01)
+        looks.seen.clear()
+        for _ in range(23):
+            if not keep:
+                looks._look({1})
+            await asyncio.sleep(0.03)
+        running.cancel()
+        return looks
+
+    later = asyncio.run(run()).seen
+    assert (None in later) is (bool(policies) and not keep)
+    assert ({1} in later) is not keep
 
 
 def test_connections_are_looked_at_when_an_agent_starts() -> None:
