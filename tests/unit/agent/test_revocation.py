@@ -23,6 +23,7 @@ from agent.enrolment import Enrolled
 from agent.errors import KernelRefused
 from agent.ids import Ids
 from agent.model import Action, Delta, LocalWorkload, Mtls, Operation, Policy, PolicyRule, Snapshot, Source, Workload
+from agent.patience import Backoff
 from agent.revocation import Forbidden, Judge, Revocation, Rules, affects
 
 POLICY = Policy("d/p", Action.ALLOW, (PolicyRule((Source(service_accounts=("d/friend",)),), (Operation(ports=(80,)),)),))
@@ -263,14 +264,167 @@ class Looks(Revocation):
     def __init__(self) -> None:
         self._config = Config("here", "unix:x")
         self._wanted = asyncio.Event()
-        self._rules, self._pooled, self._fresh = None, {}, set()
+        self._rules, self._pooled, self._fresh = None, {}, {}
         self._where, self._untaken = set(), set()
+        self._failed, self._again = {}, Backoff(revocation_module.AGAIN_S, revocation_module.LATER_S)
         self._all_at = time.monotonic() + revocation_module.LOOK_S
         self.seen: list[set[int] | None] = []
 
     def close_forbidden(self, where: set[int] | None = None) -> int:
         self.seen.append(where)
         return 0
+
+
+class Failing(Looks):
+    """Looks, but at namespaces that are played: no kernel that runs here refuses on demand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ids = cast("Ids", None)
+        self.closed = 0
+        self.refuse: dict[str, Exception] = {}
+        """By the path of the namespace."""
+        self.older: dict[str, list[tuple[LiveSocket, bool]]] = {}
+        self.looked: list[str] = []
+        self._sockets = cast(
+            "Sockets", SimpleNamespace(dump=self.dump, older=lambda path, _: self.older.get(str(path), []), destroyer=self.destroyer)
+        )
+
+    def close_forbidden(self, where: set[int] | None = None) -> int:
+        self.seen.append(where)
+        return Revocation.close_forbidden(self, where)
+
+    def dump(self, namespace: Path) -> list[LiveSocket]:
+        self.looked.append(str(namespace))
+        if error := self.refuse.get(str(namespace)):
+            raise error
+        return []
+
+    def destroyer(self, namespace: Path) -> Any:
+        """Closes what it is asked to, if it may be looked at."""
+        if error := self.refuse.get(f"close {namespace}"):
+            raise error
+
+        def destroy(found: LiveSocket) -> bool:
+            self.older[str(namespace)] = [one for one in self.older[str(namespace)] if one[0] is not found]
+            return True
+
+        return SimpleNamespace(destroy=destroy, close=lambda: None)
+
+    def _who(self, _: bytes) -> str:
+        return ""
+
+
+def mounted(*local: tuple[Workload, int, str], snapshot: Snapshot = SNAPSHOT) -> Rules:
+    return Rules(snapshot, Enrolled(tuple(LocalWorkload(*one) for one in local)))
+
+
+NAMESPACE = "/proc/self/ns/net"
+"""One that is there."""
+OTHER = "/proc/thread-self/ns/net"
+
+
+def test_a_look_that_failed_is_a_problem_until_one_there_has_worked(caplog: pytest.LogCaptureFixture) -> None:
+    looks = Failing()
+    looks.refuse[NAMESPACE] = KernelRefused("not here")
+    looks.changed(mounted((FRIEND, 1, NAMESPACE), (FOE, 2, OTHER)))
+    looks.close_forbidden(None)
+    assert looks.problem.startswith("living connections that a policy forbids may go on at d/friend: not here: ")
+    looks.looked.clear()
+    looks.close_forbidden({2})
+    assert looks.looked == [NAMESPACE, OTHER], "a narrow look goes there again"
+    assert "d/friend" in looks.problem
+    assert len([r for r in caplog.records if "may go on" in r.message]) == 1, "said once"
+    looks.refuse.clear()
+    looks.close_forbidden(set())
+    assert looks.problem == ""
+    looks.looked.clear()
+    looks.close_forbidden(set())
+    assert looks.looked == []
+
+
+def test_a_look_that_failed_is_no_problem_without_its_namespace_or_a_policy() -> None:
+    for then in (
+        mounted((FOE, 2, OTHER)),
+        mounted((FRIEND, 1, NAMESPACE), snapshot=Snapshot("2", {FRIEND.name: replace(FRIEND, policies=())})),
+    ):
+        looks = Failing()
+        looks.refuse[NAMESPACE] = KernelRefused("not here")
+        looks.changed(mounted((FRIEND, 1, NAMESPACE), (FOE, 2, OTHER)))
+        looks.close_forbidden(None)
+        assert looks.problem
+        looks.changed(then)
+        assert looks.problem == ""
+
+
+def test_a_namespace_that_cannot_be_joined_is_a_problem_unless_it_is_going_away(tmp_path: Path) -> None:
+    looks = Failing()
+    going = str(tmp_path / "2")
+    looks.refuse = {NAMESPACE: OSError(24, "too many open files"), going: FileNotFoundError(2, "no such file")}
+    looks.changed(mounted((FRIEND, 1, NAMESPACE), (FOE, 2, going)))
+    looks.close_forbidden(None)
+    assert "d/friend: [Errno 24] too many open files" in looks.problem
+    assert "d/foe" not in looks.problem, "the agent has let go of it"
+    looks.close_forbidden(set())
+    assert "d/foe, d/friend" in looks.problem, "the agent has not: somebody else has unmounted it"
+
+
+def test_where_a_look_failed_one_follows_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PAUSE_S", 0.01), ("SETTLE_S", 0.01), ("AGAIN_S", 0.05), ("LATER_S", 0.1)):
+        monkeypatch.setattr(revocation_module, name, value)
+
+    async def run() -> Failing:
+        looks = Failing()
+        looks.refuse[NAMESPACE] = KernelRefused("not yet")
+        running = asyncio.create_task(looks.run())
+        looks.changed(mounted((FRIEND, 1, NAMESPACE), (FOE, 2, OTHER)))
+        await asyncio.sleep(0.5)
+        assert looks.problem
+        assert looks.looked.count(OTHER) == 2, "only where it failed"
+        looks.refuse.clear()
+        await asyncio.sleep(0.5)
+        running.cancel()
+        return looks
+
+    looks = asyncio.run(run())
+    assert looks.looked.count(NAMESPACE) > 3
+    assert looks.problem == ""
+
+
+def old(remote: str) -> tuple[LiveSocket, bool]:
+    """A connection that came in before its namespace was in the mesh."""
+    ident = struct.pack("!HH", 80, 50000) + socket.inet_aton("10.0.0.3").ljust(16, b"\0") + socket.inet_aton(remote).ljust(16, b"\0")
+    return LiveSocket(socket.AF_INET, 1, ident.ljust(48, b"\0"), 0, 0, 0, 0, Record(*(0,) * len(Record._fields))), True
+
+
+def test_what_is_older_than_the_mesh_is_closed_when_a_later_policy_forbids_it() -> None:
+    """An answer to a call that nobody has recorded: allowed when the pod is enrolled, forbidden later, and not closed at the first attempt."""
+    looks = Failing()
+    looks.older[NAMESPACE] = [old("192.0.2.1"), old("127.0.0.1")]
+    free = Snapshot("1", {SERVER.name: replace(SERVER, policies=())})
+    looks.changed(mounted((free.workloads[SERVER.name], 1, NAMESPACE), snapshot=free))
+    assert looks.close_forbidden(None) == 0
+    looks.changed(mounted((SERVER, 1, NAMESPACE)))
+    looks.refuse[f"close {NAMESPACE}"] = KernelRefused("not now")
+    assert looks.close_forbidden(None) == 0
+    assert looks.problem
+    looks.refuse.clear()
+    assert looks.close_forbidden(set()) == 1
+    assert looks.problem == ""
+
+
+def test_what_is_older_than_the_mesh_is_not_looked_for_where_there_is_none_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But once more after a handshake that was under way has had its time."""
+    looks = Failing()
+    looks.older[NAMESPACE] = [old("127.0.0.1")]
+    looks.changed(mounted((SERVER, 1, NAMESPACE)))
+    looks.close_forbidden(None)
+    looks.older[NAMESPACE].append(old("192.0.2.1"))
+    assert looks.close_forbidden(None) == 1
+    monkeypatch.setattr(revocation_module, "SETTLE_S", -1.0)
+    looks.close_forbidden(None)
+    looks.older[NAMESPACE].append(old("192.0.2.1"))
+    assert looks.close_forbidden(None) == 0
 
 
 def rules(*local: Workload, snapshot: Snapshot = SNAPSHOT, reading: frozenset[str] = frozenset()) -> Rules:
