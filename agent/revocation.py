@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from agent import addresses
+from agent import addresses, netns
 from agent.bpf.datapath import DataPath
 from agent.bpf.manifest import Direction, Redirect
 from agent.bpf.manifest import Verdict as Row
@@ -28,7 +28,7 @@ from agent.errors import KernelRefused
 from agent.ids import Ids
 from agent.l7 import rbac
 from agent.model import Action, LocalWorkload, Mtls, Snapshot, Workload
-from agent.patience import within
+from agent.patience import Backoff, within
 from agent.policy import Caller, Decision, Verdict, decide, protecting
 
 _log = logging.getLogger(__name__)
@@ -37,6 +37,10 @@ SETTLE_S = 3.0
 """How long after the first look a second one follows: a handshake that was under way was decided by the old policy and had no connection yet."""
 PAUSE_S = 0.5
 """Between two looks, however quickly changes follow: a look takes about 10 us a connection."""
+LOOK_S = 300.0
+"""How often everything is looked at in any case: bounds what no change led to."""
+AGAIN_S, LATER_S = 4.0, 60.0
+"""How long after a look that failed in a namespace one follows there, at first and at most."""
 LET_GO_S = 10.0
 """What a waypoint has to let go of connections in its pools: requests that are under way then fail."""
 EPHEMERAL = 32768
@@ -119,7 +123,7 @@ class Judge:
         """The same for one that began before its workload was in the mesh: nobody has vouched for who it is from but the network."""
         here, there = found.ends
         read = pooled = False
-        if ipaddress.ip_address(addresses.text(there[0])).is_loopback:
+        if _loopback(found):
             return None
         other = self._snapshot.workloads.get(self._who(there[0]))
         name = other.name if other is not None else addresses.text(there[0])
@@ -180,27 +184,47 @@ class Revocation:
         self._rules: Rules | None = None
         self._pooled: dict[int, float] = {}
         """Connections that a waypoint may have in a pool, by the socket's cookie: when they were first found (time.monotonic)."""
-        self._fresh: set[int] = set()
-        """Namespaces in which nobody has looked yet for connections that are older than their workload's place in the mesh."""
+        self._fresh: dict[int, float] = {}
+        """Namespaces that may have connections older than their workload's place in the mesh, by cookie: since when they are there (time.monotonic)."""
         self._where: set[int] | None = set()
         """Namespaces whose connections are to be looked at, by cookie; None: all."""
         self._untaken: set[int] | None = set()
         """The same of changes that Envoy has not taken yet: until then it may make connections that they forbid."""
+        self._all_at = time.monotonic() + LOOK_S
+        """When everything is looked at next, whatever changes (time.monotonic)."""
         self.closed = 0
         """Connections closed since the agent started."""
-        self.problem = ""
+        self._failed: dict[int, str] = {}
+        """Namespaces in which the last look failed, by cookie, and why; "" while the namespace seems to be going away."""
+        self._again = Backoff(AGAIN_S, LATER_S)
+
+    @property
+    def problem(self) -> str:
         """Why connections that are forbidden may go on, for people; "" if they do not."""
+        rules, failed = self._rules, self._failed
+        if rules is None or not failed or not _may_forbid(rules):
+            return ""
+        names = {local.workload.name: reason for local in rules.enrolled.local if (reason := failed.get(local.netns_cookie))}
+        if not names:
+            return ""
+        named, more = sorted(names)[:_NAMED], max(len(names) - _NAMED, 0)
+        whose = ", ".join(named) + (f" and {more} more" if more else "")
+        why = "; ".join(sorted(set(names.values())))
+        return f"living connections that a policy forbids may go on at {whose}: {why}: the agent tries again; if it goes on failing, restart their pods"
 
     def changed(self, rules: Rules) -> None:
         """Say what is in force in the kernel now. Cheap: connections are looked at only if this may forbid one."""
         before, self._rules = self._rules, rules
         known, readers = (before.snapshot, before.enforce_inbound) if before else (None, frozenset[str]())
         fresh = _cookies(rules) - (_cookies(before) if before else set())
-        self._fresh = (self._fresh | fresh) & _cookies(rules)
+        now = time.monotonic()
+        self._fresh = {c: self._fresh.get(c, now) for c in _cookies(rules) if c in fresh or c in self._fresh}
         if self._config.keep_connections:
             return
         begun = rules.enforce_inbound - readers
         everywhere = affects(known, rules.snapshot, _bound(before, rules) if before else {})
+        if before is not None and _places(before) - _places(rules):  # who was there is a stranger now, and may live on
+            everywhere = everywhere or _may_forbid(rules)
         # Whoever begins to read requests says nothing about what others receive.
         reading = {local.netns_cookie for local in rules.enrolled.local if local.workload.name in begun}
         if everywhere or begun:
@@ -219,9 +243,11 @@ class Revocation:
             self._look(where)
 
     async def run(self) -> None:
-        """Close what is forbidden after each change."""
+        """Close what is forbidden after each change, and now and then."""
+        if self._config.keep_connections:
+            await asyncio.Event().wait()  # for ever: nothing is to be closed
         while True:
-            await self._wanted.wait()
+            await self._due()
             self._wanted.clear()
             await asyncio.to_thread(self.close_forbidden, self._where)
             settled = False
@@ -233,7 +259,20 @@ class Revocation:
                 await asyncio.to_thread(self.close_forbidden, self._where)
                 settled = True
             else:
-                self._where = set()
+                if not self._wanted.is_set():  # else something changed during the last look
+                    self._where = set()
+
+    async def _due(self) -> None:
+        """Return after a change, or when it is time to look at everything, or once more where a look has failed."""
+        if not self._failed:
+            self._again.reset()
+        pause = self._again.pause() if self._failed else LOOK_S
+        with contextlib.suppress(asyncio.TimeoutError):
+            await within(self._wanted.wait(), min(pause, max(self._all_at - time.monotonic(), 0)))
+        if time.monotonic() >= self._all_at:
+            self._all_at = time.monotonic() + LOOK_S
+            if self._rules is not None and _may_forbid(self._rules):
+                self._look(None)
 
     def close_forbidden(self, where: set[int] | None = None) -> int:
         """Look once at every connection, or at those in the namespaces `where`; returns how many were closed."""
@@ -245,7 +284,9 @@ class Revocation:
         judge = Judge(rules, self._config, self._ids, self._who, waypoint)
         pooled: dict[int, float] = {}
         seen: set[frozenset[tuple[bytes, int]]] = set()
-        self.problem = ""
+        problem = self.problem
+        here = _cookies(rules)
+        failed = {cookie: reason for cookie, reason in self._failed.items() if cookie in here}
         for local in self._within(where, rules):
             try:
                 found = self._forbidden(judge, local, waypoint)
@@ -263,13 +304,14 @@ class Revocation:
                             "a connection was closed: a policy forbids it now",
                             extra={"source": one.source, "destination": one.destination, "connection": str(one.socket), "rule": one.rule},
                         )
-            except KernelRefused as error:
-                self.problem = f"living connections that a policy forbids go on: {error}; restart their pods"
-            except OSError as error:  # the namespace is going away, and its connections with it; if not, their time goes on
-                pooled |= {cookie: first for cookie, first in self._pooled.items() if now - first < 2 * LET_GO_S}
-                _log.debug("connections of a namespace were not looked at", extra={"workload": local.workload.name, "reason": str(error)})
-        self._pooled = pooled
-        if self.problem:
+                failed.pop(local.netns_cookie, None)
+            except (KernelRefused, OSError) as error:
+                # The mount of a namespace that leaves the mesh goes first, and `changed` says so a moment later.
+                leaving = local.netns_cookie not in failed and not netns.is_namespace(Path(local.netns_path))
+                failed[local.netns_cookie] = "" if leaving else str(error)
+                pooled |= {cookie: first for cookie, first in self._pooled.items() if now - first < 2 * LET_GO_S}  # their time goes on
+        self._pooled, self._failed = pooled, failed
+        if self.problem not in {"", problem}:
             _log.error(self.problem)
         if len(seen) > _NAMED:
             _log.warning(
@@ -279,17 +321,23 @@ class Revocation:
         return len(seen)
 
     def _within(self, where: set[int] | None, rules: Rules) -> list[LocalWorkload]:
-        """Those in the namespaces `where`; all while some connections are spared, because each look says anew which."""
-        return [one for one in rules.enrolled.local if where is None or self._pooled or one.netns_cookie in where]
+        """Those in the namespaces `where`, or where the last look failed; all while some connections are spared: each look says anew which."""
+        if where is None or self._pooled:
+            return list(rules.enrolled.local)
+        where = where | self._failed.keys()
+        return [one for one in rules.enrolled.local if one.netns_cookie in where]
 
     def _forbidden(self, judge: Judge, local: LocalWorkload, waypoint: int) -> list[Forbidden]:
         namespace = Path(local.netns_path)
         found = [f for s in self._sockets.dump(namespace) if (f := judge.forbidden(s, local))]
-        if local.netns_cookie in self._fresh:
-            older = [f for s, inbound in self._sockets.older(namespace, waypoint) if (f := judge.older(s, local, inbound=inbound))]
-            if not any(f.pooled for f in older):
-                self._fresh.discard(local.netns_cookie)
-            found += older
+        since = self._fresh.get(local.netns_cookie)
+        if since is not None:
+            older = [(s, inbound) for s, inbound in self._sockets.older(namespace, waypoint) if not _loopback(s)]
+            found += [f for s, inbound in older if (f := judge.older(s, local, inbound=inbound))]
+            if (
+                not older and time.monotonic() - since > SETTLE_S
+            ):  # before, a handshake may be under way; and a later policy may forbid what lives on
+                self._fresh.pop(local.netns_cookie, None)
         return found
 
     def _close(self, namespace: Path, found: list[Forbidden]) -> Iterator[Forbidden]:
@@ -315,8 +363,21 @@ class Revocation:
         return self._ids.name(self._addresses.layout.value.unpack(rows[0])["id"]) if rows else ""
 
 
+def _loopback(found: LiveSocket) -> bool:
+    return ipaddress.ip_address(addresses.text(found.ends[1][0])).is_loopback
+
+
 def _cookies(rules: Rules) -> set[int]:
     return {local.netns_cookie for local in rules.enrolled.local}
+
+
+def _places(rules: Rules) -> set[tuple[int, str]]:
+    return {(local.netns_cookie, local.workload.name) for local in rules.enrolled.local}
+
+
+def _may_forbid(rules: Rules) -> bool:
+    """False if nothing that is in force can forbid a connection: no policy, and no workload here that takes no plaintext."""
+    return bool(rules.snapshot.policies) or any(_protected(local.workload) for local in rules.enrolled.local)
 
 
 def _inode(path: Path) -> int:
@@ -343,6 +404,7 @@ def affects(before: Snapshot | None, after: Snapshot, bound: Mapping[str, tuple[
 
     `bound`: by name, those that had a namespace of this node and still have, as the node knew and knows them: a pod has the addresses of its namespace before
     the kubelet reports them. One that is new and has no address has no connection but those in its own namespace, which is looked at when it is bound.
+    A pod that went away takes its connections with it; a machine or a process lives on, and is a stranger then.
     """
     if before is None:
         return True
@@ -351,20 +413,23 @@ def affects(before: Snapshot | None, after: Snapshot, bound: Mapping[str, tuple[
     delta = after.delta
     if delta is None or delta.base != before.version or delta.policies:
         return True
-    changed = []
-    for name in delta.workloads & after.workloads.keys():
-        was, now = bound.get(name) or (before.workloads.get(name), after.workloads[name])
-        if (was is not None or now.addresses) and _standing(was) != _standing(now):
+    changed, gone = [], False
+    for name in delta.workloads:
+        now = after.workloads.get(name)
+        was, now = bound.get(name) or (before.workloads.get(name), now)
+        if now is None:
+            gone = gone or (was is not None and not was.pod_uid)
+        elif (was is not None or now.addresses) and _standing(was) != _standing(now):
             changed.append(now)
-    return bool(changed) and (bool(after.policies) or any(w.policies or _strict(w) for w in changed))
+    return bool(after.policies and (changed or gone)) or any(_protected(workload) for workload in changed)
 
 
-def _strict(workload: Workload) -> bool:
-    return Mtls.STRICT in {workload.mtls, *(mode for _, mode in workload.mtls_ports)}
+def _protected(workload: Workload) -> bool:
+    return bool(workload.policies) or Mtls.STRICT in {workload.mtls, *(mode for _, mode in workload.mtls_ports)}
 
 
 def _standing(workload: Workload | None) -> object:
-    """What policies ask about a workload. One that went away takes its connections with it."""
+    """What policies ask about a workload."""
     if workload is None:
         return None
     return (

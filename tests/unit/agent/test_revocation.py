@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from agent.enrolment import Enrolled
 from agent.errors import KernelRefused
 from agent.ids import Ids
 from agent.model import Action, Delta, LocalWorkload, Mtls, Operation, Policy, PolicyRule, Snapshot, Source, Workload
+from agent.patience import Backoff
 from agent.revocation import Forbidden, Judge, Revocation, Rules, affects
 
 POLICY = Policy("d/p", Action.ALLOW, (PolicyRule((Source(service_accounts=("d/friend",)),), (Operation(ports=(80,)),)),))
@@ -34,7 +37,8 @@ def workload(name: str, address: str, *, policies: tuple[str, ...] = (), node: s
 FRIEND, FOE = workload("friend", "10.0.0.1"), workload("foe", "10.0.0.2")
 SERVER, REQUESTS = workload("server", "10.0.0.3", policies=("d/p",)), workload("requests", "10.0.0.4", policies=("d/l7",))
 FAR, PLAIN = workload("far", "10.0.1.1", node="there"), workload("plain", "10.0.1.2", node="there", enrolled=False)
-ALL = (FRIEND, FOE, SERVER, REQUESTS, FAR, PLAIN)
+POD = replace(workload("pod-of-a-deployment", "10.0.1.3", node="there"), pod_uid="u")
+ALL = (FRIEND, FOE, SERVER, REQUESTS, FAR, PLAIN, POD)
 APPLICATION, WAYPOINT = 7, 8
 """Cgroups."""
 WATCHED = workload("watched", "10.0.0.5", policies=("d/audit",))
@@ -196,6 +200,11 @@ def after(delta: Delta | None, *changed: Workload, policies: tuple[Policy, ...] 
     return Snapshot("2", workloads, policies={p.name: p for p in policies}, delta=delta)
 
 
+def without(gone: Workload, policies: tuple[Policy, ...] = (POLICY, L7)) -> Snapshot:
+    found = after(Delta("1", workloads=frozenset({gone.name})), policies=policies)
+    return replace(found, workloads={name: w for name, w in found.workloads.items() if name != gone.name})
+
+
 def test_the_end_of_a_tunnel_is_left_to_the_waypoint(tmp_path: Path) -> None:
     node = Node(tmp_path)
     assert node.rule(SERVER, "10.0.1.1", 15008, source="d/far", direction=Direction.INBOUND) == ""
@@ -225,7 +234,9 @@ def test_strict_forbids_plaintext_from_outside_the_node_alone(tmp_path: Path) ->
         pytest.param(
             after(Delta("1", workloads=frozenset({"d/new"})), workload("new", "10.0.0.9"), policies=()), False, id="without-policies"
         ),
-        pytest.param(after(Delta("1", workloads=frozenset({"d/gone"}))), False, id="workload-that-went"),
+        pytest.param(without(FOE), True, id="machine-or-process-that-went"),
+        pytest.param(without(FOE, policies=()), False, id="machine-that-went-without-policies"),
+        pytest.param(without(POD), False, id="pod-that-went"),
         pytest.param(after(None), True, id="not-known-what-changed"),
         pytest.param(after(Delta("0")), True, id="changed-since-another-version"),
         pytest.param(SNAPSHOT, False, id="the-same"),
@@ -253,13 +264,167 @@ class Looks(Revocation):
     def __init__(self) -> None:
         self._config = Config("here", "unix:x")
         self._wanted = asyncio.Event()
-        self._rules, self._pooled, self._fresh = None, {}, set()
+        self._rules, self._pooled, self._fresh = None, {}, {}
         self._where, self._untaken = set(), set()
+        self._failed, self._again = {}, Backoff(revocation_module.AGAIN_S, revocation_module.LATER_S)
+        self._all_at = time.monotonic() + revocation_module.LOOK_S
         self.seen: list[set[int] | None] = []
 
     def close_forbidden(self, where: set[int] | None = None) -> int:
         self.seen.append(where)
         return 0
+
+
+class Failing(Looks):
+    """Looks, but at namespaces that are played: no kernel that runs here refuses on demand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ids = cast("Ids", None)
+        self.closed = 0
+        self.refuse: dict[str, Exception] = {}
+        """By the path of the namespace."""
+        self.older: dict[str, list[tuple[LiveSocket, bool]]] = {}
+        self.looked: list[str] = []
+        self._sockets = cast(
+            "Sockets", SimpleNamespace(dump=self.dump, older=lambda path, _: self.older.get(str(path), []), destroyer=self.destroyer)
+        )
+
+    def close_forbidden(self, where: set[int] | None = None) -> int:
+        self.seen.append(where)
+        return Revocation.close_forbidden(self, where)
+
+    def dump(self, namespace: Path) -> list[LiveSocket]:
+        self.looked.append(str(namespace))
+        if error := self.refuse.get(str(namespace)):
+            raise error
+        return []
+
+    def destroyer(self, namespace: Path) -> Any:
+        """Closes what it is asked to, if it may be looked at."""
+        if error := self.refuse.get(f"close {namespace}"):
+            raise error
+
+        def destroy(found: LiveSocket) -> bool:
+            self.older[str(namespace)] = [one for one in self.older[str(namespace)] if one[0] is not found]
+            return True
+
+        return SimpleNamespace(destroy=destroy, close=lambda: None)
+
+    def _who(self, _: bytes) -> str:
+        return ""
+
+
+def mounted(*local: tuple[Workload, int, str], snapshot: Snapshot = SNAPSHOT) -> Rules:
+    return Rules(snapshot, Enrolled(tuple(LocalWorkload(*one) for one in local)))
+
+
+NAMESPACE = "/proc/self/ns/net"
+"""One that is there."""
+OTHER = "/proc/thread-self/ns/net"
+
+
+def test_a_look_that_failed_is_a_problem_until_one_there_has_worked(caplog: pytest.LogCaptureFixture) -> None:
+    looks = Failing()
+    looks.refuse[NAMESPACE] = KernelRefused("not here")
+    looks.changed(mounted((FRIEND, 1, NAMESPACE), (FOE, 2, OTHER)))
+    looks.close_forbidden(None)
+    assert looks.problem.startswith("living connections that a policy forbids may go on at d/friend: not here: ")
+    looks.looked.clear()
+    looks.close_forbidden({2})
+    assert looks.looked == [NAMESPACE, OTHER], "a narrow look goes there again"
+    assert "d/friend" in looks.problem
+    assert len([r for r in caplog.records if "may go on" in r.message]) == 1, "said once"
+    looks.refuse.clear()
+    looks.close_forbidden(set())
+    assert looks.problem == ""
+    looks.looked.clear()
+    looks.close_forbidden(set())
+    assert looks.looked == []
+
+
+def test_a_look_that_failed_is_no_problem_without_its_namespace_or_a_policy() -> None:
+    for then in (
+        mounted((FOE, 2, OTHER)),
+        mounted((FRIEND, 1, NAMESPACE), snapshot=Snapshot("2", {FRIEND.name: replace(FRIEND, policies=())})),
+    ):
+        looks = Failing()
+        looks.refuse[NAMESPACE] = KernelRefused("not here")
+        looks.changed(mounted((FRIEND, 1, NAMESPACE), (FOE, 2, OTHER)))
+        looks.close_forbidden(None)
+        assert looks.problem
+        looks.changed(then)
+        assert looks.problem == ""
+
+
+def test_a_namespace_that_cannot_be_joined_is_a_problem_unless_it_is_going_away(tmp_path: Path) -> None:
+    looks = Failing()
+    going = str(tmp_path / "2")
+    looks.refuse = {NAMESPACE: OSError(24, "too many open files"), going: FileNotFoundError(2, "no such file")}
+    looks.changed(mounted((FRIEND, 1, NAMESPACE), (FOE, 2, going)))
+    looks.close_forbidden(None)
+    assert "d/friend: [Errno 24] too many open files" in looks.problem
+    assert "d/foe" not in looks.problem, "the agent has let go of it"
+    looks.close_forbidden(set())
+    assert "d/foe, d/friend" in looks.problem, "the agent has not: somebody else has unmounted it"
+
+
+def test_where_a_look_failed_one_follows_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PAUSE_S", 0.01), ("SETTLE_S", 0.01), ("AGAIN_S", 0.05), ("LATER_S", 0.1)):
+        monkeypatch.setattr(revocation_module, name, value)
+
+    async def run() -> Failing:
+        looks = Failing()
+        looks.refuse[NAMESPACE] = KernelRefused("not yet")
+        running = asyncio.create_task(looks.run())
+        looks.changed(mounted((FRIEND, 1, NAMESPACE), (FOE, 2, OTHER)))
+        await asyncio.sleep(0.5)
+        assert looks.problem
+        assert looks.looked.count(OTHER) == 2, "only where it failed"
+        looks.refuse.clear()
+        await asyncio.sleep(0.5)
+        running.cancel()
+        return looks
+
+    looks = asyncio.run(run())
+    assert looks.looked.count(NAMESPACE) > 3
+    assert looks.problem == ""
+
+
+def old(remote: str) -> tuple[LiveSocket, bool]:
+    """A connection that came in before its namespace was in the mesh."""
+    ident = struct.pack("!HH", 80, 50000) + socket.inet_aton("10.0.0.3").ljust(16, b"\0") + socket.inet_aton(remote).ljust(16, b"\0")
+    return LiveSocket(socket.AF_INET, 1, ident.ljust(48, b"\0"), 0, 0, 0, 0, Record(*(0,) * len(Record._fields))), True
+
+
+def test_what_is_older_than_the_mesh_is_closed_when_a_later_policy_forbids_it() -> None:
+    """An answer to a call that nobody has recorded: allowed when the pod is enrolled, forbidden later, and not closed at the first attempt."""
+    looks = Failing()
+    looks.older[NAMESPACE] = [old("192.0.2.1"), old("127.0.0.1")]
+    free = Snapshot("1", {SERVER.name: replace(SERVER, policies=())})
+    looks.changed(mounted((free.workloads[SERVER.name], 1, NAMESPACE), snapshot=free))
+    assert looks.close_forbidden(None) == 0
+    looks.changed(mounted((SERVER, 1, NAMESPACE)))
+    looks.refuse[f"close {NAMESPACE}"] = KernelRefused("not now")
+    assert looks.close_forbidden(None) == 0
+    assert looks.problem
+    looks.refuse.clear()
+    assert looks.close_forbidden(set()) == 1
+    assert looks.problem == ""
+
+
+def test_what_is_older_than_the_mesh_is_not_looked_for_where_there_is_none_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But once more after a handshake that was under way has had its time."""
+    looks = Failing()
+    looks.older[NAMESPACE] = [old("127.0.0.1")]
+    looks.changed(mounted((SERVER, 1, NAMESPACE)))
+    looks.close_forbidden(None)
+    looks.older[NAMESPACE].append(old("192.0.2.1"))
+    assert looks.close_forbidden(None) == 1
+    monkeypatch.setattr(revocation_module, "SETTLE_S", -1.0)
+    looks.close_forbidden(None)
+    looks.older[NAMESPACE].append(old("192.0.2.1"))
+    assert looks.close_forbidden(None) == 0
 
 
 def rules(*local: Workload, snapshot: Snapshot = SNAPSHOT, reading: frozenset[str] = frozenset()) -> Rules:
@@ -276,6 +441,9 @@ def rules(*local: Workload, snapshot: Snapshot = SNAPSHOT, reading: frozenset[st
             [rules(FRIEND, FOE), rules(FRIEND, FOE, snapshot=after(Delta("1", policies=frozenset({"d/p"}))))], None, id="a-policy"
         ),
         pytest.param([rules(FRIEND)], "nowhere", id="nothing"),
+        pytest.param([rules()], None, id="a-namespace-that-is-bound-no-more"),
+        pytest.param([Rules(SNAPSHOT, Enrolled((LocalWorkload(FRIEND, 9, ""),)))], None, id="another-namespace"),
+        pytest.param([Rules(SNAPSHOT, Enrolled((LocalWorkload(FOE, 1, ""),)))], None, id="another-workload-in-the-namespace"),
     ],
 )
 def test_what_cannot_have_changed_is_not_looked_at(monkeypatch: pytest.MonkeyPatch, then: list[Rules], where: object) -> None:
@@ -296,6 +464,22 @@ def test_what_cannot_have_changed_is_not_looked_at(monkeypatch: pytest.MonkeyPat
         return looks
 
     assert asyncio.run(run()).seen[2:] == ([] if where == "nowhere" else [where, where])
+
+
+@pytest.mark.parametrize(
+    ("mtls", "where"), [pytest.param(Mtls.STRICT, None, id="strict"), pytest.param(Mtls.PERMISSIVE, set(), id="plaintext-is-taken")]
+)
+def test_a_caller_that_leaves_the_mesh_is_looked_for_where_plaintext_is_not_taken(mtls: Mtls, where: set[int] | None) -> None:
+    """Without a policy, too."""
+    server = replace(FRIEND, mtls=mtls)
+    before = Snapshot("1", {server.name: server, FOE.name: FOE})
+    left = Snapshot("2", {**before.workloads, FOE.name: replace(FOE, enrolled=False)}, delta=Delta("1", workloads=frozenset({FOE.name})))
+    at, caller = LocalWorkload(server, 1, ""), LocalWorkload(FOE, 2, "")
+    looks = Looks()
+    looks.changed(Rules(before, Enrolled((at, caller))))
+    looks._where = set()
+    looks.changed(Rules(left, Enrolled((at,))))
+    assert looks._where == where
 
 
 def test_what_envoy_may_have_done_before_it_took_a_change_is_looked_at_where_that_was() -> None:
@@ -328,6 +512,72 @@ def test_a_pod_that_comes_while_everything_is_being_looked_at_does_not_end_that(
         return looks
 
     assert asyncio.run(run()).seen == [None, None, None, {3}]
+
+
+def test_a_change_that_comes_during_the_last_look_is_looked_at_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(revocation_module, "PAUSE_S", 0.01)
+    monkeypatch.setattr(revocation_module, "SETTLE_S", 0.01)
+
+    class Slow(Looks):
+        """Its second look takes until it is let go on."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.looking, self.go_on = threading.Event(), threading.Event()
+
+        def close_forbidden(self, where: set[int] | None = None) -> int:
+            super().close_forbidden(where)
+            if len(self.seen) == 2:
+                self.looking.set()
+                assert self.go_on.wait(5)
+            return 0
+
+    async def run() -> Slow:
+        looks = Slow()
+        running = asyncio.create_task(looks.run())
+        looks.changed(rules(FRIEND))
+        assert await asyncio.to_thread(looks.looking.wait, 5)
+        looks.changed(rules(FRIEND, snapshot=after(Delta("1", policies=frozenset({"d/p"})))))
+        looks.go_on.set()
+        await asyncio.sleep(0.3)
+        running.cancel()
+        return looks
+
+    assert asyncio.run(run()).seen == [None] * 4
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("policies", [(POLICY, L7), ()])
+def test_everything_is_looked_at_now_and_then_if_something_may_be_forbidden(
+    monkeypatch: pytest.MonkeyPatch, policies: tuple[Policy, ...], *, keep: bool
+) -> None:
+    """Also while other changes come all the time."""
+    monkeypatch.setattr(revocation_module, "PAUSE_S", 0.01)
+    monkeypatch.setattr(revocation_module, "SETTLE_S", 0.05)
+    monkeypatch.setattr(revocation_module, "LOOK_S", 0.5)
+
+    async def run() -> Looks:
+        looks = Looks()
+        looks._config = replace(looks._config, keep_connections=keep)
+        running = asyncio.create_task(looks.run())
+        looks.changed(
+            Rules(Snapshot("1", {PLAIN.name: PLAIN}, policies={p.name: p for p in policies}), Enrolled((LocalWorkload(PLAIN, 1, ""),)))
+        )
+        for _ in range(499):  # when an agent starts
+            if looks._where == set():
+                break
+            await asyncio.sleep(0.01)
+        looks.seen.clear()
+        for _ in range(23):
+            if not keep:
+                looks._look({1})
+            await asyncio.sleep(0.03)
+        running.cancel()
+        return looks
+
+    later = asyncio.run(run()).seen
+    assert (None in later) is (bool(policies) and not keep)
+    assert ({1} in later) is not keep
 
 
 def test_connections_are_looked_at_when_an_agent_starts() -> None:
