@@ -79,11 +79,12 @@ class LastGood:
         """Why a restart would lose something."""
         self._documents: Mapping[str, str] = {}
         self._wanted: Mapping[Key, Kept] | None = None
+        self._known: Mapping[Key, Kept] = {}
         self._news = asyncio.Event()
 
-    def want(self, kept: Mapping[Key, Kept]) -> None:
-        """Have this kept from now on, and nothing else."""
-        self._wanted = kept
+    def want(self, kept: Mapping[Key, Kept], known: Mapping[Key, Kept]) -> None:
+        """Have this kept from now on, and nothing else; `known`: what `kept` was when that was found. Nothing newer is written away."""
+        self._wanted, self._known = kept, known
         self._news.set()
 
     def turn(self) -> None:
@@ -95,7 +96,7 @@ class LastGood:
         while True:
             if await heard(self._news, AGAIN_S):
                 self._news.clear()
-            if self._wanted is None or not self.reflector.synced or not allowed():
+            if self._wanted is None or self._known is not self.kept or not self.reflector.synced or not allowed():
                 continue
             documents, left_out = _documents(self._wanted)
             wrong = f"there is no room for {', '.join(left_out)}" if left_out else ""

@@ -76,7 +76,7 @@ async def test_what_cannot_be_written_is_a_problem_until_it_can(tmp_path: Path, 
         allowed = False
         async with beside(found.reflector.run()), beside(found.write(lambda: allowed)):
             await until(lambda: found.reflector.synced)
-            found.want(KEPT)
+            found.want(KEPT, found.kept)
             await asyncio.sleep(0.2)
             assert len([path for path, params in server.asked if path == PATH and "watch" not in params]) == 1, "it has no right to write"
             allowed = True
