@@ -18,7 +18,7 @@ import msgspec
 
 from controller.documents import Document
 from controller.errors import Problem
-from controller.kubernetes.api import Api, ApiError, Unreachable
+from controller.kubernetes.api import Api, ApiError, TooLarge, Unreachable
 from controller.kubernetes.reflector import Reflector
 from controller.kubernetes.shapes import ORIGIN, Kind, Seen, stored
 from controller.objects import Key, Object
@@ -29,9 +29,13 @@ _log = logging.getLogger(__name__)
 
 NAME: Final = "last-good"
 MOST: Final = 1 << 20
-"""Bytes of all of it as etcd has them, which takes 1.5 MiB of one object (https://etcd.io/docs/latest/dev-guide/limit/)."""
+"""Bytes of all of it, as it is sent and stored: etcd takes 1.5 MiB of one object (https://etcd.io/docs/latest/dev-guide/limit/)."""
 AGAIN_S: Final = 5.0
+MANY: Final = 3
+"""Conflicts in a row, where one alone is a controller that wrote before, once more."""
 _NAMES_SHOWN: Final = 10
+_AROUND: Final = 8
+"""Bytes around a document: quotes, colon, comma, brackets."""
 _API_VERSION: Final = "meshagent.io/v1alpha1"
 _FIRST: Final = ("AuthorizationPolicy", "PeerAuthentication", "RequestAuthentication")
 """What is kept before all else, should there be no room: without these access would widen."""
@@ -80,11 +84,14 @@ class LastGood:
         """Why a restart would lose something."""
         self._documents: Mapping[str, str] = {}
         self._wanted: Mapping[Key, Kept] | None = None
+        self._known: Mapping[Key, Kept] = {}
+        self._conflicts = 0
+        self._left_out: list[Key] = []
         self._news = asyncio.Event()
 
-    def want(self, kept: Mapping[Key, Kept]) -> None:
-        """Have this kept from now on, and nothing else."""
-        self._wanted = kept
+    def want(self, kept: Mapping[Key, Kept], known: Mapping[Key, Kept]) -> None:
+        """Have this kept from now on, and nothing else; `known`: what `kept` was when that was found. Nothing newer is written away."""
+        self._wanted, self._known = kept, known
         self._news.set()
 
     def turn(self) -> None:
@@ -96,17 +103,43 @@ class LastGood:
         while True:
             if await heard(self._news, AGAIN_S):
                 self._news.clear()
-            if self._wanted is None or not self.reflector.synced or not allowed():
+            if self._wanted is None or self._known is not self.kept or not self.reflector.synced or not allowed():
                 continue
             documents, left_out = _documents(self._wanted)
-            wrong = f"there is no room for {', '.join(left_out[:_NAMES_SHOWN])}{_more(left_out)}" if left_out else ""
-            if documents != self._documents:
-                try:
-                    await self._store(documents)
-                except (ApiError, Unreachable, msgspec.MsgspecError) as error:
-                    if not isinstance(error, ApiError) or error.code != 409:  # the controller that wrote before has, once more
-                        wrong = f"it cannot be written: {error}"
-            self._tell(wrong)
+            if left_out and left_out != self._left_out:
+                _log.error("no room for last good versions", extra={"object": NAME, "objects": [str(key) for key in left_out]})
+            self._left_out = left_out
+            wrong = await self._put(documents) if documents != self._documents else ""
+            self._tell(wrong or _no_room(left_out))
+
+    async def _put(self, documents: Mapping[str, str]) -> str:
+        """Write them; return what is wrong with that. Somebody else's version is read before the next try."""
+        try:
+            try:
+                await self._store(documents)
+            except ApiError as error:
+                if error.code != 409:
+                    raise
+                self._conflicts += 1
+                await self._look()
+                return f"somebody else writes it again and again: {error}" if self._conflicts >= MANY else ""
+        except (ApiError, Unreachable, TooLarge, msgspec.MsgspecError) as error:
+            return f"it cannot be written: {error}"
+        self._conflicts = 0
+        return ""
+
+    async def _look(self) -> None:
+        """Take in what is there now: the watch may be late, or silent."""
+        try:
+            seen = self.reflector.kind.read(await self._api.get(f"{self._path}/{NAME}", {}))
+        except ApiError as error:
+            if error.code != 404:
+                raise
+            self.reflector.store.pop(self._key, None)
+        else:
+            if seen is not None:
+                self.reflector.store[self._key] = seen
+        self._read()
 
     async def _store(self, documents: Mapping[str, str]) -> None:
         held = self.reflector.store.get(self._key)
@@ -138,28 +171,34 @@ class LastGood:
         self._changed()
 
 
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-
-
-def _documents(kept: Mapping[Key, Kept]) -> tuple[dict[str, str], list[str]]:
+def _documents(kept: Mapping[Key, Kept]) -> tuple[dict[str, str], list[Key]]:
     """Return a document for each kind, and the objects that there is no room for: of one kind the largest, so that none takes the room of many."""
-    rows = {key: _Row(one.uid, dict(one.object.data), one.orphan, one.generation) for key, one in kept.items()}
-    sizes = {key: _size(msgspec.json.encode(row)) for key, row in rows.items()}
+    rows = {
+        key: msgspec.json.encode(_Row(one.uid, dict(one.object.data), one.orphan, one.generation)).decode() for key, one in kept.items()
+    }
+    sizes = {key: _escaped(row) + 2 for key, row in rows.items()}
     taken: dict[str, list[Key]] = {}
     left_out, size = [], 0
     for key in sorted(rows, key=lambda key: (key.kind not in _FIRST, key.kind, sizes[key], key)):
-        if size + sizes[key] > MOST:
-            left_out.append(str(key))
+        more = sizes[key] + (0 if key.kind in taken else _escaped(f"{key.kind}.json") + _AROUND)
+        if size + more > MOST:
+            left_out.append(key)
             continue
         taken.setdefault(key.kind, []).append(key)
-        size += sizes[key]
-    return {f"{kind}.json": msgspec.json.encode([rows[key] for key in sorted(keys)]).decode() for kind, keys in taken.items()}, left_out
+        size += more
+    return {f"{kind}.json": f"[{','.join(rows[key] for key in sorted(keys))}]" for kind, keys in taken.items()}, left_out
 
 
-def _size(row: bytes) -> int:
-    """How many bytes etcd has of a row, which stands there in JSON as text: quotes and backslashes with one more, <, > and & as six (encoding/json of Go)."""
-    return len(row) + row.count(b'"') + row.count(b"\\") + 5 * sum(map(row.count, (b"<", b">", b"&"))) + 1
+def _escaped(text: str) -> int:
+    """How long it is as a string in JSON, as Python sends it and as Go stores it (https://pkg.go.dev/encoding/json#Marshal), whichever escapes more."""
+    return len(json.dumps(text)) - 2 + 5 * sum(text.count(one) for one in "<>&")
+
+
+def _no_room(left_out: list[Key]) -> str:
+    if not left_out:
+        return ""
+    more = f" and {len(left_out) - _NAMES_SHOWN} more, which the log names" if len(left_out) > _NAMES_SHOWN else ""
+    return f"there is no room for {', '.join(str(key) for key in left_out[:_NAMES_SHOWN])}{more}"
 
 
 def _parsed(name: str, text: str) -> Iterable[Kept]:

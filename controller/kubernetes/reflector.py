@@ -97,6 +97,8 @@ class Reflector:
         self.denied = False
         """The controller may not read it (403)."""
         self.definition = Definition(api, kind, changed)
+        self.lossy = False
+        """Somebody knows that objects are given without fields that they have, beyond what `store` says of it."""
         self.lists = 0
         self.events = 0
         self.ignored = 0
@@ -129,7 +131,7 @@ class Reflector:
         before, version = version, await self._watch(version)
         if before == version and await self._went_back(version):
             return ""
-        if any(seen.pruned for seen in self.store.values()):
+        if self.lossy or any(seen.pruned for seen in self.store.values()):
             version = ""  # a definition that was mended ends watches, and shows again what it hid
         if time.monotonic() - began >= SHORTEST_S:
             self._failures = 0
@@ -144,7 +146,7 @@ class Reflector:
             # Also the answer for a kind that is there and not served, so what is known stays; and of our own kinds, all of which belong to an
             # installation, none is ever taken not to be there.
             self.absent = True
-            if self.kind.required or self.store:
+            if self.kind.required or (self.synced and not all(seen.orphan for seen in self.store.values())):
                 self._fail(
                     "the API server does not know it: is its CustomResourceDefinition, and this version of it, served? what was known stays in force"
                 )
@@ -175,7 +177,9 @@ class Reflector:
         found, version = await self._pages()
         if definition != await self.definition.uid():
             raise Unreachable("its CustomResourceDefinition is being replaced")
-        if definition == GOING and not self.synced:
+        if (
+            definition == GOING and not self.synced and self.kind.required
+        ):  # a part is no beginning; a kind that may be missing is no reason to wait
             raise Unreachable("its CustomResourceDefinition is being deleted")
         went = self.definition.differs(definition)
         self.definition.used = definition or self.definition.used
@@ -230,6 +234,11 @@ class Reflector:
             raise ApiError(410, "Replaced", "its CustomResourceDefinition is another one now")  # which a list tells apart
         return definition == GOING
 
+    def adopt(self, orphan: Seen) -> None:
+        """Take an orphan that another controller has, unless there is one of its name or it was seen to go."""
+        if orphan.key not in self.store and orphan.key not in self._gone:
+            self.store[orphan.key] = orphan
+
     def _synced(self, version: str) -> None:
         if not self.synced or self.problem is not None:
             _log.info(
@@ -259,7 +268,7 @@ class Reflector:
     def _working(self) -> None:
         if self.problem is not None:
             _log.info("the API server answers again", extra={"kind": self.kind.kind})
-            self.problem = None
+            self.denied, self.problem = False, None
             self._changed()
 
     def _take(self, event: _Event, *, orphaned: bool) -> None:

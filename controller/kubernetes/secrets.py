@@ -8,6 +8,7 @@ same way. What they hold stays in this process: it is in no log, no status and n
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Collection
 from typing import Final
 
@@ -19,6 +20,8 @@ from controller.objects import Key
 
 MOST: Final = 500
 """Followed at one time, each with a watch of its own."""
+PATIENCE_S: Final = 20.0
+"""How long after its first failure one that was never read is waited for: one that the API server cannot decrypt closes its listener, and nothing else."""
 
 
 class Secrets:
@@ -29,6 +32,9 @@ class Secrets:
         self._api, self._changed = api, changed
         self._following: dict[Key, tuple[Reflector, asyncio.Task[None]]] = {}
         self._left_out: frozenset[Key] = frozenset()
+        self._failing: dict[Key, asyncio.TimerHandle] = {}
+        """Those that were asked for in vain, and the end of the patience with them."""
+        self._given_up: set[Key] = set()
 
     @property
     def tasks(self) -> set[asyncio.Task[None]]:
@@ -37,11 +43,11 @@ class Secrets:
 
     async def want(self, keys: Collection[Key]) -> None:
         """Follow these from now on, and forget the others; those that are followed stay before others come."""
-        gone = [self._following.pop(key)[1] for key in self._following.keys() - set(keys)]
+        gone = [self._forget(key) for key in self._following.keys() - set(keys)]
         new = sorted(set(keys) - self._following.keys())
         room = MOST - len(self._following)
         for key in new[:room]:
-            reflector = Reflector(self._api, secret_kind(key), self._changed)
+            reflector = Reflector(self._api, secret_kind(key), functools.partial(self._heard, key))
             self._following[key] = reflector, asyncio.create_task(reflector.run(), name=f"follow {key}")
         left_out = frozenset(new[room:])
         if left_out != self._left_out:
@@ -51,16 +57,37 @@ class Secrets:
             task.cancel()
         await asyncio.gather(*gone, return_exceptions=True)
 
+    def _forget(self, key: Key) -> asyncio.Task[None]:
+        if (timer := self._failing.pop(key, None)) is not None:
+            timer.cancel()
+        self._given_up.discard(key)
+        return self._following.pop(key)[1]
+
+    def _heard(self, key: Key) -> None:
+        """Something is new of it: after the first failure time runs."""
+        if key in self._following and key not in self._failing and not self.answered(key) and self._following[key][0].problem is not None:
+            self._failing[key] = asyncio.get_running_loop().call_later(PATIENCE_S, self._give_up, key)
+        self._changed()
+
+    def _give_up(self, key: Key) -> None:
+        self._given_up.add(key)
+        self._changed()
+
     async def close(self) -> None:
         """Follow nothing any more."""
         await self.want(())
 
     def answered(self, key: Key) -> bool:
-        """Has the API server said what there is of it, or that it does not say?"""
-        if key in self._left_out:
+        """Has the API server said what there is of it, or that it does not say? One that has failed for long counts as answered."""
+        if key in self._left_out or key in self._given_up:
             return True
         found = self._following.get(key)
         return found is not None and (found[0].synced or found[0].denied)
+
+    def withheld(self, key: Key) -> bool:
+        """Is it not for the controller to read, or was it never read? One that was read is as it was, though nothing newer is known of it."""
+        found = self._following.get(key)
+        return found is None or found[0].denied or not found[0].synced
 
     def seen(self, key: Key) -> Seen | None:
         """What was last read of it."""

@@ -43,6 +43,8 @@ class _Read:
     refused: dict[Key, list[Problem]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     in_force: dict[Key, Object] = field(default_factory=dict)
+    kept: Mapping[Key, Kept] = field(default_factory=dict)
+    """Last good versions, as they are written."""
 
 
 class KubernetesSource:
@@ -61,8 +63,10 @@ class KubernetesSource:
         self._wanted: frozenset[Key] = frozenset()
         """Secrets that Gateways name and may use."""
         self.last_good = LastGood(api, namespace, self._restored) if namespace else None
-        self._kept: Mapping[Key, Kept] = {}
-        self._begun = False
+        self._keep: tuple[Mapping[Key, Kept], Mapping[Key, Kept]] = ({}, {})
+        """What a restart has to know, and what was written of that when `load` looked: both at once."""
+        self._begun = self.last_good is None
+        """Are they known, and orphans taken from there?"""
         self._api = api
         self._news = asyncio.Event()
 
@@ -70,12 +74,12 @@ class KubernetesSource:
         self._news.set()
 
     def _restored(self) -> None:
-        """Something was read of the last good versions: orphans are taken from there once, at the start, and those that come later are others'."""
-        if self.last_good is not None and self.last_good.reflector.synced and not self._begun:
-            self._begun = True
+        """Something was read of the last good versions: orphans are taken from there until this controller is ready, and those that come later are others'."""
+        if self.last_good is not None and self.last_good.reflector.synced and not self.ready:
             for key, kept in self.last_good.kept.items():
-                if kept.orphan and (reflector := self.reflectors.get(key.kind)) is not None and key not in reflector.store:
-                    reflector.store[key] = kept.as_seen()
+                if kept.orphan and (reflector := self.reflectors.get(key.kind)) is not None:
+                    reflector.adopt(kept.as_seen())
+            self._begun = True
         self._changed()
 
     def start(self) -> State:
@@ -100,7 +104,7 @@ class KubernetesSource:
                 yield
                 await self.secrets.want(self._wanted)
                 if self.last_good is not None and self.ready:
-                    self.last_good.want(self._kept)
+                    self.last_good.want(*self._keep)
                 await asyncio.sleep(REST * (loop.time() - began))
         finally:
             await self.secrets.close()
@@ -115,11 +119,12 @@ class KubernetesSource:
     def load(self) -> State:
         """Return the state that follows from what has been read; before each kind has been listed, what is wrong and nothing else."""
         followed = dict(self._followed()).values()
-        if not all(one.synced for one in followed):
+        if not self._begun or not all(one.synced for one in followed):
             self.state = State(problems=tuple(sorted(one.problem for one in followed if one.problem is not None)))
             return self.state
         read = _Read()
         if self.last_good is not None:
+            read.kept = self.last_good.kept
             read.problems += [one for one in (self.last_good.problem, self.last_good.reflector.problem) if one is not None]
         spaces = self.reflectors["Namespace"].store.copy()
         for name, reflector in self.reflectors.items():
@@ -132,6 +137,7 @@ class KubernetesSource:
             for seen in store.values():
                 if not seen.orphan or Key("Namespace", "", seen.key.namespace) in spaces:
                     self._take(read, seen)
+            reflector.lossy = any(key in read.whole for key in store)
         waiting = self._take_secrets(read)
         if waiting and not self.ready:
             self.state = State(problems=tuple(sorted(set(read.problems))))
@@ -142,7 +148,7 @@ class KubernetesSource:
         for key, problem in conflicts.items():
             read.refused.setdefault(key, []).append(problem)
             read.problems.append(problem)
-        self.basis, self.ready, self._kept = read.basis, True, _kept(objects, read.basis | read.whole)
+        self.basis, self.ready, self._keep = read.basis, True, (_kept(objects, read.basis | read.whole), read.kept)
         self.state = State(objects, {key: tuple(items) for key, items in read.refused.items()}, tuple(sorted(set(read.problems))))
         return self.state
 
@@ -152,7 +158,7 @@ class KubernetesSource:
     def _take(self, read: _Read, seen: Seen) -> None:
         """Take one object as it was read, or if it is refused its last good version."""
         key, held = seen.key, self.state.objects.get(seen.key)
-        kept = self.last_good.kept.get(key) if self.last_good is not None else None
+        kept = read.kept.get(key)
         if kept is not None and kept.uid == seen.uid:
             read.in_force[key] = kept.object
             seen = seen.without_loss(kept.as_seen())
@@ -183,12 +189,13 @@ class KubernetesSource:
                 del read.candidates[key]
             else:
                 read.candidates[key] = before
-                read.basis[key] = self.basis[key]
+                read.basis[key] = self.basis.get(key, read.basis[key])  # none at the start: it is in force as another controller had it
                 wanted |= wanted_secrets(before, grants)
         for key in sorted(wanted):
             if (problem := self.secrets.problem(key)) is not None:
                 read.problems.append(problem)
-                read.refused[key] = [problem]
+                if self.secrets.withheld(key):
+                    read.refused[key] = [problem]
             if (seen := self.secrets.seen(key)) is not None:
                 read.basis[key] = seen
                 self._take(read, seen)

@@ -12,6 +12,7 @@ import pytest
 
 from controller.kubernetes import lastgood, lease, reflector
 from controller.mesh import Mesh
+from controller.objects import Key
 from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
 from tests.kubernetes.test_manifest import ACCOUNT, objects
@@ -134,6 +135,29 @@ async def test_a_field_that_an_older_definition_hides_is_in_force_in_a_controlle
         assert "gives it without spec.rules[0].when" in told(two.mesh)
         await asyncio.to_thread(plane.set_status, "authorizationpolicy", "defined", "p", {"conditions": []})
         await until(lambda: conditions(plane, "authorizationpolicy", "defined", "p").get("Accepted") == ("False", "Invalid"))
+
+
+async def test_a_gateway_whose_definition_is_gone_keeps_no_controller_from_starting(plane: ControlPlane) -> None:
+    plane.install_gateway_api()
+    listener = {"name": "l", "port": 8443, "protocol": "HTTPS", "tls": {"certificateRefs": [{"name": "c"}]}}
+    spec = {"gatewayClassName": "meshagent", "listeners": [listener]}
+    metadata = {"name": "g", "namespace": "defined"}
+    item = {"apiVersion": "gateway.networking.k8s.io/v1", "kind": "Gateway", "metadata": metadata, "spec": spec}
+    await soon(plane.apply, item)
+    key = Key("Gateway", "defined", "g")
+    async with writing(plane, ACCOUNT) as one:
+        await until(lambda: key in one.mesh.state.objects)
+        await asyncio.to_thread(plane.kubectl, "delete", "crd", "gateways.gateway.networking.k8s.io", "--wait")
+        await until(lambda: written(one, "g"))
+    async with writing(plane, ACCOUNT) as two:
+        await started(two.mesh)
+        assert key in two.mesh.state.objects
+        assert "Gateway/defined/g: is not there any more" in told(two.mesh)
+        await asyncio.to_thread(plane.install_gateway_api)
+        await soon(plane.apply, item)
+        await until(lambda: "Gateway/defined/g" not in told(two.mesh))
+        await soon(plane.kubectl, "delete", "gateway", "g", "-n", "defined")
+        await until(lambda: key not in two.mesh.state.objects and not written(two, "g"))
 
 
 async def test_the_controller_that_has_the_lease_writes_and_the_other_one_reads(plane: ControlPlane) -> None:
