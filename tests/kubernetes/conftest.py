@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.kubernetes import controlplane
-from tests.kubernetes.controlplane import ControlPlane
+from lab import cgroup
+from tests.kubernetes import controlplane, mesh, node
+from tests.kubernetes.controlplane import ControlPlane, Failed
+from tests.kubernetes.install import NEEDED, own_network
 
 ASSETS = "MESH_KUBERNETES_ASSETS"
 
@@ -29,3 +33,25 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     with controlplane.running(Path(assets), tmp_path_factory.mktemp("control-plane")) as found:
         found.install_crds()
         yield found
+
+
+@pytest.fixture(scope="module")
+def whole() -> Iterator[mesh.Cluster]:
+    """A whole control plane with a node, and the mesh on it, as processes beside its kubelet."""
+    assets = Path(os.environ.get(ASSETS) or "/nonexistent")
+    if lacking := [name for name in NEEDED if not (assets / name).exists()]:
+        pytest.skip(f"no {', '.join(lacking)}: `make test-kubernetes` builds them and says so in {ASSETS}")
+    top = Path(tempfile.mkdtemp(prefix="mesh-", dir="/dev/shm"))
+    try:
+        with (
+            own_network(),
+            controlplane.running(assets, top / "plane", whole=True) as plane,
+            node.running(plane, top / "node", cgroup.mount_point()) as machine,
+        ):
+            plane.install_crds()
+            with mesh.running(plane, machine, top / "mesh") as found:
+                yield found
+    except Failed as error:
+        pytest.fail(str(error))
+    finally:
+        shutil.rmtree(top, ignore_errors=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lab import mounts
+from lab import cgroup, mounts
 from tests.kernel import shop
 from tests.kubernetes.controlplane import ControlPlane, Failed
 from tests.kubernetes.node import BOX, Node
@@ -114,6 +114,12 @@ class Cluster:
     def addresses(self, space: str, name: str) -> list[str]:
         """Of a pod, as the API server knows them."""
         return self.plane.kubectl("get", "pod", name, "-n", space, "-o", "jsonpath={.status.podIPs[*].ip}").split()
+
+    def network(self, space: str, name: str) -> Path:
+        """The network namespace of a pod without limits, as one of its processes has it."""
+        uid = self.plane.kubectl("get", "pod", name, "-n", space, "-o", "jsonpath={.metadata.uid}")
+        first, *_ = cgroup.pids(self.machine.cgroup2 / "kubepods" / "besteffort" / f"pod{uid}")
+        return Path(f"/proc/{first}/ns/net")
 
     def lose(self) -> None:
         """End the agent and Envoy, and take away what a reboot takes from a mesh: programs, tables, pins, mounts, all but the state directory."""

@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lab import cgroup
-from tests.kubernetes import controlplane, mesh, node
-from tests.kubernetes.conftest import ASSETS
-from tests.kubernetes.controlplane import Failed
-from tests.kubernetes.install import NEEDED, own_network
+from tests.kubernetes import controlplane
 from tests.kubernetes.mesh import Cluster, pod, takes
 from tests.kubernetes.node import BOX
 from tests.kubernetes.test_hold import MARK
@@ -35,29 +26,14 @@ WAIT = "while [ ! -e /run/end ]; do sleep 0.1; done"
 
 
 @pytest.fixture(scope="module")
-def shop() -> Iterator[Cluster]:
-    """A whole cluster, and a namespace in the mesh: a server that admits its friend alone, the friend, and a stranger."""
-    assets = Path(os.environ.get(ASSETS) or "/nonexistent")
-    if lacking := [name for name in NEEDED if not (assets / name).exists()]:
-        pytest.skip(f"no {', '.join(lacking)}: `make test-kubernetes` builds them and says so in {ASSETS}")
-    top = Path(tempfile.mkdtemp(prefix="mesh-", dir="/dev/shm"))
-    try:
-        with (
-            own_network(),
-            controlplane.running(assets, top / "plane", whole=True) as plane,
-            node.running(plane, top / "node", cgroup.mount_point()) as machine,
-        ):
-            plane.install_crds()
-            with mesh.running(plane, machine, top / "mesh") as found:
-                _open(found)
-                yield found
-    except Failed as error:
-        pytest.fail(str(error))
-    finally:
-        shutil.rmtree(top, ignore_errors=True)
+def shop(whole: Cluster) -> Cluster:
+    """With the shop in it."""
+    open_shop(whole)
+    return whole
 
 
-def _open(found: Cluster) -> None:
+def open_shop(found: Cluster) -> None:
+    """A namespace in the mesh: a server that admits its friend alone, the friend, and a stranger."""
     plane = found.plane
     plane.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": SPACE, "labels": {"meshagent.io/mode": "mesh"}}})
     plane.apply(*objects("MutatingAdmissionPolicy", "MutatingAdmissionPolicyBinding"))
