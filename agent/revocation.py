@@ -334,9 +334,8 @@ class Revocation:
         if since is not None:
             older = [(s, inbound) for s, inbound in self._sockets.older(namespace, waypoint) if not _loopback(s)]
             found += [f for s, inbound in older if (f := judge.older(s, local, inbound=inbound))]
-            if (
-                not older and time.monotonic() - since > SETTLE_S
-            ):  # before, a handshake may be under way; and a later policy may forbid what lives on
+            # Sooner a handshake may be under way; and a later policy may forbid what lives on.
+            if not older and time.monotonic() - since > SETTLE_S:
                 self._fresh.pop(local.netns_cookie, None)
         return found
 

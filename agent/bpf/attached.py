@@ -99,14 +99,17 @@ def in_force(config: Config) -> str:
 
 def _loaded(config: Config) -> set[str]:
     """Names of the programs that the agent in force has: one of another version may lack some of this one's. Of all that are pinned if no link is left."""
-    sets_of = [sets.pinned(directory) for directory in config.pin_dir.glob("programs-*")]
-    running = sets.linked(config).keys()
-    in_force = [one for one in sets_of if running & set(one.values())]
-    return {name for one in in_force or sets_of for name in one}
+    pinned, running = _pinned(config), sets.linked(config).keys()
+    return {name for one in [one for one in pinned if running & set(one.values())] or pinned for name in one}
 
 
 def _own(config: Config) -> set[int]:
-    return {number for directory in config.pin_dir.glob("programs-*") for number in sets.pinned(directory).values()}
+    return {number for one in _pinned(config) for number in one.values()}
+
+
+def _pinned(config: Config) -> list[dict[str, int]]:
+    """Kernel ids of the programs of each set, by name."""
+    return [sets.pinned(directory) for directory in config.pin_dir.glob("programs-*")]
 
 
 def _tree(top: Path) -> Iterator[Path]:

@@ -21,6 +21,11 @@ def objects(*kinds: str) -> list[dict[str, Any]]:
     return [one.value for one in parse(MANIFEST.read_bytes(), str(MANIFEST)) if not kinds or one.value["kind"] in kinds]
 
 
+def grant(plane: ControlPlane) -> None:
+    """Give the controller's service account the rights of the manifest, and no others."""
+    plane.apply(*objects("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"))
+
+
 def test_the_manifest_is_accepted(plane: ControlPlane) -> None:
     plane.apply(*objects("Namespace"))
     said = plane.kubectl(
@@ -33,7 +38,7 @@ def test_the_manifest_is_accepted(plane: ControlPlane) -> None:
 @pytest.mark.anyio
 async def test_its_rights_are_enough_for_the_controller_and_no_more(plane: ControlPlane) -> None:
     plane.apply(namespace(OWN), namespace("rights"), policy("rights", "p"))
-    plane.apply(*objects("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"))
+    grant(plane)
     async with writing(plane, ACCOUNT) as one:
         await until(lambda: one.part.source.ready)
         await until(lambda: conditions(plane, "authorizationpolicy", "rights", "p").get("Accepted") == ("True", "Accepted"))

@@ -36,7 +36,7 @@ from meshapi import identity_pb2 as pb
 from meshapi.relay_pb2 import AskRequest
 from tests.kubernetes.controlplane import ControlPlane
 from tests.kubernetes.replicas import OWN, Joined, Replica, Replicas, replicas, workload
-from tests.kubernetes.test_manifest import ACCOUNT, objects
+from tests.kubernetes.test_manifest import ACCOUNT, grant
 from tests.kubernetes.test_source import namespace
 from tests.tasks import beside
 from tests.unit.test_relay import Place
@@ -262,7 +262,7 @@ async def test_a_trace_and_a_status_reach_an_agent_through_the_replica_that_it_i
 
 async def test_the_rights_of_the_manifest_are_enough(two: Replicas) -> None:
     two.kill()
-    two.plane.apply(*objects("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"))
+    grant(two.plane)
     for one in (two.a, two.b):
         one.user = ACCOUNT
     two.start()

@@ -14,7 +14,7 @@ from controller.kubernetes import reflector
 from controller.mesh import Mesh
 from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import CRDS, ControlPlane, Failed
-from tests.kubernetes.test_manifest import ACCOUNT, objects
+from tests.kubernetes.test_manifest import ACCOUNT, grant, objects
 from tests.kubernetes.test_source import following, namespace, policy, until
 from tests.kubernetes.test_status import OWN
 
@@ -29,7 +29,7 @@ def own(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(reflector, "MAX_BACKOFF_S", 1.0)
     monkeypatch.setattr(reflector, "ABSENT_S", 0.5)
     plane.apply(namespace(OWN, "none"), namespace("defined"))
-    plane.apply(*objects("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"))
+    grant(plane)
     yield
     plane.kubectl("delete", "crd", CRD, "--ignore-not-found", "--wait")
     install(plane)

@@ -13,7 +13,7 @@ from controller.kubernetes import lastgood, lease, reflector, status
 from controller.objects import Key
 from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.test_manifest import ACCOUNT, objects
+from tests.kubernetes.test_manifest import ACCOUNT, grant
 from tests.kubernetes.test_source import following, found, namespace, pod, policy, service, until
 from tests.kubernetes.test_source_definitions import action, told
 from tests.kubernetes.test_source_lastgood import kept, started, written
@@ -33,7 +33,7 @@ def own(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(lastgood, "AGAIN_S", 0.5)
     plane.install_gateway_api()
     plane.apply(namespace(OWN, "none"), namespace("defined"), service("defined", "cart"))
-    plane.apply(*objects("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"))
+    grant(plane)
     yield
     plane.kubectl("delete", "httproutes,authorizationpolicies,pods", "--all", "-n", "defined", "--force", "--grace-period=0")
 

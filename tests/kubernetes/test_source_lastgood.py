@@ -15,7 +15,7 @@ from controller.mesh import Mesh
 from controller.objects import Key
 from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.test_manifest import ACCOUNT, objects
+from tests.kubernetes.test_manifest import ACCOUNT, grant, objects
 from tests.kubernetes.test_source import namespace, policy, until
 from tests.kubernetes.test_source_definitions import CRD, action, install, older, soon, told
 from tests.kubernetes.test_status import OWN, Writing, conditions, writing
@@ -34,7 +34,7 @@ def own(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(reflector, "ABSENT_S", 0.5)
     monkeypatch.setattr(lastgood, "AGAIN_S", 0.5)
     plane.apply(namespace(OWN, "none"), namespace("defined"))
-    plane.apply(*objects("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"))
+    grant(plane)
     yield
     plane.kubectl("delete", "crd", CRD, "--ignore-not-found", "--wait")
     plane.kubectl("delete", "controllerstate", lastgood.NAME, "-n", OWN, "--ignore-not-found")

@@ -11,7 +11,7 @@ import pytest
 from controller.kubernetes import lease, reflector, status
 from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.test_manifest import ACCOUNT, objects
+from tests.kubernetes.test_manifest import ACCOUNT, grant, objects
 from tests.kubernetes.test_source import following, namespace, policy, until
 from tests.kubernetes.test_source_definitions import action, told
 from tests.kubernetes.test_status import OWN, conditions, writing
@@ -26,7 +26,7 @@ def own(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(reflector, "MAX_BACKOFF_S", 1.0)
     monkeypatch.setattr(status, "AGAIN_S", 0.5)
     plane.apply(namespace(OWN, "none"), namespace("defined"))
-    plane.apply(*objects("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"))
+    grant(plane)
     yield
     plane.kubectl("delete", "authorizationpolicies", "--all", "-n", "defined")
 
