@@ -242,7 +242,7 @@ def _index_policies(world: _World, out: Compiled) -> None:
     for policy in world.of("AuthorizationPolicy"):
         out.entities[f"policy/{policy.key.qualified}"] = pb.Entity(policy=authorization.message(policy))
         protected, unresolved = _selected(world, policy)
-        for name in protected:
+        for name in protected & world.enrolled:
             world.policies[name].append(policy)
         for service in _target_services(policy):
             world.service_policies[service].append(policy)
@@ -260,7 +260,7 @@ def _index_authentications(world: _World, out: Compiled) -> None:
     for item in world.of("RequestAuthentication"):
         out.entities[f"authentication/{item.key.qualified}"] = pb.Entity(authentication=authentication.entity(item, world.keys))
         selected, unresolved = _selected(world, item)
-        for name in selected:
+        for name in selected & world.enrolled:
             world.authentications[name].append(item)
         for service in _target_services(item):
             world.service_authentications[service].append(item)

@@ -139,7 +139,20 @@ def test_policies_protect_by_target_selector_or_namespace() -> None:
     text += policy("{selector: {matchLabels: {version: v2}}}", "by-selector")
     model = compiled(text)
     assert workload(model, "default/cart-1").policies == ("default/by-target", "default/whole")
-    assert workload(model, "default/other").policies == ("default/whole",)
+
+
+def test_nothing_is_enforced_for_a_workload_that_is_not_in_the_mesh_not_even_by_callers_that_are() -> None:
+    http = policy("{action: DENY, rules: [{to: [{operation: {paths: [/x]}}]}]}", "http")
+    tokens = http.replace("kind: AuthorizationPolicy", "kind: RequestAuthentication").split("spec:")[0]
+    tokens += "spec: {jwtRules: [{issuer: https://one.example, jwksUri: https://one.example/jwks}]}\n---\n"
+    inside = compiled(SHOP + policy("{}", "whole") + http + tokens)
+    assert {"default/http", "default/whole"} < set(workload(inside, "default/cart-1").policies)
+    assert workload(inside, "default/cart-1").authentications == ("default/http",)
+    assert [port.waypoint for port in service(inside).ports] == [True, True]
+    assert workload(inside, "default/other").policies == workload(inside, "default/other").authentications == ()
+    left = compiled(SHOP.replace("version: v1", "meshagent.io/mode: none") + policy("{}", "whole") + http + tokens)
+    assert workload(left, "default/cart-1").policies == workload(left, "default/cart-1").authentications == ()
+    assert [port.waypoint for port in service(left).ports] == [False, False]
 
 
 def test_a_policy_whose_target_is_missing_protects_nothing_and_says_so() -> None:
