@@ -32,7 +32,7 @@ Found = tuple[Path, str]
 
 def check(kind: str, namespace: str, value: Mapping[str, Any]) -> Iterator[Found]:
     """Yield what is wrong with an object that obeys its schema."""
-    yield from _labels(kind, value["metadata"])
+    yield from switches(kind, value["metadata"])
     spec = value.get("spec") or {}
     if kind == "Service":
         yield from _service(spec)
@@ -68,7 +68,8 @@ def _elsewhere(kind: str, spec: Mapping[str, Any]) -> Iterator[Found]:
         yield from telemetry.check(spec)
 
 
-def _labels(kind: str, metadata: Mapping[str, Any]) -> Iterator[Found]:
+def switches(kind: str, metadata: Mapping[str, Any]) -> Iterator[Found]:
+    """Yield what is wrong with the mesh's own labels and annotations, each with the path of one."""
     for where, kinds, name, choices, words in _SWITCHES:
         if kind not in kinds:
             continue
@@ -82,9 +83,10 @@ def _labels(kind: str, metadata: Mapping[str, Any]) -> Iterator[Found]:
 
 _SWITCHES: Final = (
     ("labels", {"Namespace", "Workload"}, MODE_LABEL, {"mesh", "none"}, '"mesh" (the default) or "none" (not enrolled)'),
+    ("labels", {"Pod"}, MODE_LABEL, {"mesh", "none"}, '"mesh" or "none" (not enrolled)'),
     (
         "labels",
-        {"Namespace", "Workload"},
+        {"Namespace", "Workload", "Pod"},
         ACCELERATION_LABEL,
         {"enabled", "force", "disabled"},
         '"enabled", "force" or "disabled" (the default)',

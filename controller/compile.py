@@ -184,7 +184,9 @@ def _index_backing(world: _World, out: Compiled) -> None:
     for workload in (*world.workloads, *hosts):
         for name, value in workload.labels.items():
             by_label[workload.key.namespace, name, value].append(workload)
-    taken = {address for service in world.of("Service") for address in virtual_addresses(service)}
+    taken = {address for service in world.of("Service") for address in virtual_addresses(service)} | externals.claimed(
+        world.of(externals.KIND)
+    )
     standins = endpoints.StandIns(world.workloads, hosts, taken)
     for service in world.of("Service"):
         name = service.key.qualified
@@ -279,12 +281,21 @@ def _index_authentications(world: _World, out: Compiled) -> None:
 
 
 def _token_ports(world: _World, workload: str) -> set[int]:
-    """Target ports of a workload that its RequestAuthentications are about: what its services do not declare to speak something else than HTTP."""
-    found = set()
-    for service in world.backed[workload]:
+    """Target ports of a workload that its RequestAuthentications are about: what its services do not declare to speak something else than HTTP.
+
+    A Service of another namespace leads to it if an EndpointSlice says so, and decides about ports that none of its own leads to.
+    """
+    own: set[int] = set()
+    found: set[int] = set()
+    namespace = workload.partition("/")[0]
+    for service in sorted(world.backed[workload], key=lambda one: one.key.namespace != namespace):
         http = {port["port"] for port in service.spec["ports"] if _may_be_http(port)}
-        mapped = world.ports[service.key.qualified, workload]
-        found |= {one.target_port for one in mapped if one.protocol == "TCP" and one.service_port in http}
+        mapped = {one.service_port: one.target_port for one in world.ports[service.key.qualified, workload] if one.protocol == "TCP"}
+        if service.key.namespace == namespace:
+            own.update(mapped.values())
+            found.update(target for port, target in mapped.items() if port in http)
+        else:
+            found.update(target for port, target in mapped.items() if port in http and target not in own)
     return found
 
 
@@ -314,10 +325,15 @@ def _selected(world: _World, item: Object) -> tuple[set[str], list[Condition]]:
         f"{externals.KIND} {name}" for name in _target_externals(item) if Key(externals.KIND, *name.split("/")) not in world.objects
     ]
     message = f"there is no {', no '.join(missing)}: nothing is protected there"
-    return (
-        {workload.key.qualified for service in services for workload in world.backing.get(service, ())},
-        [Condition("ResolvedRefs", False, "TargetNotFound", message)] if missing else [],
-    )
+    conditions = [Condition("ResolvedRefs", False, "TargetNotFound", message)] if missing else []
+    behind = {workload.key for service in services for workload in world.backing.get(service, ())}
+    if foreign := sorted(key.qualified for key in behind if key.namespace not in {item.key.namespace, *endpoints.STAND_INS}):
+        message = (
+            f"behind its Services are workloads of other namespaces, which EndpointSlices name, and about which only their own namespaces' objects decide: "
+            f"{_names(foreign)}"
+        )
+        conditions.append(Condition("SelectedInItsNamespace", False, "OtherNamespace", message))
+    return {key.qualified for key in behind} - set(foreign), conditions
 
 
 def _index_mtls(world: _World, out: Compiled) -> None:

@@ -12,11 +12,13 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
 
+from controller import externals
 from controller.conflicts import workload_addresses
 from controller.objects import Key, Object
 
 NODES: Final = "(node)"
 ADDRESSES: Final = "(address)"
+STAND_INS: Final = frozenset({NODES, ADDRESSES})
 Targets = Callable[[Mapping[str, Any]], int | None]
 """The target port of a Service's port; None: the endpoint has none for it."""
 
@@ -75,7 +77,7 @@ class StandIns:
                         yield holder, target
 
     def _stand_in(self, namespace: str, name: str, addresses: list[str], node: str, zone: str) -> Object | None:
-        free = [address for address in addresses if address not in self._at and address not in self._virtual]
+        free = [one for one in addresses if one not in self._at and one not in self._virtual and not externals.is_virtual(one)]
         if not free:
             return None
         spec = {"node": node, "addresses": free, "serviceAccount": "default", "ready": True, "zone": zone}

@@ -80,7 +80,7 @@ def _check_addresses(spec: Mapping[str, Any], wrong_with: Callable[[str], str]) 
             yield path, wrong
             continue
         address = ipaddress.ip_address(text)
-        if address in VIRTUAL4 or address in VIRTUAL6:
+        if is_virtual(text):
             yield path, f"{text} is of {VIRTUAL4 if address.version == 4 else VIRTUAL6}, which the controller gives away itself"
         if str(address) in seen:
             yield path, f"{text} is listed twice"
@@ -115,7 +115,7 @@ def _check_endpoints(spec: Mapping[str, Any], wrong_with: Callable[[str], str]) 
         if _is_address(text) or "%" in text:
             if wrong := wrong_with(text):
                 yield (*path, "address"), wrong
-            elif ipaddress.ip_address(text) in VIRTUAL4 or ipaddress.ip_address(text) in VIRTUAL6:
+            elif is_virtual(text):
                 yield (*path, "address"), f"{text} is an address inside the mesh"
         elif static:
             yield (*path, "address"), f'"{text[:80]}" is not an address, and spec.resolution is STATIC'
@@ -198,6 +198,17 @@ def compile_externals(items: Iterable[Object], known: Known, created: Callable[[
             message = f"{'; '.join(inside)}: not used, an ExternalService never leads into the mesh"
             conditions.append(("EndpointsUsed", False, "PointsIntoTheMesh", message))
     return out
+
+
+def claimed(items: Iterable[Object]) -> set[str]:
+    """The addresses that ExternalServices name as their own."""
+    return {str(ipaddress.ip_address(text)) for item in items for text in item.spec.get("addresses", ())}
+
+
+def is_virtual(address: str) -> bool:
+    """Is it one of those that the controller gives away?"""
+    found = ipaddress.ip_address(address)
+    return found in VIRTUAL4 or found in VIRTUAL6
 
 
 def _is_private(item: Object) -> bool:

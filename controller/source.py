@@ -9,6 +9,7 @@ survive a restart in `DIR/.meshagent-last-good.yaml`: otherwise a policy broken 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -30,6 +31,8 @@ from controller.schema import Checked, read_or_problems
 SUFFIXES: Final = frozenset({".yaml", ".yml"})
 LAST_GOOD: Final = ".meshagent-last-good.yaml"
 APPLIED: Final = "applied"
+LONGEST: Final = 250
+"""Characters of a file's name without its suffix (NAME_MAX, include/uapi/linux/limits.h); names of objects are ASCII."""
 SETTLED_NS: Final = 1_000_000_000  # a file that shrank is believed when it is this old
 NAMES_SHOWN: Final = 10
 RESCAN_MS: Final = 5000  # for what inotify does not tell: network file systems, targets of links
@@ -166,8 +169,12 @@ class Source:
         return self._index.get(key, [])
 
     def applied_path(self, key: Key) -> Path:
-        """Where the admin service keeps an object: `applied/NAMESPACE_KIND_NAME.yaml`."""
-        return self.directory / APPLIED / f"{key.namespace}_{key.kind.lower()}_{key.name}.yaml"
+        """Where the admin service keeps an object: `applied/NAMESPACE_KIND_NAME.yaml`; what is too long for the name of a file ends in a digest."""
+        stem = f"{key.namespace}_{key.kind.lower()}_{key.name}"
+        if len(stem) > LONGEST:
+            digest = hashlib.sha256(stem.encode()).hexdigest()[:32]
+            stem = f"{stem[: LONGEST - len(digest) - 1]}~{digest}"  # which no name has in it
+        return self.directory / APPLIED / f"{stem}.yaml"
 
     def _held(self) -> dict[Path, int]:
         """Return how many objects that are in force came from each file."""

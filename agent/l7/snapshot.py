@@ -626,7 +626,9 @@ class Builder:
         self._add(names.ROUTES, name, telling.routes, self._received_by(workload), routes.direct, *inputs)
 
     def _received_by(self, workload: Workload) -> Marks:
-        return self._observability.received(workload.namespace, (backing.service for backing in workload.backing))
+        own = f"{workload.namespace}/"
+        services = (backing.service for backing in workload.backing if backing.service.startswith(own))
+        return self._observability.received(workload.namespace, services)
 
     def _telling(self, workload: Workload) -> Telling:
         """What the listeners of a workload can tell; spans only where there is a collector to tell."""
@@ -879,8 +881,10 @@ def _packed(make: Callable[..., Message], *inputs: Any) -> Resource:
 
 
 def _targets(view: View, workload: Workload) -> Iterable[tuple[int, str]]:
+    """Ports that a workload receives at, and what is spoken there: as its own namespace's services say, then as those that EndpointSlices lead to it."""
     found: dict[int, str] = {}
-    for backing in workload.backing:
+    own = f"{workload.namespace}/"
+    for backing in sorted(workload.backing, key=lambda one: not one.service.startswith(own)):
         for port, target in backing.ports.items():
             service_port = view.port(backing.service, port)
             found[target] = found.get(target) or (service_port.app_protocol if service_port else "")

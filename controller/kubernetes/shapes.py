@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import msgspec
 
+from controller.checks import switches
 from controller.documents import Document, Path, path_text
 from controller.errors import Problem
 from controller.objects import Key, Object
@@ -346,9 +347,13 @@ def _node(raw: bytes) -> Seen | None:
 
 
 def _namespace(raw: bytes) -> Seen | None:
+    """As a file would say it, so that it can be kept (`controller.kubernetes.lastgood`)."""
     meta = _PLAIN.decode(raw).metadata
     key = _key("Namespace", meta)
-    return None if key is None else _seen(key, meta, {})
+    if key is None:
+        return None
+    seen = _seen(key, meta, {})
+    return replace(seen, object=seen.object and replace(seen.object, data={"apiVersion": "v1", "kind": key.kind, **seen.object.data}))
 
 
 def _service(raw: bytes) -> Seen | None:
@@ -460,13 +465,18 @@ def _key(kind: str, meta: _Meta) -> Key | None:
 
 
 def _seen(key: Key, meta: _Meta, spec: Mapping[str, Any] | None, *problems: Problem) -> Seen:
+    """One object; of the mesh's own labels and annotations, what is nonsense is a problem, and as if it were not there."""
     if spec is None:
         return Seen(key, meta.uid, meta.resource_version, meta.generation, None, problems)
     own = {name: value for name, value in (meta.annotations or {}).items() if name.startswith(_OWN)}
-    more = {"namespace": key.namespace, "labels": meta.labels, "annotations": own, "creationTimestamp": meta.created}
+    said = {"labels": dict(meta.labels or {}), "annotations": own}
+    for (_, where, name), message in list(switches(key.kind, said)):
+        if said[str(where)].pop(str(name)):  # an empty one says nothing
+            problems += (Problem(ORIGIN, 0, message, key.kind, key.qualified, path_text(("metadata", where, name))),)
+    more = {"namespace": key.namespace, **said, "creationTimestamp": meta.created}
     metadata = {"name": key.name, **_given(more)}
     made = Object(key, {"metadata": metadata, "spec": spec}, ORIGIN, 0)
-    return Seen(key, meta.uid, meta.resource_version, meta.generation, made)
+    return Seen(key, meta.uid, meta.resource_version, meta.generation, made, problems)
 
 
 def _first(*checks: tuple[str, str, object]) -> Problem | None:

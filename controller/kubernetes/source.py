@@ -8,7 +8,7 @@ taken up when the API server has answered about the Secrets that it names: it wo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -26,8 +26,9 @@ from controller.source import State
 SETTLE_S: Final = 0.02
 """How long after a change more are waited for: a rollout is many."""
 _NAMES_SHOWN: Final = 10
-_PLAIN: Final = frozenset({"Namespace", "Node", "Pod", "Service", "EndpointSlice"})
-"""Kubernetes' own kinds: an API server that lets nonsense in does not exist, and their status is not ours."""
+_PLAIN: Final = frozenset({"Node", "Pod", "Service", "EndpointSlice"})
+"""Kubernetes' own kinds, of which nothing is remembered: an API server that lets nonsense in does not exist, and the mesh's own labels and annotations
+on them are as if they were not there where they are nonsense. Namespaces are remembered, because theirs say what is in the mesh, and what is denied."""
 REST: Final = 1.0
 """How long after a change was taken in the next one is, in parts of the time that it took: half of the time is left for everything else."""
 
@@ -134,6 +135,8 @@ class KubernetesSource:
                 read.candidates |= {key: seen.object for key, seen in store.items() if seen.object is not None}
                 store = {key: seen for key, seen in store.items() if seen.problems}
             read.basis |= store
+            if name == "Pod":
+                read.problems += _of_pods(store.values())
             for seen in store.values():
                 if not seen.orphan or Key("Namespace", "", seen.key.namespace) in spaces:
                     self._take(read, seen)
@@ -170,8 +173,9 @@ class KubernetesSource:
         problems = [*seen.problems, *([_orphaned(key)] if seen.orphan else [])]
         if problems:
             read.refused[key] = problems
-            read.problems += problems
-        if (item := seen.object or (read.in_force.get(key) if seen.problems else None)) is not None:
+            read.problems += problems if key.kind != "Pod" or seen.object is None else []
+        before_it = read.in_force.get(key) if seen.problems else None
+        if (item := (before_it or seen.object) if key.kind == "Namespace" else (seen.object or before_it)) is not None:
             read.candidates[key] = item
 
     def _take_secrets(self, read: _Read) -> bool:
@@ -206,6 +210,22 @@ class KubernetesSource:
         """What was last read of an object."""
         reflector = self.reflectors.get(key.kind)
         return reflector.store.get(key) if reflector is not None else None
+
+
+def _of_pods(found: Iterable[Seen]) -> list[Problem]:
+    """Of pods that are in force with a label that is nonsense: one problem for all of a Deployment, and of a namespace."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for seen in found:
+        for one in seen.problems if seen.object is not None else ():
+            alike.setdefault((seen.key.namespace, one.field, one.message), []).append(seen.key.name)
+    problems = []
+    for (space, path, message), names in alike.items():
+        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        which = f"{', '.join(sorted(names)[:_NAMES_SHOWN])}{more}"
+        problems.append(
+            Problem(ORIGIN, 0, f"{message}; it is as if it were not there, and the Namespace decides: {which}", "Pod", space, path)
+        )
+    return problems
 
 
 def _kept(objects: Mapping[Key, Object], basis: Mapping[Key, Seen]) -> dict[Key, Kept]:

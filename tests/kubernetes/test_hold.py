@@ -43,6 +43,8 @@ def test_a_pod_is_marked_if_it_is_to_be_in_the_mesh(marking: ControlPlane) -> No
     assert sysctls(marking, "unmarked") == []
     assert sysctls(marking, "unmarked", "mesh") == [(RESERVED, MARK)]
     assert sysctls(marking, "marked", "none") == []
+    assert sysctls(marking, "marked", "Mesh") == [(RESERVED, MARK)], "nonsense is as if it were not there"
+    assert sysctls(marking, "unmarked", "Mesh") == []
 
 
 def test_a_pod_without_a_network_of_its_own_is_not(marking: ControlPlane) -> None:

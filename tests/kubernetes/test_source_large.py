@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from agent.model import policy as read
+from agent.policy import Caller, Verdict, decide
 from controller.kubernetes import lastgood, lease, reflector, status
 from controller.objects import Key
 from meshapi import discovery_pb2 as pb
@@ -86,3 +88,28 @@ async def test_a_pod_with_as_many_annotations_as_there_may_be_is_a_workload(plan
         item = mesh.state.objects[Key("Pod", "defined", "large")]
         assert len(json.dumps(item.data)) < 1000, "all of it is kept in memory"
         assert mesh.state.problems == ()
+
+
+async def test_a_policy_as_large_as_etcd_takes_is_in_force_and_stays_so_when_it_is_broken(plane: ControlPlane) -> None:
+    """Its names are as long as names are, and nobody but the last of them is a pod's."""
+    large, names = policy("defined", "large"), [f"{'n' * 63}/{'a' * 247}{number:06}" for number in range(4200)]
+    sources = [{"serviceAccounts": names[first : first + 300]} for first in range(0, len(names), 300)]
+    large["spec"] = {"action": "DENY", "rules": [{"from": [{"source": one}]} for one in sources]}
+    assert 1_300_000 < len(json.dumps(large)) < 1_450_000
+    plane.apply(large, policy("defined", "small"), pod("defined", "victim"))
+    async with writing(plane, ACCOUNT) as one:
+        await until(lambda: action(one.mesh, "large") == action(one.mesh, "small") == pb.Policy.DENY)
+        entity = one.mesh.compiled.entities["policy/defined/large"]
+        held = read(entity.policy)
+        for account, verdict in ((names[-1], Verdict.DENY), (names[-1][:-1] + "x", Verdict.ALLOW)):
+            space, _, name = account.partition("/")
+            assert decide([held], Caller(space, name, "mesh.test"), 8080).verdict is verdict
+        large["metadata"]["annotations"] = BAD
+        await asyncio.to_thread(plane.apply, large)
+        await until(
+            lambda: "there is no room for AuthorizationPolicy defined/large; a restart of all controllers would lose" in told(one.mesh)
+        )
+        assert one.mesh.compiled.entities["policy/defined/large"] == entity
+        looked = one.part._writer.written
+        await asyncio.sleep(2)
+        assert one.part._writer.written - looked <= 1, "it goes on writing"

@@ -24,6 +24,14 @@ async def admin(target: str, credentials: grpc.ChannelCredentials | None = None)
         yield admin_pb2_grpc.AdminStub(channel)  # type: ignore[arg-type,no-untyped-call,unused-ignore]
 
 
+POLICY = """
+apiVersion: meshagent.io/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: NAME, namespace: ns}
+spec: {action: DENY, rules: [{from: [{source: {namespaces: [ns]}}]}]}
+"""
+
+
 async def apply(stub: Any, *texts: str) -> list[tuple[str, str, str]]:
     response = await stub.Apply(pb.ApplyRequest(documents=[pb.Document(origin="given.yaml", yaml=text) for text in texts]))
     return [(result.kind, result.name, result.action) for result in response.results]
@@ -49,6 +57,25 @@ def test_what_was_applied_is_in_force_when_the_answer_comes(tmp_path: Path, dire
             assert cart["spec"]["clusterIP"] == "10.96.0.9"
             assert cart["metadata"]["creationTimestamp"].endswith("Z")
             assert cart["status"]["conditions"] == [{"type": "Accepted", "status": "True", "reason": "Accepted", "message": "in force"}]
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("length", [200, 227, 228, 253])
+def test_objects_with_names_as_long_as_there_may_be_are_stored_apart_and_deleted(tmp_path: Path, directory: Path, length: int) -> None:
+    """227: what the name of a file just takes."""
+
+    async def check() -> None:
+        async with serve(directory, tmp_path / "c.sock") as controller, admin(f"unix:{tmp_path}/c.sock") as stub:
+            names = [f"{'x' * (length - 1)}{number}" for number in range(3)]
+            text = "\n---\n".join(POLICY.replace("NAME", name) for name in names)
+            assert [action for _, _, action in await apply(stub, text)] == ["created"] * 3
+            assert [action for _, _, action in await apply(stub, text)] == ["unchanged"] * 3
+            assert len(controller.mesh.publication.current.versions) == 3
+            assert len(list((directory / "applied").iterdir())) == 3
+            documents = [pb.Document(origin="given.yaml", yaml=POLICY.replace("NAME", names[1]))]
+            assert [result.action for result in (await stub.Delete(pb.DeleteRequest(documents=documents))).results] == ["deleted"]
+            assert set(controller.mesh.publication.current.versions) == {f"policy/ns/{names[0]}", f"policy/ns/{names[2]}"}
 
     asyncio.run(check())
 

@@ -13,6 +13,7 @@ from agent.l7.snapshot import build
 from agent.model import (
     Action,
     Backend,
+    Backing,
     HeaderEdit,
     MatchKind,
     Operation,
@@ -189,3 +190,15 @@ def test_requests_go_to_the_endpoints_that_this_node_prefers_by_weight(distribut
     ]
     web = dataclasses.replace(harness.service("web", "10.96.0.1", 80), traffic_distribution=distribution)
     assert endpoints(harness.snapshot([harness.workload("a", "10.0.0.1"), *pods], [web])) == expected
+
+
+def test_a_service_of_another_namespace_does_not_say_what_is_spoken_at_a_port_that_has_its_own() -> None:
+    snapshot = rich()
+    lure = dataclasses.replace(harness.service("lure", "10.96.0.9", 80, protocol="kubernetes.io/h2c"), name="aaa/lure")
+    held = snapshot.workloads["default/b1"]
+    lured = dataclasses.replace(held, backing=(Backing("aaa/lure", {80: 8080}), *held.backing))
+    after = dataclasses.replace(
+        snapshot, workloads={**snapshot.workloads, held.name: lured}, services={**snapshot.services, lure.name: lure}
+    )
+    name = names.workload("default/b1", 8080)
+    assert built(after)[names.CLUSTER][name] == built(snapshot)[names.CLUSTER][name]

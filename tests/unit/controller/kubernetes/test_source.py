@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from controller import externals
 from controller.compile import Compiled, compile_model
 from controller.kubernetes import reflector, secrets
 from controller.kubernetes.shapes import followed
@@ -17,6 +18,7 @@ from controller.mesh import Mesh
 from controller.objects import Key, Object
 from meshapi import discovery_pb2 as pb
 from tests.tasks import beside, until
+from tests.tokens import Issuer
 from tests.unit.controller.kubernetes.apiserver import Scripted, Watch, listed, scripted
 
 pytestmark = pytest.mark.anyio
@@ -88,7 +90,8 @@ def test_a_pod_is_enrolled_where_a_label_of_it_or_its_namespace_says_so(
 
 def test_only_of_a_pod_in_the_mesh_it_is_said_what_its_kubelet_calls() -> None:
     containers = [{"readinessProbe": {"httpGet": {"port": "web"}}, "ports": [{"name": "web", "containerPort": 8080}]}]
-    pods = [pod(name, f"10.1.0.{len(name)}", labels={"meshagent.io/mode": name}, containers=containers) for name in ("mesh", "no")]
+    modes = (("mesh", "mesh"), ("no", "none"))
+    pods = [pod(name, f"10.1.0.{len(name)}", labels={"meshagent.io/mode": mode}, containers=containers) for name, mode in modes]
     model = compiled(Namespace=[{"metadata": {"name": "shop"}}], Pod=pods)
     assert [list(workload(model, f"shop/{name}").probe_ports) for name in ("mesh", "no")] == [[8080], []]
 
@@ -376,3 +379,61 @@ async def test_more_secrets_than_can_be_followed_are_refused_by_name_and_push_no
             assert str(mesh.state.problems[0]) == "api-server Secret/shop/a: is not read: Gateways name more than 1 Secrets"
             assert Key("Secret", "shop", "z") in mesh.state.objects
             assert Key("Gateway", "shop", "a") in mesh.state.objects
+
+
+def lure(*addresses: str, port: int = 8080) -> dict[str, list[dict[str, Any]]]:
+    """A Service of the namespace `stranger`, and an EndpointSlice with addresses that are not the stranger's."""
+    made = service("lure", "10.96.0.10", None, {"port": 80, "appProtocol": "http"})
+    made["metadata"]["namespace"] = "stranger"
+    labels = {"kubernetes.io/service-name": "lure"}
+    endpoints = [{"addresses": [address]} for address in addresses]
+    item = {"metadata": meta("s", namespace="stranger", labels=labels), "ports": [{"name": "", "port": port}], "endpoints": endpoints}
+    return {"Service": [made], "EndpointSlice": [item]}
+
+
+def attached(kind: str, namespace: str, name: str, **spec: Any) -> dict[str, Any]:
+    """A policy for the workloads behind a Service of its namespace."""
+    whole = {"targetRefs": [{"kind": "Service", "name": name}], **spec}
+    return {"apiVersion": "meshagent.io/v1alpha1", "kind": kind, "metadata": meta("mine", namespace=namespace), "spec": whole}
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        ("AuthorizationPolicy", {"action": "ALLOW", "rules": [{}]}),
+        ("PeerAuthentication", {"mtls": {"mode": "DISABLE"}}),
+        ("RequestAuthentication", {"jwtRules": [{"issuer": "https://stranger.test", "jwks": Issuer("https://stranger.test").jwks}]}),
+    ],
+)
+def test_a_slice_with_the_address_of_another_namespaces_pod_lets_no_policy_decide_about_it(kind: str, spec: dict[str, Any]) -> None:
+    base = {"Namespace": [MESH], "Pod": [pod("a", "10.1.0.1")]}
+    alone = workload(compiled(**base), "shop/a")
+    model = compiled(**base, **lure("10.1.0.1", "203.0.113.7"), **{kind: [attached(kind, "stranger", "lure", **spec)]})
+    found = workload(model, "shop/a")
+    assert [one.service for one in found.backing] == ["stranger/lure"]
+    assert (list(found.policies), list(found.authentications), found.mtls) == ([], [], alone.mtls)
+    said = {one.type: one.message for one in model.conditions[Key(kind, "stranger", "mine")]}
+    assert said["SelectedInItsNamespace"].endswith("about which only their own namespaces' objects decide: shop/a")
+    assert "nothing enforces it for (address)/203.0.113.7" in said["Enforced"]
+
+
+def test_a_service_of_another_namespace_does_not_say_what_is_spoken_at_a_port_that_has_its_own() -> None:
+    own = service("a", "10.96.0.9", {"app": "a"}, {"port": 6379, "targetPort": 8080, "appProtocol": "redis"})
+    rules = {"jwtRules": [{"issuer": "https://one.test", "jwks": Issuer("https://one.test").jwks}]}
+    tokens = {"apiVersion": "meshagent.io/v1alpha1", "kind": "RequestAuthentication", "metadata": meta("tokens"), "spec": rules}
+    more = lure("10.1.0.1")
+    objects = {"Namespace": [MESH], "Pod": [pod("a", "10.1.0.1", labels={"app": "a"})], "RequestAuthentication": [tokens]}
+    alone = compiled(**objects, Service=[own])
+    lured = compiled(**objects, Service=[own, *more["Service"]], EndpointSlice=more["EndpointSlice"])
+    assert list(workload(alone, "shop/a").policies) == list(workload(lured, "shop/a").policies) == []
+    elsewhere = lure("10.1.0.1", port=9090)
+    beside = compiled(**objects, Service=[own, *elsewhere["Service"]], EndpointSlice=elsewhere["EndpointSlice"])
+    assert len(workload(beside, "shop/a").policies) == 1, "a port that none of its own services leads to is looked at"
+
+
+def test_nobody_stands_at_an_address_that_an_external_service_has() -> None:
+    spec = {"hosts": ["db.example.com"], "addresses": ["203.0.113.5"], "ports": [{"port": 5432, "protocol": "TCP"}]}
+    external = {"apiVersion": "meshagent.io/v1alpha1", "kind": "ExternalService", "metadata": meta("db"), "spec": spec}
+    given = str(externals.VIRTUAL4[7])
+    model = compiled(ExternalService=[external], **lure("203.0.113.5", given, "203.0.113.6"))
+    assert [name for name in model.entities if name.startswith("workload/")] == ["workload/(address)/203.0.113.6"]
