@@ -179,7 +179,7 @@ def test_secrets_are_readable_by_name_in_namespaces_that_were_named_and_otherwis
         "shop": [["shop-tls", "api-tls"]],
         "blog": [["blog-tls"]],
     }
-    assert all(granted(rules) == {("", "secrets", verb) for verb in ("get", "list", "watch")} for rules in found.values())
+    assert all(granted(rules) == {("", "secrets", verb) for verb in ("list", "watch")} for rules in found.values())
 
 
 @BOTH
