@@ -59,6 +59,11 @@ class ControlPlane:
         """Of the API server."""
         return f"https://{self.address}:{self.port}"
 
+    @property
+    def minor(self) -> int:
+        """Of Kubernetes 1.MINOR; asked of the API server."""
+        return int(json.loads(self.kubectl("get", "--raw", "/version"))["minor"])
+
     def kubeconfig(self, user: str = "admin", *groups: str) -> Path:
         """Write the kubeconfig file of a user; `admin` may do everything."""
         groups = groups or (("system:masters",) if user == "admin" else ())

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,14 +17,12 @@ from controller.kubernetes.source import KubernetesSource
 from controller.mesh import Mesh
 from controller.objects import Key
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.test_manifest import ACCOUNT
+from tests.kubernetes.test_manifest import ACCOUNT, FULL
 from tests.kubernetes.test_source import following, namespace, pod, until
 from tests.kubernetes.test_status import OWN
 from tests.unit.controller.test_gateways import Signer
 
 pytestmark = pytest.mark.anyio
-FULL = Path(__file__).parent / "rendered" / "full.yaml"
-"""The chart with Secrets shop/shop-tls, shop/api-tls and blog/blog-tls in controller.gatewaySecrets."""
 RIGHTS = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
 GATEWAY_API = "gateway.networking.k8s.io"
 SIGNER = Signer()
