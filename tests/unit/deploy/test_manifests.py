@@ -193,6 +193,7 @@ def test_every_container_has_requests_limits_probes_seccomp_and_a_root_that_cann
         assert {"cpu", "memory"} <= set(container["resources"]["requests"])
         assert "memory" in container["resources"]["limits"]
         context = container["securityContext"]
+        assert "seccompProfile" not in context, "the pod's holds"
         assert context["readOnlyRootFilesystem"] is True
         assert context.get("privileged", False) is False
         assert context["capabilities"]["drop"] == ["ALL"]
