@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from controller import authentication, authorization, endpoints, externals, protocols, routerules, routes, telemetry, traffic
 from controller.conflicts import virtual_addresses, workload_addresses
-from controller.gateways import CONTROLLER, Ingress, Known
+from controller.gateways import CONTROLLER, ConditionType, Ingress, Known
 from controller.jwks import Fetched
 from controller.objects import (
     ACCELERATION_LABEL,
@@ -48,7 +48,7 @@ _NAMES_SHOWN: Final = 10
 class Condition:
     """One line of an object's status, in Kubernetes' words."""
 
-    type: str
+    type: ConditionType
     status: bool
     reason: str
     message: str
@@ -626,7 +626,7 @@ def _route(resolver: routes.Resolver, out: Compiled, route: Object, found: route
     if holds:
         conditions.append(_accepted())
     if problems := [*found.wrong, *found.ingress.wrong]:
-        kind = "ParentsResolved" if holds else "Accepted"
+        kind: ConditionType = "ParentsResolved" if holds else "Accepted"
         conditions.append(Condition(kind, False, problems[0][0], routes.texts(problems)))
     wrong: list[tuple[str, str]] = []
     rules = [routerules.message(resolver, route, index, rule, wrong) for index, rule in enumerate(route.spec.get("rules", [{}]))]

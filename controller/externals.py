@@ -18,6 +18,7 @@ from typing import Any, Final
 from cryptography import x509
 
 from controller.documents import Path
+from controller.gateways import Said
 from controller.objects import Key, Object
 from meshapi import discovery_pb2 as pb
 
@@ -161,7 +162,7 @@ class Compiled:
     """Services by name, and what is to be said of each object: (type, status, reason, message)."""
 
     services: dict[str, pb.Service] = field(default_factory=dict)
-    conditions: dict[Key, list[tuple[str, bool, str, str]]] = field(default_factory=lambda: defaultdict(list))
+    conditions: dict[Key, list[Said]] = field(default_factory=lambda: defaultdict(list))
 
 
 def compile_externals(items: Iterable[Object], known: Known, created: Callable[[Object], int]) -> Compiled:
@@ -190,13 +191,13 @@ def compile_externals(items: Iterable[Object], known: Known, created: Callable[[
             told.append(f"{', '.join(service.external.hosts)} = {', '.join(service.addresses)}")
         conditions = out.conditions[item.key]
         if mine:
-            conditions.append(("Accepted", True, "Accepted", f"in force: {'; '.join(told)}"))
+            conditions.append(Said("Accepted", True, "Accepted", f"in force: {'; '.join(told)}"))
         if lost:
             message = f"spec.hosts: {'; '.join(lost)}; of two the oldest counts, by creationTimestamp (without one it is the oldest), then by name"
-            conditions.append(("Uncontested" if mine else "Accepted", False, "Conflicted", message))
+            conditions.append(Said("Uncontested" if mine else "Accepted", False, "Conflicted", message))
         if mine and (inside := [wrong for _, wrong in _endpoints(item, known) if wrong]):
             message = f"{'; '.join(inside)}: not used, an ExternalService never leads into the mesh"
-            conditions.append(("EndpointsUsed", False, "PointsIntoTheMesh", message))
+            conditions.append(Said("EndpointsUsed", False, "PointsIntoTheMesh", message))
     return out
 
 

@@ -10,7 +10,7 @@ import datetime as dt
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from controller import secrets
 from controller.gatewaychecks import GROUP, kind_of
@@ -33,10 +33,28 @@ _PROTOCOLS: Final = ("HTTP", "HTTPS")
 _NAMES_SHOWN: Final = 10
 
 
+ConditionType = Literal[
+    "Accepted",
+    "BalancedAsWished",
+    "Conflicted",
+    "EndpointsUsed",
+    "Enforced",
+    "HostnamesApplied",
+    "KeysCurrent",
+    "ListenersValid",
+    "ParentsResolved",
+    "Programmed",
+    "ResolvedRefs",
+    "TargetsResolved",
+    "Uncontested",
+]
+"""All that the mesh says of objects. Conditions of other types are others' (`controller.kubernetes.status`)."""
+
+
 class Said(NamedTuple):
     """A condition: `controller.compile.Condition`, before it is one."""
 
-    type: str
+    type: ConditionType
     status: bool
     reason: str
     message: str

@@ -1,7 +1,9 @@
 """Writes back to the API server what is to be said about its objects: conditions, and an event when one is refused. Done by one controller at a time.
 
 What stands there already is not written again, so that a controller that starts writes nothing where nothing has changed, and its own writes come to an end.
-Entries of `status.parents` that other controllers made are kept (https://gateway-api.sigs.k8s.io/reference/spec/#routeparentstatus).
+Entries of `status.parents` that other controllers made are kept (https://gateway-api.sigs.k8s.io/reference/spec/#routeparentstatus), and conditions of types
+that are not the mesh's, wherever they stand: whoever says them alone may change them (Notes for implementors of GatewayStatus.Conditions,
+https://github.com/kubernetes-sigs/gateway-api/blob/main/apis/v1/gateway_types.go).
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ import datetime as dt
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from controller import metrics, statuses
 from controller.compile import Compiled
-from controller.gateways import CLASS, CONTROLLER
+from controller.gateways import CLASS, CONTROLLER, ConditionType
 from controller.kubernetes.api import Api, ApiError, Unreachable
 from controller.kubernetes.lease import Lease
 from controller.kubernetes.shapes import Kind, Seen
@@ -35,6 +37,7 @@ AGAIN_S: Final = 5.0
 """How long after a write that failed everything is looked at again."""
 MESSAGE: Final = 32_768  # of a condition (https://kubernetes.io/docs/reference/generated/kubernetes-api/v1.34/#condition-v1-meta)
 NOTE: Final = 1024  # of an event
+_OURS: Final = frozenset(get_args(ConditionType))
 _ROUTES: Final = frozenset({"HTTPRoute", "GRPCRoute"})
 _WITHOUT: Final = frozenset({"Namespace", "Node", "Pod", "Service", "EndpointSlice", "ReferenceGrant", "Secret"})
 
@@ -201,16 +204,16 @@ def _wanted(key: Key, seen: Seen, in_force: Object | None, said: Mapping[str, An
 
 
 def _stamped(before: Any, conditions: list[Mapping[str, str]], generation: int) -> list[dict[str, Any]]:
-    """Conditions with the time at which their status changed last, and the generation that they are about."""
-    old = {one.get("type"): one for one in before or () if isinstance(one, dict)} if isinstance(before, list) else {}
+    """Conditions with the time at which their status changed last, and the generation that they are about; those of others stay, and all where they stand."""
+    old = {one.get("type"): one for one in before if isinstance(one, dict)} if isinstance(before, list) else {}
     now = dt.datetime.now(dt.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    made = []
+    made = {name: one for name, one in old.items() if name not in _OURS or any(condition["type"] == name for condition in conditions)}
     for condition in conditions:
         held = old.get(condition["type"], {})
         since = held.get("lastTransitionTime") if held.get("status") == condition["status"] else None
         message = condition["message"][:MESSAGE]
-        made.append({**condition, "message": message, "observedGeneration": generation, "lastTransitionTime": since or now})
-    return made
+        made[condition["type"]] = {**condition, "message": message, "observedGeneration": generation, "lastTransitionTime": since or now}
+    return list(made.values())
 
 
 def _patched(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

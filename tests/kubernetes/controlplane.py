@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
 START_S = 120.0
+_AUDIT = {"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "omitStages": ["RequestReceived", "Panic"], "rules": [{"level": "Metadata"}]}
 CRDS = Path(__file__).parents[2] / "deploy" / "crds"
 
 
@@ -40,6 +41,8 @@ class ControlPlane:
     assets: Path
     directory: Path
     whole: bool = False
+    audited: bool = False
+    """Does the API server write down who has asked for what? `asked` reads it."""
     port: int = 0
     etcd_port: int = 0
     peer_port: int = 0
@@ -55,6 +58,11 @@ class ControlPlane:
     def url(self) -> str:
         """Of the API server."""
         return f"https://{self.address}:{self.port}"
+
+    @property
+    def minor(self) -> int:
+        """Of Kubernetes 1.MINOR; asked of the API server."""
+        return int(json.loads(self.kubectl("get", "--raw", "/version"))["minor"])
 
     def kubeconfig(self, user: str = "admin", *groups: str) -> Path:
         """Write the kubeconfig file of a user; `admin` may do everything."""
@@ -120,6 +128,12 @@ class ControlPlane:
                 raise Failed(f"the API server does not list what is defined in {folder}: {said}")
             time.sleep(0.2)
 
+    def asked(self, user: str) -> list[dict[str, Any]]:
+        """What a user has asked for, in order, as audit events (https://kubernetes.io/docs/reference/config-api/apiserver-audit.v1/)."""
+        lines = (self.directory / "audit.log").read_text().split("\n")[:-1]  # one that is being written is left out
+        events: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        return [event for event in events if event["user"].get("username") == user]
+
     def set_status(self, kind: str, namespace: str, name: str, status: dict[str, Any]) -> None:
         """Write the status of an object, as a kubelet does."""
         patch = json.dumps({"status": status})
@@ -176,6 +190,13 @@ class ControlPlane:
             "kubelet-client-certificate": str(keys / "kubelet-client.crt"),
             "kubelet-client-key": str(keys / "kubelet-client.key"),
         }
+        if self.audited:
+            (keys / "audit.json").write_text(json.dumps(_AUDIT))
+            options |= {
+                "audit-policy-file": str(keys / "audit.json"),
+                "audit-log-path": str(keys / "audit.log"),
+                "audit-log-mode": "blocking",
+            }
         self._run("kube-apiserver", options)
         deadline = time.monotonic() + START_S
         while "ok" not in self.kubectl("get", "--raw", "/readyz", check=False).split("\n")[:1]:
@@ -286,9 +307,9 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def running(assets: Path, directory: Path, *, whole: bool = False) -> Iterator[ControlPlane]:
+def running(assets: Path, directory: Path, *, whole: bool = False, audited: bool = False) -> Iterator[ControlPlane]:
     """A control plane that is ready."""
-    found = ControlPlane(assets, directory, whole)
+    found = ControlPlane(assets, directory, whole, audited)
     found.prepare()
     try:
         found.start()

@@ -40,6 +40,8 @@ class Replica:
         self.plane, self.top, self.user = plane, top / name, user
         self.port, self.join_port, self.metrics_port = free_ports(3)
         self._authority = authority
+        self.options: tuple[str, ...] = ()
+        """Of `mesh-controller run`, more than those below."""
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -55,7 +57,7 @@ class Replica:
             PROGRAM, "run", "--kubernetes", "--kubeconfig", self.plane.kubeconfig(self.user), "--socket", self.top / "c.sock",
             "--listen", self.address, "--join-listen", f"127.0.0.1:{self.join_port}", "--ca-directory", self.top / "ca",
             "--ca-cert", self._authority / "middle.pem", "--ca-key", self._authority / "middle.key", "--ca-root", self._authority / "root.pem",
-            "--metrics-port", str(self.metrics_port),
+            "--metrics-port", str(self.metrics_port), *self.options,
         ]  # fmt: skip
         argv = [str(word) for word in command]
         with (self.top.parent / f"{self.top.name}.log").open("ab") as log:
