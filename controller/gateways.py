@@ -289,6 +289,10 @@ class Ingress:
                     found.add(f"{namespace}/{reference['name']}")
         return sorted(found)
 
+    def lends(self, workload: Object) -> bool:
+        """Does it ask to be the place of one of these Gateways?"""
+        return f"{workload.key.namespace}/{workload.labels.get(LABEL, '')}" in self._gateways
+
     def ports(self, workload: Object) -> set[int]:
         """Return the ports on which a gateway listens in a workload's place: strangers are who it is for, so they are not STRICT."""
         found = self._gateways.get(f"{workload.key.namespace}/{workload.labels.get(LABEL, '')}")
