@@ -76,7 +76,7 @@ class Holding:
         self._known = bool(known)
         held = self.held()
         if held:
-            self._look_after(held, outside, known)
+            self._release_or_report(held, outside, known)
 
     def _places(self) -> tuple[dict[bytes, str], list[str]]:
         """The directories that have pods in them, by id. Of a kubelet's all or none: what is below a missing one would be taken for it. And those that miss."""
@@ -106,7 +106,7 @@ class Holding:
         """What an operator should know, whose pods on this node are these: one sentence, or none."""
         return [self._problem] if self._problem and any(one.pod_uid for one in residents) else []
 
-    def _look_after(self, held: dict[int, int], outside: Iterable[str], known: Mapping[bytes, str]) -> None:
+    def _release_or_report(self, held: dict[int, int], outside: Iterable[str], known: Mapping[bytes, str]) -> None:
         now = time.monotonic_ns()
         present = {entry.inode(): entry.path for path in known.values() for entry in _entries(path)}
         settled = {one for one, since in held.items() if now - since > OUTSIDE_S * 1e9}

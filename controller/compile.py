@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from controller import authentication, authorization, endpoints, externals, protocols, routerules, routes, telemetry, traffic
+from controller.choosers import Choice, Choosers
 from controller.conflicts import virtual_addresses, workload_addresses
 from controller.gateways import CONTROLLER, ConditionType, Ingress, Known
 from controller.jwks import Fetched
@@ -75,28 +76,31 @@ class Compiled:
 
 
 @dataclass(slots=True)
-class _World:
-    """Indexes over the objects, made once per compilation."""
+class World:
+    """Indexes over the objects; `controller.recompile` changes those of pods, and nobody else changes any after a compilation."""
 
     objects: Mapping[Key, Object]
     authority: bool
+    kinds: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # kind -> objects, in order of their keys
     services: dict[str, Object] = field(default_factory=dict)
-    workloads: list[Object] = field(default_factory=list)
-    slices: Mapping[str, list[Object]] = field(default_factory=dict)  # service -> EndpointSlices of it
+    choosers: Choosers = field(default_factory=lambda: Choosers(()))  # Services and policies with a selector
+    targeting: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # service -> policies that name it
+    workloads: dict[str, Object] = field(default_factory=dict)
+    shared: set[str] = field(default_factory=set)  # addresses that not only workloads say something of
     ports: dict[tuple[str, str], list[pb.PortMapping]] = field(default_factory=dict)  # service, workload -> where the service leads there
-    members: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # namespace -> workloads
+    mappings: dict[tuple[tuple[int, str, int], ...], list[pb.PortMapping]] = field(default_factory=dict)  # all that there are in `ports`
     enrolled: set[str] = field(default_factory=set)  # workloads in the mesh
-    backing: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # service -> workloads
-    backed: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # workload -> services
-    policies: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # workload -> policies
-    service_policies: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # service -> policies that name it
+    backing: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # service -> workloads
+    backed: dict[str, dict[str, Object]] = field(default_factory=dict)  # workload -> services
+    policies: dict[str, list[Object]] = field(default_factory=dict)  # workload in the mesh -> AuthorizationPolicies
     egress: str = "allow"  # where no Namespace says otherwise
     external_policies: dict[str, list[Object]] = field(
         default_factory=lambda: defaultdict(list)
     )  # ExternalService -> policies that name it
-    authentications: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # workload -> RequestAuthentications
-    service_authentications: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # service -> those that name it
+    authentications: dict[str, list[Object]] = field(default_factory=dict)  # workload in the mesh -> RequestAuthentications
+    guards: dict[str, str] = field(default_factory=dict)  # workload -> name of the entity that has its requests looked at
     keys: Mapping[str, Fetched] = field(default_factory=dict)  # URI -> keys of token issuers
+    selected: dict[Key, set[str]] = field(default_factory=dict)  # policy of any kind -> workloads
     mtls: dict[str, Object] = field(default_factory=dict)  # workload or namespace -> the PeerAuthentication that decides for it
     routes: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))  # service -> (port or 0, "KIND NS/NAME")
     grpc: set[tuple[str, int]] = field(default_factory=set)  # service ports that a GRPCRoute says speak gRPC, if nothing else does
@@ -104,7 +108,8 @@ class _World:
     traffic: dict[traffic.Port, str] = field(default_factory=dict)  # service and port -> the TrafficPolicy that decides for it
 
     def of(self, kind: str) -> list[Object]:
-        return [self.objects[key] for key in sorted(key for key in self.objects if key.kind == kind)]
+        """Return the objects of a kind, in order of their keys."""
+        return self.kinds.get(kind, [])
 
 
 def compile_model(
@@ -121,108 +126,192 @@ def compile_model(
     `authority` says that this controller gives workloads certificates; without them there is no mutual TLS, whatever objects ask for. `keys` are those that
     RequestAuthentications name by URI. `egress` is "allow" or "deny", for namespaces that do not say. `known` is about Secrets of gateways.
     """
-    world, out = _World(objects, authority, keys=keys or {}, egress=egress), Compiled()
-    world.slices = endpoints.by_service(world.of("EndpointSlice"))
-    _index_backing(world, out)
-    _index_policies(world, out)
-    _index_authentications(world, out)
-    _index_mtls(world, out)
-    enrolled = [workload for workload in world.workloads if workload.key.qualified in world.enrolled]
-    world.ingress = Ingress(objects, enrolled, dt.datetime.fromtimestamp(time.time() if now is None else now, dt.timezone.utc), known)
+    return compile_world(World(objects, authority, keys=keys or {}, egress=egress), now, known)
+
+
+def compile_world(world: World, now: float | None = None, known: Known | None = None) -> Compiled:
+    """Fill the indexes of a new world, and return the model."""
+    out = Compiled()
+    for key in sorted(world.objects):
+        world.kinds[key.kind].append(world.objects[key])
+    _index_workloads(world, out)
+    enrolled = [workload for name, workload in world.workloads.items() if name in world.enrolled]
+    world.ingress = Ingress(world.objects, enrolled, dt.datetime.fromtimestamp(time.time() if now is None else now, dt.timezone.utc), known)
     _index_routes(world, out)
     _gateways(world, out)
     _index_traffic(world, out)
     _telemetry(world, out)
-    for name, service in world.services.items():
-        message = _service(world, name, service)
-        out.entities[f"service/{name}"] = pb.Entity(service=message)
-        out.conditions[service.key].append(_accepted())
-        if wrong := _not_at_the_waypoint(service, message.ports):
-            out.conditions[service.key].append(wrong)
-    for workload in world.workloads:
-        out.entities[f"workload/{workload.key.qualified}"] = pb.Entity(workload=_workload(world, out, workload))
-        out.conditions[workload.key].append(_accepted())
-    _externals(world, out)
+    for policy in world.of("AuthorizationPolicy"):
+        out.entities[f"policy/{policy.key.qualified}"] = pb.Entity(policy=authorization.message(policy))
+    for item in world.of("RequestAuthentication"):
+        out.entities[f"authentication/{item.key.qualified}"] = pb.Entity(authentication=authentication.entity(item, world.keys))
+    for policy in (policy for kind in POLICIES for policy in world.of(kind)):
+        tell_policy(world, out, policy)
+    for name in world.services:
+        tell_service(world, out, name)
+    for name in world.workloads:
+        tell_workload(world, out, name)
+    tell_externals(world, out)
     for namespace in world.of("Namespace"):
         out.conditions[namespace.key].append(_accepted())
         if namespace.labels.get(DEFAULT_POLICY_LABEL) == "deny":
             name = namespace.key.name
             # An ALLOW policy that matches nothing denies all that no other ALLOW policy allows.
-            policy = pb.Policy(namespace=name, name=DEFAULT_DENY, action=pb.Policy.ALLOW)
-            out.entities[f"policy/{name}/{DEFAULT_DENY}"] = pb.Entity(policy=policy)
+            policy_ = pb.Policy(namespace=name, name=DEFAULT_DENY, action=pb.Policy.ALLOW)
+            out.entities[f"policy/{name}/{DEFAULT_DENY}"] = pb.Entity(policy=policy_)
     return out
 
 
-def _externals(world: _World, out: Compiled) -> None:
+def tell_service(world: World, out: Compiled, name: str) -> None:
+    """Say in the model what a service is, and of its object what became of it."""
+    service = world.services[name]
+    message = _service(world, name, service)
+    out.entities[f"service/{name}"] = pb.Entity(service=message)
+    wrong = _not_at_the_waypoint(service, message.ports)
+    out.conditions[service.key] = [_accepted(), *([wrong] if wrong else [])]
+
+
+def tell_workload(world: World, out: Compiled, name: str) -> None:
+    """The same of a workload."""
+    workload = world.workloads[name]
+    out.entities[f"workload/{name}"] = pb.Entity(workload=_workload(world, out, workload))
+    out.conditions[workload.key] = [_accepted()]
+
+
+def tell_externals(world: World, out: Compiled) -> None:
+    """The same of what is outside; its addresses are those that nobody else has."""
     items = world.of(externals.KIND)
-    taken = {address for workload in world.workloads for address in workload_addresses(workload)}
+    if not items:
+        return
+    taken = {address for workload in world.workloads.values() for address in workload_addresses(workload)}
     ipv6 = any(":" in address for address in taken)
     taken |= {address for service in world.services.values() for address in virtual_addresses(service)}
     found = externals.compile_externals(items, externals.Known(frozenset(taken), world.services, ipv6, world.external_policies), _created)
     out.entities |= {f"service/{name}": pb.Entity(service=service) for name, service in found.services.items()}
-    for key, conditions_ in found.conditions.items():
-        out.conditions[key] += [Condition(*one) for one in conditions_]
+    for key, said in found.conditions.items():
+        out.conditions[key] = [Condition(*one) for one in said]
 
 
 def _accepted(message: str = "in force") -> Condition:
-    return Condition("Accepted", True, "Accepted", message)
+    return _IN_FORCE if message == "in force" else Condition("Accepted", True, "Accepted", message)
 
 
-def _selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
-    return all(labels.get(name) == value for name, value in selector.items())
-
-
-def _index_backing(world: _World, out: Compiled) -> None:
+def _index_workloads(world: World, out: Compiled) -> None:
+    """Find who stands behind which service, and which policies are whose."""
+    _index_choosers(world)
     pods = world.of("Pod")
-    hosts = [pod for pod in pods if pod.spec.get("hostNetwork")]
-    world.workloads = [*_apart(world, out), *(pod for pod in pods if not pod.spec.get("hostNetwork"))]
-    by_label: dict[tuple[str, str, str], list[Object]] = defaultdict(list)
-    for workload in world.workloads:
-        world.members[workload.key.namespace].append(workload)
-        if _is_enrolled(world, workload):
-            world.enrolled.add(workload.key.qualified)
-    for workload in (*world.workloads, *hosts):
-        for name, value in workload.labels.items():
-            by_label[workload.key.namespace, name, value].append(workload)
-    taken = {address for service in world.of("Service") for address in virtual_addresses(service)} | externals.claimed(
-        world.of(externals.KIND)
-    )
-    standins = endpoints.StandIns(world.workloads, hosts, taken)
+    for workload in (*_apart(world, out), *(pod for pod in pods if not pod.spec.get("hostNetwork"))):
+        world.workloads[workload.key.qualified] = workload
+    _index_standins(world, [pod for pod in pods if pod.spec.get("hostNetwork")])
+    for workload in world.workloads.values():
+        enter(world, workload)
+
+
+def _index_choosers(world: World) -> None:
+    """Find Services and policies by what they choose."""
+    choices = []
     for service in world.of("Service"):
-        name = service.key.qualified
-        world.services[name] = service
-        for holder, mapped in _endpoints(world, service, by_label, standins):
-            ports = [
-                pb.PortMapping(service_port=port["port"], target_port=target, protocol=port.get("protocol", "TCP"))
-                for port in sorted(service.spec["ports"], key=lambda one: (one["port"], one.get("protocol", "TCP")))
-                if (target := mapped(port)) is not None
-            ]
-            slot = (name, holder.key.qualified)
-            if ports and slot not in world.ports:
-                world.backing[name].append(holder)
-                world.backed[holder.key.qualified].append(service)
-            known = {(one.service_port, one.protocol) for one in world.ports.get(slot, ())}
-            if ports:
-                world.ports[slot] = [*world.ports.get(slot, ()), *(one for one in ports if (one.service_port, one.protocol) not in known)]
-    world.workloads += standins.made()
+        world.services[service.key.qualified] = service
+        if selector := service.spec.get("selector"):
+            choices.append(Choice(service, service.key.namespace, selector))
+    for policy in sorted((policy for kind in POLICIES for policy in world.of(kind)), key=_created):
+        world.selected[policy.key] = set()
+        if "targetRefs" not in policy.spec:
+            choices.append(Choice(policy, *_scope(policy)))
+        for name in _target_services(policy):
+            world.targeting[name].append(policy)
+        for name in _target_externals(policy) if policy.key.kind == "AuthorizationPolicy" else ():
+            world.external_policies[name].append(policy)
+        if policy.key.kind == "PeerAuthentication" and is_namespace_wide(policy.spec):
+            world.mtls.setdefault(policy.key.namespace, policy)
+    world.choosers = Choosers(choices)
 
 
-def _endpoints(
-    world: _World, service: Object, by_label: Mapping[tuple[str, str, str], list[Object]], standins: endpoints.StandIns
-) -> Iterator[tuple[Object, endpoints.Targets]]:
-    """Yield who stands behind a service, and how its ports are mapped there."""
-    selector = service.spec.get("selector")
-    if not selector:
-        yield from standins.of_slices(world.slices.get(service.key.qualified, ()))
+def _index_standins(world: World, hosts: list[Object]) -> None:
+    """Make workloads of what has an address and no identity, behind the services that lead there."""
+    taken = {address for service in world.services.values() for address in virtual_addresses(service)}
+    taken |= externals.claimed(world.of(externals.KIND))
+    standins = endpoints.StandIns(world.workloads.values(), hosts, taken)
+    slices = endpoints.by_service(world.of("EndpointSlice"))
+    for name, service in world.services.items():
+        for holder, mapped in () if service.spec.get("selector") else standins.of_slices(slices.get(name, ())):
+            _back(world, service, holder, mapped)
+    for pod in hosts:
+        if (standin := standins.holder(pod)) is not None:
+            for service in (one for one in world.choosers.of(pod) if one.key.kind == "Service"):
+                _back(world, service, standin, endpoints.targets_at(pod))
+    world.shared = standins.asked
+    world.workloads |= {one.key.qualified: one for one in standins.made()}
+
+
+def enter(world: World, workload: Object) -> None:
+    """Take a workload into the indexes of everything that chooses it, or a service that it stands behind."""
+    name = workload.key.qualified
+    if _is_enrolled(world, workload):
+        world.enrolled.add(name)
+    chosen: dict[Key, Object] = {}
+    for one in world.choosers.of(workload):
+        if one.key.kind == "Service":
+            _back(world, one, workload, endpoints.targets_at(workload))
+        else:
+            chosen[one.key] = one
+    for service in world.backed.get(name, ()):
+        chosen |= {policy.key: policy for policy in world.targeting.get(service, ()) if not _foreign(policy, name)}
+    for key, policy in chosen.items():
+        world.selected[key].add(name)
+        if name not in world.enrolled:
+            continue  # nobody enforces anything for it, callers in the mesh neither
+        if key.kind == "AuthorizationPolicy":
+            world.policies.setdefault(name, []).append(policy)
+        elif key.kind == "RequestAuthentication":
+            world.authentications.setdefault(name, []).append(policy)
+    deciding = [one for key, one in chosen.items() if key.kind == "PeerAuthentication" and not is_namespace_wide(one.spec)]
+    if deciding:
+        world.mtls[name] = min(deciding, key=lambda one: (_created(one), one.key))
+
+
+def leave(world: World, workload: Object) -> tuple[set[str], set[Key]]:
+    """Take a workload out of all indexes; return the services that it stood behind, and the policies that chose it."""
+    name = workload.key.qualified
+    world.enrolled.discard(name)
+    services = set(world.backed.pop(name, ()))
+    for service in services:
+        world.backing[service].discard(name)
+        del world.ports[service, name]
+    policies = {key for key, selected in world.selected.items() if name in selected}
+    for key in policies:
+        world.selected[key].discard(name)
+    for index in (world.policies, world.authentications, world.mtls, world.guards):
+        index.pop(name, None)
+    return services, policies
+
+
+def _back(world: World, service: Object, holder: Object, mapped: endpoints.Targets) -> None:
+    """Let `holder` stand behind a service, with the ports for which it has a target."""
+    found = sorted(
+        (port["port"], port.get("protocol", "TCP"), target) for port in service.spec["ports"] if (target := mapped(port)) is not None
+    )
+    if not found:
         return
-    # Only workloads with the rarest of the wanted labels can match: not every service against every workload.
-    candidates = min((by_label.get((service.key.namespace, name, value), []) for name, value in selector.items()), key=len)
-    for workload in candidates:
-        if _selects(selector, workload.labels) and (holder := standins.holder(workload)) is not None:
-            yield holder, endpoints.targets_at(workload)
+    name, held = service.key.qualified, holder.key.qualified
+    world.backing[name].add(held)
+    world.backed.setdefault(held, {})[name] = service
+    known = {(one.service_port, one.protocol): one.target_port for one in world.ports.get((name, held), ())}
+    slots = *((*slot, target) for slot, target in known.items()), *(one for one in found if one[:2] not in known)
+    if slots not in world.mappings:  # of a service's many workloads nearly all have the same
+        world.mappings[slots] = [
+            pb.PortMapping(service_port=port, protocol=protocol, target_port=target) for port, protocol, target in slots
+        ]
+    world.ports[name, held] = world.mappings[slots]
 
 
-def _apart(world: _World, out: Compiled) -> list[Object]:
+def _scope(policy: Object) -> tuple[str, Mapping[str, str]]:
+    """The namespace of workloads that a policy without targetRefs chooses, "" for all, and their labels."""
+    everywhere = policy.key.kind == "PeerAuthentication" and policy.key.namespace == ROOT_NAMESPACE and is_namespace_wide(policy.spec)
+    return "" if everywhere else policy.key.namespace, policy.spec.get("selector", {}).get("matchLabels", {})
+
+
+def _apart(world: World, out: Compiled) -> list[Object]:
     """The Workloads that no Pod has the name of."""
     found = []
     for item in world.of("Workload"):
@@ -234,53 +323,42 @@ def _apart(world: _World, out: Compiled) -> list[Object]:
     return found
 
 
-def _is_enrolled(world: _World, workload: Object) -> bool:
+def _is_enrolled(world: World, workload: Object) -> bool:
     """Is it in the mesh? A Workload is there to be, unless it says otherwise; a Pod is if it, or its Namespace, says so."""
     mode = _inherited(world, workload, MODE_LABEL)
     return mode == "mesh" if workload.key.kind == "Pod" else bool(workload.spec.get("networkNamespace")) and mode != "none"
 
 
-def _index_policies(world: _World, out: Compiled) -> None:
-    for policy in world.of("AuthorizationPolicy"):
-        out.entities[f"policy/{policy.key.qualified}"] = pb.Entity(policy=authorization.message(policy))
-        protected, unresolved = _selected(world, policy)
-        for name in protected & world.enrolled:
-            world.policies[name].append(policy)
-        for service in _target_services(policy):
-            world.service_policies[service].append(policy)
-        outside = _target_externals(policy)
-        for name in outside:
-            world.external_policies[name].append(policy)
-        conditions = out.conditions[policy.key]
-        conditions.append(_accepted("in force" if outside or world.enrolled & protected else "valid"))
-        conditions += unresolved
-        if (protected or not (unresolved or outside)) and (wrong := _unenforced(world, protected, "its namespace")):
-            conditions.append(wrong)
+def tell_policy(world: World, out: Compiled, policy: Object) -> None:
+    """Say of the object of a policy of any kind what became of it."""
+    out.conditions[policy.key] = list(_TELLERS[policy.key.kind](world, policy))
 
 
-def _index_authentications(world: _World, out: Compiled) -> None:
-    for item in world.of("RequestAuthentication"):
-        out.entities[f"authentication/{item.key.qualified}"] = pb.Entity(authentication=authentication.entity(item, world.keys))
-        selected, unresolved = _selected(world, item)
-        for name in selected & world.enrolled:
-            world.authentications[name].append(item)
-        for service in _target_services(item):
-            world.service_authentications[service].append(item)
-        conditions = out.conditions[item.key]
-        conditions.append(_accepted("in force" if world.enrolled & selected else "valid"))
-        conditions += unresolved
-        wrong = _unenforced(world, selected, "its namespace") if selected or not unresolved else None
-        if portless := sorted(name for name in selected if not _token_ports(world, name)):
-            reason, message = "NoHTTPPort", f"tokens are not looked at where no HTTP port of a Service leads: {_names(portless)}"
-            wrong = Condition("Enforced", False, wrong.reason if wrong else reason, f"{wrong.message}; {message}" if wrong else message)
-        if wrong:
-            conditions.append(wrong)
-        reason, message = authentication.problems(item, world.keys)
-        if reason:
-            conditions.append(Condition("KeysCurrent", False, reason, message))
+def _tell_authorization(world: World, policy: Object) -> Iterator[Condition]:
+    protected, unresolved = world.selected[policy.key], _unresolved(world, policy)
+    outside = _target_externals(policy)
+    yield _accepted("in force" if outside or not world.enrolled.isdisjoint(protected) else "valid")
+    yield from unresolved
+    if (protected or not (unresolved or outside)) and (wrong := _unenforced(world, protected, "its namespace")):
+        yield wrong
 
 
-def _token_ports(world: _World, workload: str) -> set[int]:
+def _tell_authentication(world: World, item: Object) -> Iterator[Condition]:
+    selected, unresolved = world.selected[item.key], _unresolved(world, item)
+    yield _accepted("in force" if not world.enrolled.isdisjoint(selected) else "valid")
+    yield from unresolved
+    wrong = _unenforced(world, selected, "its namespace") if selected or not unresolved else None
+    if portless := sorted(name for name in selected if not _token_ports(world, name)):
+        reason, message = "NoHTTPPort", f"tokens are not looked at where no HTTP port of a Service leads: {_names(portless)}"
+        wrong = Condition("Enforced", False, wrong.reason if wrong else reason, f"{wrong.message}; {message}" if wrong else message)
+    if wrong:
+        yield wrong
+    reason, message = authentication.problems(item, world.keys)
+    if reason:
+        yield Condition("KeysCurrent", False, reason, message)
+
+
+def _token_ports(world: World, workload: str) -> set[int]:
     """Target ports of a workload that its RequestAuthentications are about: what its services do not declare to speak something else than HTTP.
 
     A Service of another namespace leads to it if an EndpointSlice says so, and decides about ports that none of its own leads to.
@@ -288,7 +366,7 @@ def _token_ports(world: _World, workload: str) -> set[int]:
     own: set[int] = set()
     found: set[int] = set()
     namespace = workload.partition("/")[0]
-    for service in sorted(world.backed[workload], key=lambda one: one.key.namespace != namespace):
+    for service in sorted(world.backed.get(workload, {}).values(), key=lambda one: one.key.namespace != namespace):
         http = {port["port"] for port in service.spec["ports"] if _may_be_http(port)}
         mapped = {one.service_port: one.target_port for one in world.ports[service.key.qualified, workload] if one.protocol == "TCP"}
         if service.key.namespace == namespace:
@@ -303,6 +381,9 @@ def _may_be_http(port: Mapping[str, Any]) -> bool:
     return port.get("protocol", "TCP") == "TCP" and (protocols.declared(port).lower() or "http") in protocols.HTTP
 
 
+_IN_FORCE: Final = Condition("Accepted", True, "Accepted", "in force")
+
+
 def _target_services(item: Object) -> list[str]:
     references = (reference for reference in item.spec.get("targetRefs", ()) if reference["kind"] == "Service")
     return [f"{item.key.namespace}/{reference['name']}" for reference in references]
@@ -313,62 +394,68 @@ def _target_externals(item: Object) -> list[str]:
     return [f"{item.key.namespace}/{reference['name']}" for reference in references]
 
 
-def _selected(world: _World, item: Object) -> tuple[set[str], list[Condition]]:
-    """Return the workloads that an object's targetRefs or selector choose, and what is to be said about targets that are not there."""
-    if "targetRefs" not in item.spec:
-        labels = item.spec.get("selector", {}).get("matchLabels", {})
-        members = world.members.get(item.key.namespace, ())
-        return {workload.key.qualified for workload in members if _selects(labels, workload.labels)}, []
-    services = _target_services(item)
-    missing = [f"Service {service}" for service in services if service not in world.services]
+def _unresolved(world: World, item: Object) -> list[Condition]:
+    """What is to be said about targets that are not there, or that lead to workloads about which the object may not decide."""
+    missing = [f"Service {service}" for service in _target_services(item) if service not in world.services]
     missing += [
         f"{externals.KIND} {name}" for name in _target_externals(item) if Key(externals.KIND, *name.split("/")) not in world.objects
     ]
     message = f"there is no {', no '.join(missing)}: nothing is protected there"
     conditions = [Condition("ResolvedRefs", False, "TargetNotFound", message)] if missing else []
-    behind = {workload.key for service in services for workload in world.backing.get(service, ())}
-    if foreign := sorted(key.qualified for key in behind if key.namespace not in {item.key.namespace, *endpoints.STAND_INS}):
+    behind = {workload for service in _target_services(item) for workload in world.backing.get(service, ())}
+    if foreign := sorted(workload for workload in behind if _foreign(item, workload)):
         message = (
             f"behind its Services are workloads of other namespaces, which EndpointSlices name, and about which only their own namespaces' objects decide: "
             f"{_names(foreign)}"
         )
         conditions.append(Condition("SelectedInItsNamespace", False, "OtherNamespace", message))
-    return {key.qualified for key in behind} - set(foreign), conditions
+    return conditions
 
 
-def _index_mtls(world: _World, out: Compiled) -> None:
-    """Find the PeerAuthentication that decides for each workload, namespace and, as that of ROOT_NAMESPACE, the mesh: the oldest.
+def _foreign(policy: Object, workload: str) -> bool:
+    """Is it a workload of a namespace about which the policy has nothing to say, although its Service leads there?"""
+    return workload.partition("/")[0] not in {policy.key.namespace, *endpoints.STAND_INS}
+
+
+def _tell_mtls(world: World, item: Object) -> Iterator[Condition]:
+    """A PeerAuthentication decides for each workload, namespace and, in ROOT_NAMESPACE, the mesh, if it is the oldest.
 
     https://istio.io/latest/docs/reference/config/security/peer_authentication/; what comes too late says so as Gateway API's policies do
     (https://gateway-api.sigs.k8s.io/geps/gep-713/, Conflicted).
     """
-    for item in sorted(world.of("PeerAuthentication"), key=_created):
-        selected, unresolved = _selected(world, item)
-        wide, where = is_namespace_wide(item.spec), "its namespace"
-        if wide and item.key.namespace == ROOT_NAMESPACE:
-            selected, where = {workload.key.qualified for workload in world.workloads}, "the mesh"
-        scopes = [item.key.namespace] if wide else sorted(selected)
-        lost: dict[str, list[str]] = defaultdict(list)
-        for scope in scopes:
-            if (holder := world.mtls.setdefault(scope, item)) is not item:
-                lost[holder.key.qualified].append(scope)
-        conditions = out.conditions[item.key]
-        beaten = bool(scopes) and sum(map(len, lost.values())) == len(scopes)
-        if not beaten:
-            decided = selected.difference(*lost.values())
-            conditions.append(_accepted("in force" if world.authority and world.enrolled & decided else "valid"))
-        if lost:
-            words = (f"PeerAuthentication {holder} decides for {where if wide else _names(held)}" for holder, held in lost.items())
-            message = f"{'; '.join(words)}: the oldest counts, by creationTimestamp (without one it is the oldest), then by name"
-            conditions.append(Condition("Accepted" if beaten else "Uncontested", False, "Conflicted", message))
-        conditions += unresolved
-        if not world.authority:
-            conditions.append(_NO_AUTHORITY)
-        elif not beaten and (selected or not unresolved) and (wrong := _unenforced(world, selected, where)):
-            conditions.append(wrong)
+    selected, unresolved = world.selected[item.key], _unresolved(world, item)
+    wide = is_namespace_wide(item.spec)
+    where = "the mesh" if wide and item.key.namespace == ROOT_NAMESPACE else "its namespace"
+    scopes = [item.key.namespace] if wide else sorted(selected)
+    lost: dict[str, list[str]] = defaultdict(list)
+    for scope in scopes:
+        if (holder := world.mtls[scope]) is not item:
+            lost[holder.key.qualified].append(scope)
+    beaten = bool(scopes) and sum(map(len, lost.values())) == len(scopes)
+    if not beaten:
+        decided = selected.difference(*lost.values()) if lost else selected
+        yield _accepted("in force" if world.authority and not world.enrolled.isdisjoint(decided) else "valid")
+    if lost:
+        words = (f"PeerAuthentication {holder} decides for {where if wide else _names(held)}" for holder, held in lost.items())
+        message = f"{'; '.join(words)}: the oldest counts, by creationTimestamp (without one it is the oldest), then by name"
+        yield Condition("Accepted" if beaten else "Uncontested", False, "Conflicted", message)
+    yield from unresolved
+    if not world.authority:
+        yield _NO_AUTHORITY
+    elif not beaten and (selected or not unresolved) and (wrong := _unenforced(world, selected, where)):
+        yield wrong
 
 
-def _index_traffic(world: _World, out: Compiled) -> None:
+_TELLERS: Final = {
+    "AuthorizationPolicy": _tell_authorization,
+    "RequestAuthentication": _tell_authentication,
+    "PeerAuthentication": _tell_mtls,
+}
+POLICIES: Final = tuple(_TELLERS)
+"""Kinds that choose workloads."""
+
+
+def _index_traffic(world: World, out: Compiled) -> None:
     """Find the TrafficPolicy of each service port, and say what became of those that lost or whose target is not there."""
     policies = sorted(world.of("TrafficPolicy"), key=_created)
     found = traffic.attach(policies, world.services)
@@ -389,7 +476,7 @@ def _index_traffic(world: _World, out: Compiled) -> None:
             conditions.append(Condition("Accepted" if beaten else "ResolvedRefs", False, "TargetNotFound", "; ".join(attached.missing)))
 
 
-def _telemetry(world: _World, out: Compiled) -> None:
+def _telemetry(world: World, out: Compiled) -> None:
     """Find the Telemetry of each Service, namespace and, as that of ROOT_NAMESPACE, the mesh, and say what became of the others."""
     items = sorted(world.of(telemetry.KIND), key=_created)
     attached = telemetry.attach(items, world.services)
@@ -419,7 +506,7 @@ _NO_AUTHORITY: Final = Condition(
 )
 
 
-def _unenforced(world: _World, selected: set[str], where: str) -> Condition | None:
+def _unenforced(world: World, selected: set[str], where: str) -> Condition | None:
     """Say where a policy is not enforced although it is valid: outside the mesh nobody can."""
     if not selected:
         return Condition("Enforced", False, "NothingSelected", f"selects no workload of {where}: nothing is protected")
@@ -439,23 +526,25 @@ def _names(names: list[str]) -> str:
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
 
 
-def _inherited(world: _World, workload: Object, label: str) -> str:
+def _inherited(world: World, workload: Object, label: str) -> str:
     """Value of a label of the workload or else of its Namespace; "" if neither has it."""
     namespace = world.objects.get(Key("Namespace", "", workload.key.namespace))
     return workload.labels.get(label) or (namespace.labels.get(label, "") if namespace else "")
 
 
-def _workload(world: _World, out: Compiled, workload: Object) -> pb.Workload:
+def _workload(world: World, out: Compiled, workload: Object) -> pb.Workload:
     spec, name = workload.spec, workload.key.qualified
     namespace = world.objects.get(Key("Namespace", "", workload.key.namespace))
     node = world.objects.get(Key("Node", "", spec["node"]))
     enrolled = name in world.enrolled
-    policies = {policy.key.qualified for policy in world.policies[name]}
+    policies = {policy.key.qualified for policy in world.policies.get(name, ())}
     if enrolled and namespace and namespace.labels.get(DEFAULT_POLICY_LABEL) == "deny":
         policies.add(f"{workload.key.namespace}/{DEFAULT_DENY}")
-    if world.authentications[name] and (ports := _token_ports(world, name)):
+    authentications = world.authentications.get(name, ())
+    if authentications and (ports := _token_ports(world, name)):
         guard = authentication.guard(workload.key.namespace, ports)
-        out.entities.setdefault(f"policy/{guard.namespace}/{guard.name}", pb.Entity(policy=guard))
+        world.guards[name] = f"policy/{guard.namespace}/{guard.name}"
+        out.entities.setdefault(world.guards[name], pb.Entity(policy=guard))
         policies.add(f"{guard.namespace}/{guard.name}")
     acceleration = _inherited(world, workload, ACCELERATION_LABEL)
     mtls, mtls_ports = _mtls(world, workload) if enrolled and world.authority else ("DISABLE", {})
@@ -470,14 +559,14 @@ def _workload(world: _World, out: Compiled, workload: Object) -> pb.Workload:
         pod_uid=spec.get("podUid", ""),
         enrolled=enrolled,
         ready=spec.get("ready", True),
-        backing=[pb.Backing(service=found, ports=world.ports[found, name]) for found in (one.key.qualified for one in world.backed[name])],
+        backing=[pb.Backing(service=found, ports=world.ports[found, name]) for found in sorted(world.backed.get(name, ()))],
         policies=sorted(policies),
         zone=spec.get("zone") or workload.labels.get(ZONE_LABEL) or (node.labels.get(ZONE_LABEL, "") if node else ""),
         weight=spec.get("weight", 1),
         acceleration="" if acceleration == "disabled" else acceleration,
         mtls=_MODES[mtls],
         mtls_ports=[pb.PortMtls(port=port, mode=_MODES[mode]) for port, mode in sorted(mtls_ports.items())],
-        authentications=sorted(item.key.qualified for item in world.authentications[name]),
+        authentications=sorted(item.key.qualified for item in authentications),
         probe_ports=spec.get("probePorts", ()) if enrolled else (),
         egress_deny=enrolled and (namespace.annotations.get(EGRESS_ANNOTATION, world.egress) if namespace else world.egress) == "deny",
     )
@@ -486,7 +575,7 @@ def _workload(world: _World, out: Compiled, workload: Object) -> pb.Workload:
 _MODES: Final = {"DISABLE": pb.Workload.DISABLE, "PERMISSIVE": pb.Workload.PERMISSIVE, "STRICT": pb.Workload.STRICT}
 
 
-def _mtls(world: _World, workload: Object) -> tuple[str, dict[int, str]]:
+def _mtls(world: World, workload: Object) -> tuple[str, dict[int, str]]:
     """Return the mode of a workload, which is the most specific one that is set, and those of its ports that differ."""
     own, namespace = workload.key.qualified, workload.key.namespace
     specs = [world.mtls[scope].spec for scope in (own, namespace, ROOT_NAMESPACE) if scope in world.mtls]
@@ -500,25 +589,26 @@ def _mtls(world: _World, workload: Object) -> tuple[str, dict[int, str]]:
     return mode, {port: found for port, found in wished.items() if found not in {"UNSET", mode}}
 
 
-def _targets(world: _World, service: Object, port: Mapping[str, Any]) -> set[int]:
+def _targets(world: World, service: Object, port: Mapping[str, Any]) -> set[int]:
     """Where a port of a service leads: one target port, or by a name several, as its workloads have it."""
     target = port.get("targetPort") or port["port"]
     if isinstance(target, int) and service.spec.get("selector"):
         return {target}
     name, slot = service.key.qualified, (port["port"], port.get("protocol", "TCP"))
-    mapped = (one for holder in world.backing[name] for one in world.ports[name, holder.key.qualified])
+    mapped = (one for holder in world.backing.get(name, ()) for one in world.ports[name, holder])
     return {one.target_port for one in mapped if (one.service_port, one.protocol) == slot} or (
         {target} if isinstance(target, int) else set()
     )
 
 
-def _service(world: _World, name: str, service: Object) -> pb.Service:
-    protecting: dict[str, Object] = {policy.key.qualified: policy for policy in world.service_policies[name]}
-    for workload in world.backing[name]:
-        protecting.update((policy.key.qualified, policy) for policy in world.policies[workload.key.qualified])
+def _service(world: World, name: str, service: Object) -> pb.Service:
+    targeting, backing = world.targeting.get(name, ()), world.backing.get(name, ())
+    protecting = {policy.key.qualified: policy for policy in targeting if policy.key.kind == "AuthorizationPolicy"}
+    for workload in backing:
+        protecting.update((policy.key.qualified, policy) for policy in world.policies.get(workload, ()))
     policies = [protecting[policy] for policy in sorted(protecting)]
-    named = {item.key.qualified for item in world.service_authentications[name]}
-    named.update(item.key.qualified for workload in world.backing[name] for item in world.authentications[workload.key.qualified])
+    named = {item.key.qualified for item in targeting if item.key.kind == "RequestAuthentication"}
+    named.update(item.key.qualified for workload in backing for item in world.authentications.get(workload, ()))
     ports = []
     for port in service.spec["ports"]:
         waypoint, reason = _level(world.routes[name], policies, service, port, _targets(world, service, port))
@@ -593,7 +683,7 @@ def _level(
     return False, "no L7 feature is used"
 
 
-def _index_routes(world: _World, out: Compiled) -> None:
+def _index_routes(world: World, out: Compiled) -> None:
     attached = routes.attach({kind: world.of(kind) for kind in routes.KINDS}, world.services, _created)
     for route in sorted((route for kind in routes.KINDS for route in world.of(kind)), key=lambda one: (_created(one), one.key.qualified)):
         attached[route.key].ingress = world.ingress.attach(route)
@@ -610,7 +700,7 @@ def _index_routes(world: _World, out: Compiled) -> None:
         _route(resolver, out, route, found, world.ingress)
 
 
-def _gateways(world: _World, out: Compiled) -> None:
+def _gateways(world: World, out: Compiled) -> None:
     for gateway, entity, said, status in world.ingress.results(workload_addresses):
         out.entities[f"gateway/{gateway.key.qualified}"] = pb.Entity(gateway=entity)
         out.conditions[gateway.key] += [Condition(*one) for one in said]

@@ -7,6 +7,7 @@ so that nobody can take over an address by choosing a file name that sorts first
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,8 +20,14 @@ Claims = dict[Claim, Object]
 _PRECEDENCE = {"Pod": 0, "ExternalService": 2}
 
 
+_IPV4 = re.compile(r"(?:(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])(?:\.(?!\Z)|\Z)){4}")
+"""An IPv4 address, which has but one spelling. Of a large cluster every address is looked at, and `ipaddress` takes ten times as long."""
+
+
 def _canonical(text: str) -> str:
     """Return the one spelling of an address; an agent cannot tell an IPv4-mapped IPv6 address from the IPv4 address in it."""
+    if _IPV4.fullmatch(text):
+        return text
     address = ipaddress.ip_address(text)
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return str(mapped or address)
@@ -56,6 +63,11 @@ def _claims(item: Object) -> Iterator[tuple[Claim, Path, str]]:
             for port in item.spec["ports"]:
                 yield (address, "TCP", port["port"]), ("spec", "addresses", index), f"{address} port {port['port']}"
             yield (address, "host", 0), ("spec", "addresses", index), address
+
+
+def claimed(item: Object) -> set[str]:
+    """Return the addresses that an object asks for."""
+    return {claim[0] for claim, _, _ in _claims(item)}
 
 
 def _conflict(item: Object, claims: Claims) -> Problem | None:

@@ -50,7 +50,10 @@ class StandIns:
         self._at = {address: item for item in workloads for address in workload_addresses(item)}
         self._virtual = virtual
         self._made: list[Object] = []
+        self.asked: set[str] = set()
+        """Addresses that were looked for: a workload that comes to have one, or has it no more, changes what was found."""
         for pod in hosts:
+            self.asked.update(pod.spec["addresses"])
             self._stand_in(NODES, pod.spec["node"], pod.spec["addresses"], pod.spec["node"], "")
 
     def holder(self, workload: Object) -> Object | None:
@@ -72,6 +75,7 @@ class StandIns:
                 if not endpoint["ready"]:
                     continue
                 for address in endpoint["addresses"]:
+                    self.asked.add(address)
                     holder = self._at.get(address) or self._stand_in(ADDRESSES, address, [address], "", endpoint["zone"])
                     if holder is not None:
                         yield holder, target

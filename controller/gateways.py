@@ -45,6 +45,7 @@ ConditionType = Literal[
     "ParentsResolved",
     "Programmed",
     "ResolvedRefs",
+    "SelectedInItsNamespace",
     "TargetsResolved",
     "Uncontested",
 ]
@@ -306,6 +307,10 @@ class Ingress:
                 if not self.grants.allow(route.key, "Service", namespace, reference["name"]):
                     found.add(f"{namespace}/{reference['name']}")
         return sorted(found)
+
+    def lends(self, workload: Object) -> bool:
+        """Does it ask to be the place of one of these Gateways?"""
+        return f"{workload.key.namespace}/{workload.labels.get(LABEL, '')}" in self._gateways
 
     def ports(self, workload: Object) -> set[int]:
         """Return the ports on which a gateway listens in a workload's place: strangers are who it is for, so they are not STRICT."""

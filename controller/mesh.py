@@ -23,10 +23,12 @@ from controller.gatewayservice import Certificates
 from controller.jwks import Keys
 from controller.objects import Key, Object
 from controller.readiness import Place, Readiness
+from controller.recompile import Compiler
 from controller.schema import kinds
 from controller.snapshot import Publication, Snapshot, encode
 from controller.source import Origin, State
 from controller.wireguard import NodeKeys
+from meshapi import discovery_pb2 as pb
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +60,9 @@ class Mesh:
         """Of gateways."""
         self._authority = authority
         self._egress = egress
+        self._compiler = Compiler(authority=authority, egress=egress)
+        self._places: dict[str, tuple[pb.Entity, Place]] = {}
+        """Where workloads are, of the entities that say so: of a large model most are what they were."""
         self._node_keys = node_keys
         self.publication = Publication()
         self.compiled = Compiled()
@@ -173,9 +178,9 @@ class Mesh:
         started = time.monotonic()
         self._published = True
         state = self.source.state
-        self.keys.want(uris(item for key, item in sorted(state.objects.items()) if key.kind == "RequestAuthentication"))
-        self.compiled = await asyncio.to_thread(self.compile, state.objects)
-        self.readiness.follow(self.places())
+        self.keys.want(uris(state.objects[key] for key in sorted(key for key in state.objects if key.kind == "RequestAuthentication")))
+        self.compiled = await asyncio.to_thread(self._compiler.compile, state.objects, keys=self.keys.found, known=self._known())
+        self.readiness.follow(self._all_places())
         snapshot = await asyncio.to_thread(self._encoded, changed_at_ns)
         self._report(state)
         self._publish_if_new(snapshot)
@@ -184,14 +189,17 @@ class Mesh:
 
     def compile(self, objects: Mapping[Key, Object]) -> Compiled:
         """Return what the model would be with these objects. Brings nothing into force; takes a while: not for the event loop."""
-        known = Known(_secrets(self.source.state), self.compiled.pairs)
-        return compile_model(objects, authority=self._authority, keys=self.keys.found, egress=self._egress, known=known)
+        return compile_model(objects, authority=self._authority, keys=self.keys.found, egress=self._egress, known=self._known())
+
+    def _known(self) -> Known:
+        return Known(_secrets(self.source.state), self.compiled.pairs)
 
     def _encoded(self, changed_at_ns: int) -> Snapshot:
-        entities = self.readiness.marked(self.compiled.entities)
+        entities = self.compiled.entities
+        awaiting = self.readiness.awaiting(entities)
         if self._node_keys is not None:
             entities = {**entities, **self._node_keys.entities(entities)}
-        return encode(entities, self.publication.current, changed_at_ns)
+        return encode(entities, self.publication.current, changed_at_ns, awaiting)
 
     def _publish_if_new(self, snapshot: Snapshot) -> None:
         previous = self.publication.current
@@ -199,12 +207,19 @@ class Mesh:
             self.publication.publish(snapshot)
             _log.info("model published", extra={"version": snapshot.version, "resources": len(snapshot.versions)})
 
-    def places(self, workloads: Collection[str] | None = None) -> dict[str, Place]:
-        """Return where these workloads are, or all, as far as they are in the model."""
+    def places(self, workloads: Collection[str]) -> dict[str, Place]:
+        """Return where these workloads are, as far as they are in the model."""
         entities = self.compiled.entities
-        keys = (key for key in entities if key.startswith("workload/")) if workloads is None else (f"workload/{name}" for name in workloads)
-        found = {key.partition("/")[2]: entities[key].workload for key in keys if key in entities}
-        return {name: Place(name, workload.node, workload.pod_uid) for name, workload in found.items()}
+        return {name: _place(entity) for name in workloads if (entity := entities.get(f"workload/{name}")) is not None}
+
+    def _all_places(self) -> dict[str, Place]:
+        found = {}
+        for key, entity in self.compiled.entities.items():
+            if key.startswith("workload/"):
+                held = self._places.get(key)
+                found[key] = held if held is not None and held[0] is entity else (entity, _place(entity))
+        self._places = found
+        return {place.name: place for _, place in found.values()}
 
     def node_of(self, name: str) -> str:
         """Return the node of a workload, or of a ready one behind a service, by NAMESPACE/NAME or a name in the namespace default; "" if there is none."""
@@ -226,6 +241,11 @@ class Mesh:
         counts = Counter(key.kind for key in state.objects)
         for kind in kinds():
             metrics.OBJECTS.labels(kind).set(counts[kind])
+
+
+def _place(entity: pb.Entity) -> Place:
+    workload = entity.workload
+    return Place(f"{workload.namespace}/{workload.name}", workload.node, workload.pod_uid)
 
 
 def _secrets(state: State) -> dict[Key, str]:

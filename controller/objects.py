@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from controller.documents import Path, nearest_line, path_text
 from controller.errors import Problem
 
+T = TypeVar("T")
 MODE_LABEL = "meshagent.io/mode"
 WAYPOINT_ANNOTATION = "meshagent.io/waypoint"
 BALANCING_ANNOTATION = "meshagent.io/load-balancing"
@@ -79,6 +80,11 @@ class Object:
     def problem(self, path: Path, message: str) -> Problem:
         """Make the report of something wrong at `path` of this object."""
         return Problem(self.file, nearest_line(self.lines, path, self.line), message, self.key.kind, self.key.name, path_text(path))
+
+
+def differing(before: Mapping[Key, T], after: Mapping[Key, T]) -> list[Key]:
+    """Return the keys of what is not the same in memory."""
+    return [*(key for key, item in after.items() if before.get(key) is not item), *(key for key in before if key not in after)]
 
 
 def is_namespace_wide(spec: Mapping[str, Any]) -> bool:

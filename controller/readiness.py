@@ -151,7 +151,7 @@ def _places(content: bytes | None) -> frozenset[Place]:
 
 
 class Readiness:
-    """See the module. Belongs to the event loop, but for `marked` and `load`."""
+    """See the module. Belongs to the event loop, but for `awaiting` and `load`."""
 
     def __init__(self, memory: Memory | None) -> None:
         """None: there is no certificate authority, and so there are no tunnels."""
@@ -161,6 +161,8 @@ class Readiness:
         """What a restart begins with: nothing else is published."""
         self._everybody = False
         self._model: Places = {}
+        self._looked: dict[str, tuple[pb.Entity, Place | None]] = {}
+        """What `awaiting` has found in entities."""
         self._missed: dict[Place, float] = {}
         """Since when (monotonic clock) what is remembered has not been in the model."""
         self._news = asyncio.Event()
@@ -174,23 +176,23 @@ class Readiness:
         self._ready = self._stored = found or frozenset()
         self._news.set()  # from now on there is something
 
-    def marked(self, entities: Mapping[str, pb.Entity]) -> dict[str, pb.Entity]:
-        """Return the model with `awaits_tunnels` where it is so. The entities are not changed."""
+    def awaiting(self, entities: Mapping[str, pb.Entity]) -> frozenset[str]:
+        """Return the names of workloads that are to be published with `awaits_tunnels`."""
         if self._memory is None:
-            return dict(entities)
-        found = dict(entities)
+            return frozenset()
+        looked: dict[str, tuple[pb.Entity, Place | None]] = {}
         for name, entity in entities.items():
-            if entity.WhichOneof("kind") == "workload" and self._awaits(entity.workload):
-                marked = found[name] = pb.Entity()
-                marked.CopyFrom(entity)
-                marked.workload.awaits_tunnels = True
-        return found
+            if name.startswith("workload/"):
+                held = self._looked.get(name)
+                looked[name] = held if held is not None and held[0] is entity else (entity, self._expected(entity.workload))
+        self._looked = looked
+        return frozenset(name for name, (_, place) in looked.items() if place is not None and place not in self._stored)
 
-    def _awaits(self, workload: pb.Workload) -> bool:
-        if _HTTP in workload.labels.get(_TUNNEL_LABEL, "").split(","):
-            return False
-        place = Place(f"{workload.namespace}/{workload.name}", workload.node, workload.pod_uid)
-        return workload.enrolled and self._kept(place) not in self._stored
+    def _expected(self, workload: pb.Workload) -> Place | None:
+        """What a report of a workload's tunnels is kept as; None: it needs none."""
+        if not workload.enrolled or _HTTP in workload.labels.get(_TUNNEL_LABEL, "").split(","):
+            return None
+        return self._kept(Place(f"{workload.namespace}/{workload.name}", workload.node, workload.pod_uid))
 
     def follow(self, places: Places) -> None:
         """Forget who is not where it was: `places` is of the whole model."""
@@ -257,7 +259,7 @@ class Readiness:
 
     def _kept(self, place: Place) -> Place:
         """A place as it is remembered."""
-        return place if self._memory is not None and not self._memory.alone else place._replace(uid="")
+        return place if not place.uid or (self._memory is not None and not self._memory.alone) else Place(place.name, place.node)
 
 
 class ReportService:

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
@@ -25,10 +26,8 @@ def content_version(content: bytes) -> str:
 
 def model_version(versions: Mapping[str, str]) -> str:
     """Version of a whole model: a hash over every (name, version) in the order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(versions):
-        digest.update(f"{name}\0{versions[name]}\0".encode())
-    return digest.hexdigest()[:16]
+    text = "".join([f"{name}\0{versions[name]}\0" for name in sorted(versions)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +39,38 @@ class Snapshot:
     changed_at_ns: int = 0
     versions: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     resources: Mapping[str, pb.Resource] = field(default_factory=lambda: MappingProxyType({}))
+    entities: Mapping[str, pb.Entity] = field(default_factory=lambda: MappingProxyType({}), repr=False)
+    """What was encoded."""
+    awaiting: AbstractSet[str] = frozenset()
 
 
-def encode(entities: Mapping[str, pb.Entity], previous: Snapshot, changed_at_ns: int) -> Snapshot:
-    """Encode the entities; those whose bytes did not change share their Resource with `previous`."""
+def encode(entities: Mapping[str, pb.Entity], previous: Snapshot, changed_at_ns: int, awaiting: AbstractSet[str] = frozenset()) -> Snapshot:
+    """Encode the entities; those that are the same in memory, or whose bytes did not change, share their Resource with `previous`.
+
+    `awaiting`: names of workloads that are sent with `awaits_tunnels`, which their entities do not say.
+    """
     resources: dict[str, pb.Resource] = {}
-    for name, entity in sorted(entities.items()):
-        content = entity.SerializeToString(deterministic=True)
-        old = previous.resources.get(name)
-        resources[name] = (
-            old if old is not None and old.entity == content else pb.Resource(name=name, version=content_version(content), entity=content)
-        )
-    versions = {name: resource.version for name, resource in resources.items()}
-    return Snapshot(previous.serial + 1, model_version(versions), changed_at_ns, MappingProxyType(versions), MappingProxyType(resources))
+    versions: dict[str, str] = {}
+    for name in sorted(entities):
+        old, entity = previous.resources.get(name), entities[name]
+        if old is not None and previous.entities.get(name) is entity and (name in awaiting) == (name in previous.awaiting):
+            resources[name], versions[name] = old, previous.versions[name]
+            continue
+        content = (_awaiting(entity) if name in awaiting else entity).SerializeToString(deterministic=True)
+        if old is None or old.entity != content:
+            old = pb.Resource(name=name, version=content_version(content), entity=content)
+        resources[name], versions[name] = old, old.version
+    version = model_version(versions)
+    return Snapshot(
+        previous.serial + 1, version, changed_at_ns, MappingProxyType(versions), MappingProxyType(resources), entities, awaiting
+    )
+
+
+def _awaiting(entity: pb.Entity) -> pb.Entity:
+    marked = pb.Entity()
+    marked.CopyFrom(entity)
+    marked.workload.awaits_tunnels = True
+    return marked
 
 
 class Publication:
@@ -86,7 +104,7 @@ class Publication:
             message = pb.DiscoveryResponse(
                 nonce=str(snapshot.serial),
                 version=snapshot.version,
-                resources=[resource for name, resource in snapshot.resources.items() if held.get(name) != resource.version],
+                resources=[snapshot.resources[name] for name, version in snapshot.versions.items() if held.get(name) != version],
                 removed=sorted(name for name in held if name not in snapshot.versions),
                 changed_at_ns=snapshot.changed_at_ns,
             )

@@ -161,6 +161,8 @@ class XdsServer:
         self._nacks = 0
         self._last_nack = ""
         self._stream: _Stream | None = None
+        self._open: list[_Stream] = []
+        """All that there are, in the order in which they came; the last one counts."""
         self._server: grpc.aio.Server | None = None
         self._watchers: set[asyncio.Event] = set()
         self._sent: Counter[str] = Counter()
@@ -324,13 +326,18 @@ class XdsServer:
     def connected(self, stream: _Stream) -> None:
         """Make `stream` the one that counts: the newest. It may be another Envoy's, or the reason why it refused something has gone: that is offered anew."""
         self._refused.clear()
+        self._open.append(stream)
         self._stream = stream
         self.changed()
 
     def disconnected(self, stream: _Stream) -> None:
-        """Forget `stream` unless a newer one has replaced it."""
+        """Forget `stream`. If it was the one that counts, it is the one before again, which has not heard of anything meanwhile."""
+        self._open.remove(stream)
         if self._stream is stream:
-            self._stream = None
+            self._refused.clear()
+            self._stream = self._open[-1] if self._open else None
+            if self._stream is not None:
+                self._stream.look_again()
         self.changed()
 
     def changed(self) -> None:
@@ -429,6 +436,12 @@ class _Stream:
         if kind == names.ENDPOINTS:
             for name in [name for name in self._leaving if self._server.exists(kind, name)]:
                 del self._leaving[name]
+
+    def look_again(self) -> None:
+        """Look at everything again."""
+        for kind, state in self.types.items():
+            self.touch(kind, [*self._server.all_names(kind), *state.known, *state.names])
+        self.wake()
 
     async def read(self, requests: AsyncIterator[discovery_pb2.DeltaDiscoveryRequest]) -> None:
         """Take requests until Envoy closes the stream."""

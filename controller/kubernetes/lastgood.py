@@ -18,6 +18,7 @@ import msgspec
 
 from controller.documents import Document
 from controller.errors import Problem
+from controller.kubernetes import states
 from controller.kubernetes.api import Api, ApiError, TooLarge, Unreachable
 from controller.kubernetes.reflector import Reflector
 from controller.kubernetes.shapes import ORIGIN, Kind, Seen, stored
@@ -28,15 +29,11 @@ from controller.waiting import heard
 _log = logging.getLogger(__name__)
 
 NAME: Final = "last-good"
-MOST: Final = 1 << 20
-"""Bytes of all of it, as it is sent and stored: etcd takes 1.5 MiB of one object (https://etcd.io/docs/latest/dev-guide/limit/)."""
+MOST: Final = states.MOST
 AGAIN_S: Final = 5.0
 MANY: Final = 3
 """Conflicts in a row, where one alone is a controller that wrote before, once more."""
 _NAMES_SHOWN: Final = 10
-_AROUND: Final = 8
-"""Bytes around a document: quotes, colon, comma, brackets."""
-_API_VERSION: Final = "meshagent.io/v1alpha1"
 _FIRST: Final = ("AuthorizationPolicy", "PeerAuthentication", "RequestAuthentication")
 """What is kept before all else, should there be no room: without these access would widen."""
 
@@ -72,11 +69,11 @@ class LastGood:
     def __init__(self, api: Api, namespace: str, changed: Callable[[], None]) -> None:
         """`changed` is called after every change of `kept` or `problem`."""
         self._api, self._changed = api, changed
-        self._key = Key("ControllerState", namespace, NAME)
-        self._path = f"/apis/{_API_VERSION}/namespaces/{namespace}/controllerstates"
+        self._key = Key(states.KIND, namespace, NAME)
+        self._path = states.path(namespace)
         rights = f"see the Role of the controller's service account in namespace {namespace}"
         selector = {"fieldSelector": f"metadata.name={NAME}"}
-        kind = Kind("ControllerState", self._path, stored, selector, name=self._key.qualified, rights=rights)
+        kind = Kind(states.KIND, self._path, stored, selector, name=self._key.qualified, rights=rights)
         self.reflector = Reflector(api, kind, self._read)
         self.kept: Mapping[Key, Kept] = {}
         """What is written there."""
@@ -142,12 +139,7 @@ class LastGood:
         self._read()
 
     async def _store(self, documents: Mapping[str, str]) -> None:
-        held = self.reflector.store.get(self._key)
-        metadata = {"name": self._key.name, "namespace": self._key.namespace}
-        metadata |= {} if held is None else {"resourceVersion": held.version, "uid": held.uid}
-        body = {"apiVersion": _API_VERSION, "kind": self._key.kind, "metadata": metadata, "documents": documents}
-        path = f"{self._path}/{NAME}"
-        answer = await (self._api.send("POST", self._path, body) if held is None else self._api.send("PUT", path, body))
+        answer = await states.put(self._api, self._key, self.reflector.store.get(self._key), documents)
         if (seen := stored(json.dumps(answer).encode())) is not None:
             self.reflector.store[self._key] = seen  # the watch says so later
             self._read()
@@ -176,22 +168,17 @@ def _documents(kept: Mapping[Key, Kept]) -> tuple[dict[str, str], list[Key]]:
     rows = {
         key: msgspec.json.encode(_Row(one.uid, dict(one.object.data), one.orphan, one.generation)).decode() for key, one in kept.items()
     }
-    sizes = {key: _escaped(row) + 2 for key, row in rows.items()}
+    sizes = {key: states.escaped(row) + 2 for key, row in rows.items()}
     taken: dict[str, list[Key]] = {}
     left_out, size = [], 0
     for key in sorted(rows, key=lambda key: (key.kind not in _FIRST, key.kind, sizes[key], key)):
-        more = sizes[key] + (0 if key.kind in taken else _escaped(f"{key.kind}.json") + _AROUND)
+        more = sizes[key] + (0 if key.kind in taken else states.escaped(f"{key.kind}.json") + states.AROUND)
         if size + more > MOST:
             left_out.append(key)
             continue
         taken.setdefault(key.kind, []).append(key)
         size += more
     return {f"{kind}.json": f"[{','.join(rows[key] for key in sorted(keys))}]" for kind, keys in taken.items()}, left_out
-
-
-def _escaped(text: str) -> int:
-    """How long it is as a string in JSON, as Python sends it and as Go stores it (https://pkg.go.dev/encoding/json#Marshal), whichever escapes more."""
-    return len(json.dumps(text)) - 2 + 5 * sum(text.count(one) for one in "<>&")
 
 
 def _no_room(left_out: list[Key]) -> str:

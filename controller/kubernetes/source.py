@@ -17,6 +17,7 @@ from controller.errors import ControllerError, Problem
 from controller.gateways import Grants, wanted_secrets
 from controller.kubernetes.api import Api
 from controller.kubernetes.lastgood import Kept, LastGood
+from controller.kubernetes.pods import Pods
 from controller.kubernetes.reflector import Reflector
 from controller.kubernetes.secrets import Secrets
 from controller.kubernetes.shapes import ORIGIN, Seen, followed
@@ -57,10 +58,14 @@ class KubernetesSource:
         self.unsettled = False
         self.basis: Mapping[Key, Seen] = {}
         """What `state` follows from, of kinds whose status is written."""
-        self.reflectors = {kind.kind: Reflector(api, kind, self._changed) for kind in followed()}
+        self._news = asyncio.Event()
+        self._others = 0
+        """How often something has changed that is no pod."""
+        self.reflectors = {kind.kind: Reflector(api, kind, self._changed if kind.kind == "Pod" else self._other) for kind in followed()}
         self.ready = False
         """Has each kind been listed once, and what `state` says been read?"""
-        self.secrets = Secrets(api, self._changed)
+        self._reflector = self.reflectors["Pod"]
+        self.secrets = Secrets(api, self._other)
         self._wanted: frozenset[Key] = frozenset()
         """Secrets that Gateways name and may use."""
         self.last_good = LastGood(api, namespace, self._restored) if namespace else None
@@ -69,10 +74,16 @@ class KubernetesSource:
         self._begun = self.last_good is None
         """Are they known, and orphans taken from there?"""
         self._api = api
-        self._news = asyncio.Event()
+        self._pods = Pods()
+        self._seen = -1
+        """`_others` when everything was looked at last."""
 
     def _changed(self) -> None:
         self._news.set()
+
+    def _other(self) -> None:
+        self._others += 1
+        self._changed()
 
     def _restored(self) -> None:
         """Something was read of the last good versions: orphans are taken from there until this controller is ready, and those that come later are others'."""
@@ -81,7 +92,7 @@ class KubernetesSource:
                 if kept.orphan and (reflector := self.reflectors.get(key.kind)) is not None:
                     reflector.adopt(kept.as_seen())
             self._begun = True
-        self._changed()
+        self._other()
 
     def start(self) -> State:
         """Nothing is known yet."""
@@ -119,6 +130,16 @@ class KubernetesSource:
 
     def load(self) -> State:
         """Return the state that follows from what has been read; before each kind has been listed, what is wrong and nothing else."""
+        others = self._others  # before anything is looked at: what comes meanwhile is looked at again
+        pods = self._reflector.store.copy()
+        if (
+            self.ready
+            and others == self._seen
+            and (again := self._pods.again(self.state.objects, pods, self._reflector.problem)) is not None
+        ):
+            self.state = replace(self.state, objects=again)
+            return self.state
+        self._seen = -1
         followed = dict(self._followed()).values()
         if not self._begun or not all(one.synced for one in followed):
             self.state = State(problems=tuple(sorted(one.problem for one in followed if one.problem is not None)))
@@ -130,17 +151,16 @@ class KubernetesSource:
         spaces = self.reflectors["Namespace"].store.copy()
         for name, reflector in self.reflectors.items():
             read.problems += [problem for problem in (reflector.problem, reflector.definition.problem) if problem is not None]
-            store = reflector.store.copy()
+            store = pods if name == "Pod" else reflector.store.copy()
             if name in _PLAIN:  # thousands, of which there is nothing to remember
                 read.candidates |= {key: seen.object for key, seen in store.items() if seen.object is not None}
                 store = {key: seen for key, seen in store.items() if seen.problems}
             read.basis |= store
-            if name == "Pod":
-                read.problems += _of_pods(store.values())
             for seen in store.values():
                 if not seen.orphan or Key("Namespace", "", seen.key.namespace) in spaces:
                     self._take(read, seen)
             reflector.lossy = any(key in read.whole for key in store)
+        read.problems += _of_pods(seen for key, seen in read.basis.items() if key.kind == "Pod")
         waiting = self._take_secrets(read)
         if waiting and not self.ready:
             self.state = State(problems=tuple(sorted(set(read.problems))))
@@ -153,6 +173,7 @@ class KubernetesSource:
             read.problems.append(problem)
         self.basis, self.ready, self._keep = read.basis, True, (_kept(objects, read.basis | read.whole), read.kept)
         self.state = State(objects, {key: tuple(items) for key, items in read.refused.items()}, tuple(sorted(set(read.problems))))
+        self._pods, self._seen = Pods(pods, self._reflector.problem, [*read.candidates.values(), *objects.values()]), others
         return self.state
 
     def _followed(self) -> list[tuple[str, Reflector]]:

@@ -24,7 +24,7 @@ import msgspec
 
 from controller import metrics
 from controller.errors import ControllerError
-from controller.kubernetes import lastgood
+from controller.kubernetes import lastgood, states
 from controller.kubernetes.api import Api, ApiError, TooLarge, Unreachable
 from controller.kubernetes.reflector import Reflector
 from controller.kubernetes.shapes import Kind, Seen, stored
@@ -34,13 +34,9 @@ from controller.store import LAST, Documents
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-KIND: Final = "ControllerState"
-PLURAL: Final = "controllerstates"
-_VERSION: Final = "meshagent.io/v1alpha1"
 AUTHORITY: Final = "authority"
 """Name of the object of the group ""."""
-MOST: Final = 1 << 20
-"""Bytes of one object's documents, as JSON: etcd takes 1.5 MiB (https://etcd.io/docs/latest/dev-guide/limit/)."""
+MOST: Final = states.MOST
 RESERVE: Final = 384 << 10
 """How much more there may be if it is `controller.store.LAST` that grows."""
 FULL: Final = 0.75
@@ -69,7 +65,7 @@ class ClusterStore:
     def __init__(self, connect: Callable[[], Api], namespace: str) -> None:
         """`connect` makes the connection; called in this store's thread."""
         self._connect, self._namespace = connect, namespace
-        self._path = f"/apis/{_VERSION}/namespaces/{namespace}/{PLURAL}"
+        self._path = states.path(namespace)
         self._told: list[Callable[[], object]] = []
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         """Changes of one object by this process follow one another: they would only be in each other's way."""
@@ -95,7 +91,7 @@ class ClusterStore:
     def start(self) -> None:
         """Begin to read. Raises ControllerError if there is nothing to connect to."""
         self._api = self._connect()
-        self._reflector = Reflector(self._api, Kind(KIND, self._path, stored), self._changed)
+        self._reflector = Reflector(self._api, Kind(states.KIND, self._path, stored), self._changed)
         self._thread = threading.Thread(target=self._loop.run_forever, name="state", daemon=True)
         self._thread.start()
         self._call(self._follow())
@@ -264,7 +260,7 @@ class ClusterStore:
         if seen is self._measured:
             return
         self._measured, documents = seen, _documents(seen)
-        size, before = _size(documents), self._filling
+        size, before = states.size(documents), self._filling
         metrics.SHARED_STATE.set(size)
         self._filling = size >= FULL * MOST
         if self._filling and not before:
@@ -299,15 +295,12 @@ class ClusterStore:
 
     async def _store(self, key: Key, held: Seen | None, documents: dict[str, str]) -> None:
         """Bring an object from the version that was read to these documents; one without any has nothing to say, and goes."""
-        path = f"{self._path}/{key.name}"
         if documents:
-            metadata = {"name": key.name, "namespace": key.namespace}
-            metadata |= {} if held is None else {"resourceVersion": held.version, "uid": held.uid}
-            body = {"apiVersion": _VERSION, "kind": KIND, "metadata": metadata, "documents": documents}
-            answer = await (self._api.send("POST", self._path, body) if held is None else self._api.send("PUT", path, body))
-            self._take(json.dumps(answer).encode())
+            self._take(json.dumps(await states.put(self._api, key, held, documents)).encode())
         elif held is not None:
-            await self._api.send("DELETE", path, {"preconditions": {"uid": held.uid, "resourceVersion": held.version}})
+            await self._api.send(
+                "DELETE", f"{self._path}/{key.name}", {"preconditions": {"uid": held.uid, "resourceVersion": held.version}}
+            )
 
     def _take(self, answer: bytes) -> Seen:
         """Know at once what was read or written here, and not only when the watch says so."""
@@ -342,8 +335,8 @@ class ClusterStore:
     def _check(self, key: Key, before: dict[str, str], after: dict[str, str]) -> None:
         """Raise ControllerError if there is no room for what is to be written; who takes something away is never told so."""
         grown = {name for name, text in after.items() if len(text) > len(before.get(name, ""))}
-        size, most = _size(after), MOST + (RESERVE if grown <= LAST else 0)
-        if size > most and size > _size(before):
+        size, most = states.size(after), MOST + (RESERVE if grown <= LAST else 0)
+        if size > most and size > states.size(before):
             raise ControllerError(
                 f"ControllerState {self._namespace}/{key.name} has no room for more than {most >> 10} KiB, this would be {size >> 10}: nothing was written. "
                 "docs/kubernetes.md says what to remove. Of what was revoked or issued much goes when its certificates run out; a shorter --svid-lifetime "
@@ -356,7 +349,7 @@ class ClusterStore:
         return ControllerError(f"the API server refuses ControllerState {self._namespace}/{key.name}: {error}; {hint}")
 
     def _key(self, group: str) -> Key:
-        return Key(KIND, self._namespace, group or AUTHORITY)
+        return Key(states.KIND, self._namespace, group or AUTHORITY)
 
 
 class _Changes:
@@ -381,8 +374,3 @@ class _Changes:
 
 def _documents(seen: Seen | None) -> dict[str, str]:
     return dict(seen.object.spec) if seen is not None and seen.object is not None else {}
-
-
-def _size(documents: dict[str, str]) -> int:
-    """Bytes of documents as they are stored: strings in JSON, whose quotes and line ends take two."""
-    return len(json.dumps(documents, ensure_ascii=False).encode()) if documents else 0

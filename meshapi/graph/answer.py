@@ -6,7 +6,9 @@ nobody knows are ignored, so that newer agents are understood.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -103,8 +105,15 @@ class Answer:
     problems: tuple[str, ...] = ()
 
     def encode(self) -> bytes:
-        """The JSON document."""
-        return json.dumps({"kind": KIND, **dataclasses.asdict(self)}).encode()
+        """The JSON document. One that nobody would read for its size is without the last edges: they are folded, too."""
+        found = {"kind": KIND, **dataclasses.asdict(self)}
+        document = json.dumps(found).encode()
+        if len(document) <= MOST_BYTES:
+            return document
+        edges, room = found["edges"], MOST_BYTES - len(json.dumps({**found, "edges": [], "folded": self.folded + len(self.edges)}))
+        ends = list(itertools.accumulate(len(json.dumps(edge)) + 2 for edge in edges))  # ", " between two
+        kept = bisect.bisect_right(ends, room)
+        return json.dumps({**found, "edges": edges[:kept], "folded": self.folded + len(edges) - kept}).encode()
 
 
 def decode(document: bytes, node: str) -> Answer:

@@ -158,7 +158,7 @@ def test_a_report_is_of_a_pod_and_not_of_its_name_and_a_replica_that_lags_takes_
 
     def awaits(found: Readiness, uid: str) -> bool:
         entity = pb.Entity(workload=pb.Workload(namespace="shop", name="cart", node="n1", pod_uid=uid, enrolled=True))
-        return found.marked({"workload/shop/cart": entity})["workload/shop/cart"].workload.awaits_tunnels
+        return bool(found.awaiting({"workload/shop/cart": entity}))
 
     async def changed() -> None:
         pass

@@ -142,15 +142,14 @@ def test_nothing_is_published_that_a_restart_would_not_know(tmp_path: Path) -> N
             await asyncio.sleep(0.3)
 
     asyncio.run(check())
-    assert readiness.marked({"workload/default/one": one})["workload/default/one"].workload.awaits_tunnels
-    assert not one.workload.awaits_tunnels
+    assert readiness.awaiting({"workload/default/one": one}) == {"workload/default/one"}
 
 
 def test_without_an_authority_nobody_awaits_anything(tmp_path: Path) -> None:
     readiness = Readiness(None)
     readiness.load()
     one = {"workload/default/one": pb.Entity(workload=pb.Workload(namespace="default", name="one", node="node-1", enrolled=True))}
-    assert readiness.marked(one) == one
+    assert readiness.awaiting(one) == frozenset()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -42,3 +42,26 @@ def test_a_difference_is_encoded_once_for_all_and_the_cache_is_bounded() -> None
     for number in range(53):
         publication.response({"a": str(number)}, str(number))
     assert len(publication._differences) == MAX_CACHED_DIFFERENCES
+
+
+def test_who_awaits_tunnels_is_said_in_what_is_sent_and_in_no_entity() -> None:
+    entities = {f"workload/{name}": pb.Entity(workload=pb.Workload(name=name)) for name in ("one", "two")}
+    first = encode(entities, Snapshot(), 1, {"workload/one"})
+    second = encode(entities, first, 2, {"workload/two"})
+
+    def awaiting(found: Snapshot) -> set[str]:
+        return {name for name, resource in found.resources.items() if pb.Entity.FromString(resource.entity).workload.awaits_tunnels}
+
+    assert (awaiting(first), awaiting(second)) == ({"workload/one"}, {"workload/two"})
+    assert not any(entity.workload.awaits_tunnels for entity in entities.values())
+    assert encode(entities, second, 3, {"workload/two"}).version == second.version
+
+
+def test_what_is_the_same_in_memory_is_not_encoded_again() -> None:
+    one, other = (pb.Entity(service=pb.Service(name=name)) for name in ("one", "other"))
+    first = encode({"service/one": one, "service/other": other}, Snapshot(), 1)
+    changed = pb.Entity(service=pb.Service(name="other", fail_open=True))
+    second = encode({"service/one": one, "service/other": changed}, first, 2)
+    assert second.resources["service/one"] is first.resources["service/one"]
+    assert second.versions["service/other"] != first.versions["service/other"]
+    assert pb.Entity.FromString(second.resources["service/other"].entity) == changed

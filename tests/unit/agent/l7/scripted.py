@@ -27,6 +27,10 @@ class Client:
         """Another stream."""
         return Client(self._channel)
 
+    def end(self) -> None:
+        """Give up the stream."""
+        self._call.cancel()
+
     async def send(
         self,
         kind: str,

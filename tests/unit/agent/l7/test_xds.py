@@ -55,6 +55,26 @@ def test_a_wildcard_gets_everything_then_differences_then_removals(tmp_path: Pat
     asyncio.run(scenario())
 
 
+def test_when_a_second_stream_ends_the_first_one_is_served_again_with_what_it_missed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, some(cluster="a:1 b:1")) as (server, client):
+            await client.greet(names.LISTENER)
+            await client.send(names.CLUSTER)
+            assert await client.take() == ("Cluster", {"a": "1", "b": "1"}, [])
+            assert await server.wait_acked(2)
+            other = client.anew()
+            await other.greet(names.LISTENER)
+            server.set(some(cluster="a:2 b:1"))
+            other.end()
+            assert await client.take() == ("Cluster", {"a": "2"}, [])
+            assert await server.wait_acked(2)
+            assert server.state.connected
+            server.set(some(cluster="a:3 b:1"))
+            assert await client.take() == ("Cluster", {"a": "3"}, [])
+
+    asyncio.run(scenario())
+
+
 def test_an_empty_wildcard_is_answered_because_envoy_waits(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(tmp_path, {}) as (_, client):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshapi.graph.answer import MOST_BYTES, MOST_EDGES, Answer, Unreadable, decode, finite, line
+from meshapi.graph.answer import MOST_BYTES, MOST_EDGES, Answer, Backend, Unreadable, decode, finite, line
 from tests.unit.meshapi.graph import made
 
 JSON = st.recursive(
@@ -22,6 +22,17 @@ GOOD = Answer("node-1", 5.0, (made.edge("default/a", "default/b", rules=("defaul
 @given(made.answers())
 def test_what_a_node_says_is_what_is_read(answer: Answer) -> None:
     assert decode(answer.encode(), "node-1") == answer
+
+
+def test_an_answer_that_would_be_too_large_is_sent_without_the_edges_that_matter_least() -> None:
+    backends = tuple(Backend(f"default/{'b' * 240}-{number}", 1.0, mtls=False) for number in range(16))
+    edges = tuple(made.edge("default/a", f"default/b-{number}", backends=backends) for number in range(MOST_EDGES))
+    answer = Answer("node-1", 5.0, edges, 7)
+    document = answer.encode()
+    read = decode(document, "node-1")
+    assert MOST_BYTES - 6000 < len(document) <= MOST_BYTES
+    assert 0 < len(read.edges) < MOST_EDGES
+    assert (read.edges, read.folded) == (edges[: len(read.edges)], 7 + MOST_EDGES - len(read.edges))
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
