@@ -92,6 +92,8 @@ class Node:
     directory: Path
     cgroup2: Path
     """The machine's cgroup2 tree, with kubepods below it."""
+    dns: str = DNS
+    """Whom pods ask for names."""
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _first: bool = False
     """No kubelet was here before."""
@@ -336,7 +338,7 @@ class Node:
             "localStorageCapacityIsolation": False,
             "podLogsDir": str(self.directory / "logs"),
             "resolvConf": "",
-            "clusterDNS": [DNS],
+            "clusterDNS": [self.dns],
             "clusterDomain": "cluster.local",
             "imageGCHighThresholdPercent": 100,
         }
@@ -420,9 +422,9 @@ def _digest(content: bytes) -> str:
 
 
 @contextmanager
-def running(plane: ControlPlane, directory: Path, cgroup2: Path, name: str = "node-1") -> Iterator[Node]:
+def running(plane: ControlPlane, directory: Path, cgroup2: Path, name: str = "node-1", dns: str = DNS) -> Iterator[Node]:
     """A node that is ready."""
-    found = Node(plane, name, directory, cgroup2)
+    found = Node(plane, name, directory, cgroup2, dns)
     try:
         found.start()
         yield found
