@@ -101,7 +101,7 @@ def enrol(found: Cluster, *, wanted: bool) -> None:
 
 
 def mode(found: Cluster, space: str, name: str) -> None:
-    """Of a namespace's mTLS; returns when it is in force."""
+    """Of a namespace's mTLS."""
     own = {"apiVersion": "meshagent.io/v1alpha1", "kind": "PeerAuthentication", "metadata": {"name": "mode", "namespace": space}}
     found.plane.apply({**own, "spec": {"mtls": {"mode": name}}})
 
