@@ -283,6 +283,35 @@ def test_under_load_agent_with_envoy_and_controllers_stay_below_the_limits_of_th
 
 
 @pytest.mark.skipif(not LIMITS.parent.exists(), reason=f"cgroup v1 has no memory controller here: no {LIMITS.parent}")
+def test_an_envoy_that_the_kernel_ends_for_want_of_memory_is_back_at_once_and_nobody_got_by(found: Mesh) -> None:
+    api = f"http://{found.address('api')}/items"
+    found.apply(only("billing", "api", methods=["GET"]), only("api", "billing", methods=["GET"]))
+    found.takes(lambda: (found.from_machine("billing", api), found.from_machine("billing", api, "-X", "DELETE")) == ("200", "403"))
+    before = waypoint(found)
+    small = cgroup.create(LIMITS / "envoy")
+    (small / "memory.limit_in_bytes").write_text(str(1 << 20))
+    (small / "cgroup.procs").write_text(str(before))  # what it has already is counted where it was: the next pages that it needs end it
+    denied: list[str] = []
+
+    def another() -> bool:
+        denied.append(found.from_machine("billing", api, "-X", "DELETE"))
+        denied.append(found.from_machine("intruder", api))
+        return waypoint(found) not in {before, 0}
+
+    found.takes(another)
+    assert "oom_kill 1" in (small / "memory.oom_control").read_text().splitlines()
+    found.takes(lambda: found.from_machine("billing", api) == "200")
+    assert set(denied) <= {"000", "403", "503"}, "closed, while there is nobody who could read requests"
+    assert found.cluster.pods(OWN, "agent")[0]["status"]["containerStatuses"][0]["restartCount"] == 0
+
+
+def waypoint(made: Mesh) -> int:
+    """The process of the node's Envoy; 0 if it is not ready."""
+    said: dict[str, Any] = json.loads(made.cluster.agent("meshagent", "status", "-o", "json"))["waypoint"]
+    return int(said["pid"] or 0) if said["ready"] else 0
+
+
+@pytest.mark.skipif(not LIMITS.parent.exists(), reason=f"cgroup v1 has no memory controller here: no {LIMITS.parent}")
 def test_a_container_that_takes_more_than_its_limit_is_ended(found: Mesh) -> None:
     """That the limits of these tests hold."""
     container = {"name": "app", "image": PYTHON, "imagePullPolicy": "Never", "resources": {"limits": {"memory": "64Mi"}}}
