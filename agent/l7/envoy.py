@@ -232,15 +232,14 @@ class Envoy:
         config = self._config
         try:
             config.waypoint_cgroup.mkdir(exist_ok=True)
-            if config.envoy_memory is not None and not memory.bound(config.waypoint_cgroup, config.envoy_memory) and config.envoy_memory:
-                log.warning(
-                    "envoy's memory has no limit but its own: the memory controller is not in cgroup.subtree_control of the directory above",
-                    extra={"cgroup": str(config.waypoint_cgroup)},
-                )
         except OSError as error:
             raise EnvironmentUnfit(
                 f"cannot make the cgroup {config.waypoint_cgroup}: {error.strerror}; run as root and set --cgroup to a cgroup2 directory"
             ) from error
+        if config.envoy_memory is not None and (reason := memory.bound(config.waypoint_cgroup, config.envoy_memory)):
+            log.warning(
+                "envoy has only its own limit of memory, that of its heap", extra={"cgroup": str(config.waypoint_cgroup), "reason": reason}
+            )
         files.write(config.run_dir / "envoy-bootstrap.json", self._bootstrap().encode())
         config.envoy_admin_socket.unlink(missing_ok=True)
         output = config.run_dir / "envoy.log"

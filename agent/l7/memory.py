@@ -54,17 +54,19 @@ def limit(cgroup: Path) -> int:
     return min(found, default=0)
 
 
-def bound(cgroup: Path, wanted: int) -> bool:
-    """Give a cgroup this limit in bytes, or none if it is 0; False if it can have none, because no memory controller is in force there. Raises OSError."""
+def bound(cgroup: Path, wanted: int) -> str:
+    """Give a cgroup this limit in bytes, or none if it is 0; returns why it has not got it, "" if it has."""
     try:
         file = os.open(cgroup / "memory.max", os.O_WRONLY)
+        try:
+            os.write(file, str(wanted or "max").encode())
+        finally:
+            os.close(file)
     except FileNotFoundError:
-        return False
-    try:
-        os.write(file, str(wanted or "max").encode())
-    finally:
-        os.close(file)
-    return True
+        return "" if not wanted else f"no memory controller is in force there: is memory in {cgroup.parent}/cgroup.subtree_control?"
+    except OSError as error:
+        return f"memory.max: {error.strerror}"
+    return ""
 
 
 def killed(cgroup: Path) -> int:

@@ -210,6 +210,22 @@ def test_the_limit_that_is_wanted_counts_before_the_one_that_is_there_and_never_
     assert [memory.room(cgroup, wanted).heap for wanted in (None, 1 << 30, 0)] == [3 << 25, 3 << 26, 3 << 26]
 
 
+def test_an_envoy_whose_cgroup_can_have_no_limit_runs_with_that_of_its_heap_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(envoy: Envoy) -> None:
+        await until(lambda: envoy.state.ready, envoy)
+
+    try:
+        supervised(tmp_path, work, envoy_memory=256 << 20)
+    finally:
+        stop(tmp_path)
+    (said,) = (one for one in caplog.records if "only its own limit" in one.message)
+    assert vars(said)["reason"] == f"no memory controller is in force there: is memory in {tmp_path}/cgroup/cgroup.subtree_control?"
+    monitors = json.loads((tmp_path / "envoy-bootstrap.json").read_text())["overload_manager"]["resource_monitors"]
+    assert monitors[0]["typed_config"]["max_heap_size_bytes"] == 192 << 20
+
+
 def _directory_of(pid: int) -> Path:
     return Path(f"/proc/{pid}/cwd").readlink()
 
