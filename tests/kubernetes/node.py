@@ -1,8 +1,9 @@
 """A real node of the control plane: kubelet, and Debian's containerd, runc and CNI plugins, on this machine. Nothing of it is left when `running` ends.
 
 containerd and kubelet have a mount namespace of their own, in which cgroup2 is at /sys/fs/cgroup: so it works where the machine itself has the hybrid layout.
-There the controllers of limits belong to cgroup v1 and cannot be had, so containers are made without limits (`_RUNC`); and where the right to make a process
-less likely to be ended for want of memory is missing (CAP_SYS_RESOURCE), containerd is told not to try. All else is as on any node.
+There the controllers of limits belong to cgroup v1, which runc does not use beside cgroup2: containers have their limit of memory in `LIMITS`, and no others
+(`_RUNC`). Where the right to make a process less likely to be ended for want of memory is missing (CAP_SYS_RESOURCE), containerd is told not to try. All else
+is as on any node.
 
 Of a whole control plane (`ControlPlane.whole`) a node also has kube-proxy, in nftables mode, and names of Services, answered by dnsmasq at an address of
 NodeLocal DNSCache's kind. Its /run/meshagent is a shared tmpfs, as all of /run is where systemd runs (mount_namespaces(7)).
@@ -46,7 +47,10 @@ _PAUSE = """
 static void end(int number) { (void)number; _exit(0); }
 int main(void) { signal(SIGTERM, end); signal(SIGINT, end); for (;;) pause(); }
 """
+LIMITS = Path("/sys/fs/cgroup/memory/mesh-pods")
+"""cgroup v1: the memory of each container that has a limit, by its id. What it starts stays there, Envoy too, which leaves the container's cgroup2."""
 _ENTER = """
+if [ -d /sys/fs/cgroup/memory ]; then mkdir -p "$0" && mount --bind /sys/fs/cgroup/memory "$0"; fi
 umount -l /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup
 mkdir -p /run/netns; umount -l /run/netns 2>/dev/null; mount -t tmpfs --make-shared none /run/netns
 exec "$@"
@@ -56,14 +60,25 @@ mounts volumes there for containerd."""
 _RUNC = """#!/usr/bin/python3 -S
 import json, os, sys
 arguments = sys.argv[1:]
+own = os.path.join(%r, arguments[-1])
+def write(name, text):
+    with open(os.path.join(own, name), "w") as file:
+        file.write(text)
 if "create" in arguments:
     path = os.path.join(arguments[arguments.index("--bundle") + 1], "config.json")
     config = json.load(open(path))
     held = config["linux"].get("resources", {})
     config["linux"]["resources"] = {name: held[name] for name in ("devices",) if name in held}
     json.dump(config, open(path, "w"))
+    limit = held.get("memory", {}).get("limit", 0)
+    if limit > 0 and os.path.exists(os.path.dirname(os.path.dirname(own))):
+        os.makedirs(own, exist_ok=True)
+        write("memory.limit_in_bytes", str(limit))
+if {"create", "exec"} & set(arguments) and os.path.exists(own):
+    write("cgroup.procs", "0")
 os.execv(%r, ["runc", *arguments])
 """
+"""A container's id comes last (runc-create(8), runc-exec(8))."""
 _CONTAINERD = """
 version = 2
 root = "{0}/containerd"
@@ -92,6 +107,10 @@ class Node:
     directory: Path
     cgroup2: Path
     """The machine's cgroup2 tree, with kubepods below it."""
+    dns: str = DNS
+    """Whom pods ask for names."""
+    kubelet_cgroup: Path | None = None
+    """Where the kubelet runs, as a service manager would have it; None: with everything else here."""
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _first: bool = False
     """No kubelet was here before."""
@@ -127,7 +146,7 @@ class Node:
         # Else it asks the machine's DNS for its name, 20 s in a network that leads nowhere; one that registers after 23 s is not ready for two minutes more
         # (pkg/kubelet/nodestatus/setters.go, NodeAddress; pkg/volume/csi/csi_plugin.go, initBackoff).
         argv += ["--node-ip", address()]
-        self._run("kubelet", argv)
+        self._run("kubelet", argv, self.kubelet_cgroup)
         deadline = time.monotonic() + START_S
         while not self._ready():
             self._alive("kubelet", deadline)
@@ -270,8 +289,10 @@ class Node:
             raise Failed(f"{name} does not start: the node's conditions are {said}; {self.log(name)}")
         time.sleep(0.2)
 
-    def _run(self, name: str, argv: Sequence[str]) -> None:
+    def _run(self, name: str, argv: Sequence[str], cgroup: Path | None = None) -> None:
         enter = self._enter()
+        if cgroup is not None:
+            enter = ["sh", "-c", 'echo 0 > "$0/cgroup.procs" && exec "$@"', str(cgroup), *enter]
         path = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
         with (self.directory / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
@@ -282,7 +303,7 @@ class Node:
         """What comes before a command that is to have the node's mounts."""
         first = next((process for process in self._processes.values() if process.poll() is None), None)
         if first is None:
-            return ["unshare", "--mount", "--propagation", "private", "sh", "-c", _ENTER, "sh"]
+            return ["unshare", "--mount", "--propagation", "private", "sh", "-c", _ENTER, str(self.directory / LIMITS.parent.name)]
         return ["nsenter", f"--mount=/proc/{first.pid}/ns/mnt"]
 
     def _end(self, name: str, number: signal.Signals) -> None:
@@ -303,7 +324,8 @@ class Node:
             subprocess.run(["mount", "-t", "tmpfs", "--make-shared", "none", str(RUN)], check=True)
         (self.directory / "cni").mkdir(parents=True)
         runc = self.directory / "runc"
-        runc.write_text(_RUNC % str(shutil.which("runc", path="/usr/sbin:/usr/bin")))
+        limits = self.directory / LIMITS.parent.name / LIMITS.name
+        runc.write_text(_RUNC % (str(limits), str(shutil.which("runc", path="/usr/sbin:/usr/bin"))))
         runc.chmod(0o755)
         (self.directory / "containerd.toml").write_text(_CONTAINERD.format(self.directory, PAUSE, _CNI_PLUGINS))
         ranges = [[{"subnet": "10.244.0.0/24"}], [{"subnet": "fd44::/112"}]]
@@ -336,7 +358,7 @@ class Node:
             "localStorageCapacityIsolation": False,
             "podLogsDir": str(self.directory / "logs"),
             "resolvConf": "",
-            "clusterDNS": [DNS],
+            "clusterDNS": [self.dns],
             "clusterDomain": "cluster.local",
             "imageGCHighThresholdPercent": 100,
         }
@@ -352,15 +374,15 @@ class Node:
 
     def _remove_cgroups(self) -> None:
         """kubelet refuses to take over cgroups whose limits it cannot write."""
-        top = self.cgroup2 / "kubepods"
+        tops = (self.cgroup2 / "kubepods", LIMITS)
         for _ in range(100):
-            for folder in sorted((path for path in [top, *top.rglob("*")] if path.is_dir()), reverse=True):
+            for folder in sorted((path for top in tops for path in [top, *top.rglob("*")] if path.is_dir()), reverse=True):
                 with contextlib.suppress(OSError):
                     folder.rmdir()
-            if not top.exists():
+            if not any(top.exists() for top in tops):
                 return
             time.sleep(0.05)
-        raise Failed(f"{top} cannot be removed: processes of an earlier node are in it")
+        raise Failed(f"{' or '.join(map(str, tops))} cannot be removed: processes of an earlier node are in it")
 
 
 def image(target: Path, name: str, files: dict[str, Path], entrypoint: Sequence[str], links: dict[str, str] | None = None) -> None:
@@ -420,9 +442,9 @@ def _digest(content: bytes) -> str:
 
 
 @contextmanager
-def running(plane: ControlPlane, directory: Path, cgroup2: Path, name: str = "node-1") -> Iterator[Node]:
+def running(plane: ControlPlane, directory: Path, cgroup2: Path, name: str = "node-1", dns: str = DNS) -> Iterator[Node]:
     """A node that is ready."""
-    found = Node(plane, name, directory, cgroup2)
+    found = Node(plane, name, directory, cgroup2, dns)
     try:
         found.start()
         yield found

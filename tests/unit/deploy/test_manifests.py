@@ -392,6 +392,10 @@ def test_values_arrive_where_they_belong() -> None:
     (cgroup,) = (one["value"] for item in containers(FULL) for one in item.get("env", ()) if one["name"] == "MESHAGENT_RUN_CGROUP")
     assert cgroup == "/sys/fs/cgroup/unified"
     assert agent["kubelet-cgroup"] == "/sys/fs/cgroup/unified/system.slice/kubelet.service"
+    assert [options(item)["envoy-memory"] for found in (PLAIN, FULL) for item in containers(found) if "envoy-memory" in options(item)] == [
+        "max",
+        "512Mi",
+    ]
     pod = of(FULL, "Deployment")["spec"]
     assert pod["replicas"] == 3
     assert pod["template"]["spec"]["imagePullSecrets"] == [{"name": "registry"}]
@@ -502,6 +506,8 @@ def test_every_value_is_used_by_a_template() -> None:
         pytest.param({"agent": {"maxUnavailable": 0}}, id="no upgrade"),
         pytest.param({"agent": {"maxUnavailable": "110%"}}, id="more than all"),
         pytest.param({"agent": {"cgroup": "/var/lib"}}, id="no cgroup"),
+        pytest.param({"agent": {"envoyMemory": "2 Gi"}}, id="no size"),
+        pytest.param({"agent": {"envoyMemory": "0"}}, id="no memory"),
         pytest.param({"agent": {"logLevel": "trace"}}, id="log level"),
         pytest.param({"agent": {"tolerations": [{"operator": "In"}]}}, id="toleration"),
         pytest.param({"networkPolicy": {"nodes": ["192.0.2.1"]}}, id="no block"),

@@ -58,7 +58,8 @@ def test_every_option_reaches_the_configuration(started: list[Config], tmp_path:
     monkeypatch.setattr(features, "kubernetes_node", lambda: False)
     values: dict[str, Any] = {
         "controller": "10.0.0.1:1", "trust-domain": "t", "cgroup": "/c", "pin-dir": "/p", "run-dir": "/r", "state-dir": "/s",
-        "metrics-address": "127.0.0.1", "metrics-port": 23, "envoy": "/e", "envoy-concurrency": 7, "kubelet-cgroup": "/c/k",
+        "metrics-address": "127.0.0.1", "metrics-port": 23, "envoy": "/e", "envoy-concurrency": 7, "envoy-memory": "512Mi",
+        "kubelet-cgroup": "/c/k",
     }  # fmt: skip
     result = run("--node", "n1", *pems(tmp_path), *(str(part) for name, value in values.items() for part in (f"--{name}", value)))
     assert result.exit_code == 0, result.output
@@ -66,7 +67,7 @@ def test_every_option_reaches_the_configuration(started: list[Config], tmp_path:
         Config(
             node="n1", controller="10.0.0.1:1", tls=TlsFiles(tmp_path / "ca", tmp_path / "cert", tmp_path / "key"), trust_domain="t",
             cgroup=Path("/c"), pin_dir=Path("/p"), run_dir=Path("/r"), state_dir=Path("/s"), metrics_address="127.0.0.1", metrics_port=23,
-            envoy="/e", envoy_concurrency=7, kubelet_cgroup=Path("/c/k"),
+            envoy="/e", envoy_concurrency=7, envoy_memory=512 << 20, kubelet_cgroup=Path("/c/k"),
         )
     ]  # fmt: skip
 
@@ -74,6 +75,12 @@ def test_every_option_reaches_the_configuration(started: list[Config], tmp_path:
 def test_every_option_is_an_environment_variable(started: list[Config]) -> None:
     assert run(env={"MESHAGENT_RUN_NODE": "n2", "MESHAGENT_RUN_METRICS_PORT": "307"}).exit_code == 0
     assert [(config.node, config.metrics_port) for config in started] == [("n2", 307)]
+
+
+@pytest.mark.parametrize(("given", "taken"), [("2Gi", 2 << 30), ("500M", 500_000_000), ("134217728", 128 << 20), ("max", 0), ("", None)])
+def test_envoys_memory_is_written_as_in_kubernetes(started: list[Config], given: str, taken: int | None) -> None:
+    assert run("--node", "n", "--envoy-memory", given).exit_code == 0
+    assert [config.envoy_memory for config in started] == [taken]
 
 
 def test_a_value_that_does_not_parse_is_shown_with_its_name(started: list[Config]) -> None:
@@ -96,6 +103,8 @@ def test_a_value_that_does_not_parse_is_shown_with_its_name(started: list[Config
         pytest.param(["--node", "n", "--metrics-port", "0"], "metrics-port", id="port-zero"),
         pytest.param(["--node", "n", "--metrics-port", "65536"], "metrics-port", id="port-too-high"),
         pytest.param(["--node", "n", "--envoy-concurrency", "0"], "envoy-concurrency", id="no-threads"),
+        pytest.param(["--node", "n", "--envoy-memory", "2 Gi"], "'2 Gi' is no size", id="no-size"),
+        pytest.param(["--node", "n", "--envoy-memory", "127Mi"], "'127Mi' is too little", id="too-small-for-envoy"),
         pytest.param(["--node", "n", "--log-level", "loud"], "log-level", id="log-level"),
         pytest.param(["--node", "n", "--run-dir", "/etc/hosts"], "is a file", id="directory-is-a-file"),
     ],

@@ -185,16 +185,45 @@ def test_the_smallest_memory_limit_around_it_sizes_the_overload_manager(
         cgroup.mkdir()
         (cgroup / "memory.max").write_text(inner)
     room = memory.room(cgroup)
-    assert room == (1 << 30, 16384)
+    assert room == (3 << 28, 12288), "three quarters, because the kernel counts its sockets' buffers there"
     built = bootstrap("n", tmp_path / "x", tmp_path / "a", room)
     assert [one["typed_config"] for one in built["overload_manager"]["resource_monitors"]] == [
-        {"@type": HEAP, "max_heap_size_bytes": 1 << 30},
-        {"@type": CONNECTIONS, "max_active_downstream_connections": 16384},
+        {"@type": HEAP, "max_heap_size_bytes": 3 << 28},
+        {"@type": CONNECTIONS, "max_active_downstream_connections": 12288},
     ]
     path = tmp_path / "bootstrap.json"
     path.write_text(json.dumps(built))
     done = subprocess.run([find(), "--mode", "validate", "-c", path, "--log-level", "error"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_limit_that_is_wanted_counts_before_the_one_that_is_there_and_never_more_than_half_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "machine", lambda: 4 << 30)
+    (tmp_path / "memory.max").write_text("max\n")
+    cgroup = tmp_path / "meshagent-waypoint"
+    cgroup.mkdir()
+    (cgroup / "memory.max").write_text("134217728\n")
+    assert [memory.room(cgroup, wanted).heap for wanted in (None, 1 << 30, 64 << 30, 0)] == [3 << 25, 3 << 28, 2 << 30, 2 << 30]
+    (tmp_path / "memory.max").write_text("268435456\n")
+    assert [memory.room(cgroup, wanted).heap for wanted in (None, 1 << 30, 0)] == [3 << 25, 3 << 26, 3 << 26]
+
+
+def test_an_envoy_whose_cgroup_can_have_no_limit_runs_with_that_of_its_heap_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def work(envoy: Envoy) -> None:
+        await until(lambda: envoy.state.ready, envoy)
+
+    try:
+        supervised(tmp_path, work, envoy_memory=256 << 20)
+    finally:
+        stop(tmp_path)
+    (said,) = (one for one in caplog.records if "only its own limit" in one.message)
+    assert vars(said)["reason"] == f"no memory controller is in force there: is memory in {tmp_path}/cgroup/cgroup.subtree_control?"
+    monitors = json.loads((tmp_path / "envoy-bootstrap.json").read_text())["overload_manager"]["resource_monitors"]
+    assert monitors[0]["typed_config"]["max_heap_size_bytes"] == 192 << 20
 
 
 def _directory_of(pid: int) -> Path:

@@ -224,5 +224,6 @@ def test_without_any_limit_envoy_may_use_half_of_the_machine(tmp_path: Path, mon
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:        8388608 kB\nMemFree:         1 kB\n")
     monkeypatch.setattr(memory, "MEMINFO", meminfo)
-    assert memory.limit(tmp_path / "none") == 4 << 30
+    assert memory.limit(tmp_path / "none") == 0
+    assert memory.room(tmp_path / "none").heap == 4 << 30
     assert memory.Room(64 << 20, memory.FEWEST_CONNECTIONS).connections == 4096
