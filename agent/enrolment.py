@@ -107,11 +107,18 @@ class Enrolment:
         self._update(snapshot)
         namespaces = self._bind()
         accelerated = self.acceleration.choose(n.local.workload for n in namespaces)
-        changed = self.tables.sync(snapshot, namespaces, enforce_inbound, accelerated, tunnels, direct)
-        # Rows first: a namespace that is linked before its address is known is closed to everybody.
-        for namespace in namespaces:
-            self._link(namespace.local)
         current = {n.local.netns_cookie for n in namespaces}
+        leaving = self._linked - current
+        try:
+            # A namespace that is linked while its address is not known is closed to everybody: who leaves has its link removed before its rows,
+            for cookie in leaving:
+                self._datapath.detach_namespace(cookie)
+            changed = self.tables.sync(snapshot, namespaces, enforce_inbound, accelerated, tunnels, direct)
+        except (MeshError, OSError, RuntimeError):
+            self._link_again(leaving)
+            raise
+        for namespace in namespaces:  # and who comes is linked when they are there.
+            self._link(namespace.local)
         if current != self._held:
             self._release_others(current)
         self.let_go()
@@ -251,6 +258,17 @@ class Enrolment:
             self._local[local.workload.name].mark = _FAILED
         else:
             self._linked.add(local.netns_cookie)
+
+    def _link_again(self, cookies: set[int]) -> None:
+        """Link namespaces that were to leave, and stay."""
+        self._linked -= cookies
+        for cookie in cookies:
+            try:
+                self._datapath.attach_namespace(cookie, self._config.netns_dir / str(cookie))
+            except MeshError as error:  # the next `enforce` tries it again, and says of whom it is
+                _log.error("a namespace that was to leave the mesh, and stays, is not linked", extra={"reason": str(error)})
+            else:
+                self._linked.add(cookie)
 
     def _release_others(self, current: set[int]) -> None:
         self._datapath.detach_namespaces(current)

@@ -210,6 +210,22 @@ class DataPath:
         if not self._pending:
             self._link(self.pins.programs, _RECEIVER, self._links_dir / f"netns-{cookie}", path)
 
+    def detach_namespace(self, cookie: int) -> None:
+        """Take the receiver's check off a network namespace, before this returns. Raises KernelRefused."""
+        self._namespaces.pop(cookie, None)
+        for name in (f"netns-{cookie}", f"netns-{cookie}-new"):
+            pin = self._links_dir / name
+            try:
+                with files.closing(libbpf.open_pin(pin)) as link:
+                    libbpf.link_detach(link)
+                pin.unlink()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise KernelRefused(
+                    f"cannot take the receiver's check off a network namespace that leaves the mesh ({pin}): {error}"
+                ) from error
+
     def detach_namespaces(self, keep: set[int]) -> None:
         """Remove the links of namespaces that are not in `keep`, also those of an earlier run."""
         kept = set(map(str, keep))
