@@ -88,7 +88,9 @@ class _World:
     enrolled: set[str] = field(default_factory=set)  # workloads in the mesh
     backing: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # service -> workloads
     backed: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # workload -> services
-    policies: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # workload -> policies
+    policies: dict[str, list[Object]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # workload in the mesh -> policies; outside none holds, not for callers in it either
     service_policies: dict[str, list[Object]] = field(default_factory=lambda: defaultdict(list))  # service -> policies that name it
     egress: str = "allow"  # where no Namespace says otherwise
     external_policies: dict[str, list[Object]] = field(
@@ -242,7 +244,7 @@ def _index_policies(world: _World, out: Compiled) -> None:
     for policy in world.of("AuthorizationPolicy"):
         out.entities[f"policy/{policy.key.qualified}"] = pb.Entity(policy=authorization.message(policy))
         protected, unresolved = _selected(world, policy)
-        for name in protected:
+        for name in protected & world.enrolled:
             world.policies[name].append(policy)
         for service in _target_services(policy):
             world.service_policies[service].append(policy)
@@ -260,7 +262,7 @@ def _index_authentications(world: _World, out: Compiled) -> None:
     for item in world.of("RequestAuthentication"):
         out.entities[f"authentication/{item.key.qualified}"] = pb.Entity(authentication=authentication.entity(item, world.keys))
         selected, unresolved = _selected(world, item)
-        for name in selected:
+        for name in selected & world.enrolled:
             world.authentications[name].append(item)
         for service in _target_services(item):
             world.service_authentications[service].append(item)
