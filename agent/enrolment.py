@@ -130,6 +130,12 @@ class Enrolment:
             self._retry_at = time.monotonic() + RETRY_S
         return Enrolled(tuple(n.local for n in namespaces if self._local[n.local.workload.name].loopback), missing)
 
+    def find(self, snapshot: Snapshot) -> tuple[LocalWorkload, ...]:
+        """Bind the workloads of `snapshot` to their namespaces. What decides there stays as it is, until the next `enforce`, of whatever snapshot."""
+        self._again = True
+        self._update(snapshot)
+        return tuple(namespace.local for namespace in self._bind())
+
     def _update(self, snapshot: Snapshot) -> None:
         """Bring `_local` to the workloads of `snapshot`; what was found of a workload stays as long as it names the same place."""
         base, self._base = self._base, snapshot

@@ -157,6 +157,14 @@ def test_no_connection_is_refused_while_a_server_and_its_callers_go_out_of_the_m
     assert [refused for _, refused in counts] == [0, 0]
 
 
+def test_it_is_seen_on_which_ports_somebody_listens_in_a_namespace(node: DataNode) -> None:
+    listens = "import socket, time; s = socket.create_server(('127.0.0.1', 15001)); print('ready', flush=True); time.sleep(60)"
+    place = lab_netns.path(workload("stranger").network_namespace)
+    before = netns.listening(place)
+    with node.program("stranger", [sys.executable, "-c", listens]):
+        assert netns.listening(place) - before == {15001}
+
+
 def test_a_namespace_that_vanished_is_released_at_once(empty: DataNode, spaces: Callable[[str], str]) -> None:
     name = spaces("gone")
     model = snapshot(pod("gone", name, "10.78.1.1"))
