@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
 """How long after a failure, other than a namespace that is gone, the same is tried again."""
+LINGER_S = 5.0
+"""How long the mount of a namespace outlives its pod's place in the mesh: Envoy answers requests of kept connections from there, and closes these."""
 _FAILED = (-1, -1)
 """Differs from every mark: look again."""
 
@@ -89,6 +91,8 @@ class Enrolment:
         self._linked: set[int] = set()
         self._held: set[int] | None = None
         """Namespaces with a mount or a link; None: not known yet."""
+        self._left: dict[int, float] = {}
+        """Namespaces of pods that have left the mesh and live on, by cookie: until when their mounts stay (time.monotonic)."""
         self._again = True
         self._retry_at = 0.0
 
@@ -149,7 +153,9 @@ class Enrolment:
         for name in touched:
             workload = snapshot.workloads.get(name)
             if workload is None or workload.node != self._config.node or not workload.enrolled or not _place(workload):
-                self._local.pop(name, None)
+                gone = self._local.pop(name, None)
+                if gone is not None and gone.bound is not None and workload is not None and not workload.enrolled:
+                    self._left[gone.bound.local.netns_cookie] = time.monotonic() + LINGER_S
                 continue
             place = _place(workload)
             known = self._local.get(name)
@@ -278,12 +284,22 @@ class Enrolment:
 
     def _release_others(self, current: set[int]) -> None:
         self._datapath.detach_namespaces(current)
-        for mount in netns.held(self._config.netns_dir):
-            if mount.name.isdigit() and int(mount.name) not in current:
-                netns.release(mount)
+        self._left = {cookie: until for cookie, until in self._left.items() if cookie not in current}
+        self._unmount_others(current | self._left.keys())
         self.watch.keep(current)
         self._linked &= current
         self._held = set(current)
+
+    def _unmount_others(self, kept: Collection[int]) -> None:
+        for mount in netns.held(self._config.netns_dir):
+            if mount.name.isdigit() and int(mount.name) not in kept:
+                netns.release(mount)
+
+    def release_left(self) -> None:
+        """Let go of the namespaces of pods that left the mesh some time ago."""
+        if self._held is not None and any(until < time.monotonic() for until in self._left.values()):
+            self._left = {cookie: until for cookie, until in self._left.items() if until >= time.monotonic()}
+            self._unmount_others(self._held | self._left.keys())
 
     def namespaces_changed(self, snapshot: Snapshot) -> bool:
         """True if a namespace of this node's workloads came, went, was replaced or changed its addresses since `enforce`, or if it is time to try again.

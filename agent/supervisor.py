@@ -336,7 +336,8 @@ class Supervisor:
     async def _welcome(self, snapshot: Snapshot) -> None:
         """Have Envoy listen for pods that have run outside of the mesh until now, before the kernel leads their requests to it: else some would be refused.
 
-        It is told what is in force, and that they are there. Those that start are not waited for: they are protected at once.
+        It is told what is in force, that they are there, and which Services have a waypoint with them. Those that start are not waited for: they are protected
+        at once.
         """
         before, node = self.snapshot, self._config.node
         joining = {
@@ -347,7 +348,14 @@ class Supervisor:
         joining = {name: one for name, one in joining.items() if one.node == node}
         if not joining or not self._configured.is_set() or not self._waypoint.state.ready:
             return
-        present = replace(before, version=f"{before.version}+", workloads={**before.workloads, **joining}, delta=None)
+        waypoints = {name: one for name, one in snapshot.services.items() if any(port.waypoint for port in one.ports)}
+        present = replace(
+            before,
+            version=f"{before.version}+",
+            workloads={**before.workloads, **joining},
+            services={**before.services, **waypoints},
+            delta=None,
+        )
         found = await asyncio.to_thread(self._enrolment.find, self._probe.extend(present))
         local = tuple(one for one in found if one.workload.name != probe.NAME)
         await self._show_waypoint(present, local)
@@ -594,11 +602,12 @@ class Supervisor:
         self._probed, self._probed_at = outcome, time.monotonic()
 
     async def _retire(self) -> None:
-        """Remove rows that nothing in the kernel can be on its way to any more."""
+        """Remove rows that nothing in the kernel can be on its way to any more, and let go of namespaces that Envoy uses no more."""
         while True:
             await asyncio.sleep(RETIRE_S)
             async with self._enforcing:
                 self._enrolment.tables.remove_retired(now=False)
+                self._enrolment.release_left()
 
     async def _sweep_up(self) -> None:
         """Now and then remove counters of what is gone."""

@@ -242,6 +242,28 @@ def test_who_leaves_has_its_link_removed_before_its_rows(world: World, node: Enr
     assert world.log == [("unlink", 7), ("rows", "default/b"), ("unlink all but", 11)]
 
 
+def test_the_mount_of_who_leaves_and_lives_on_stays_for_requests_that_envoy_still_has(
+    world: World, node: Enrolment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(enrolment, "LINGER_S", 0.0)
+    a, b, c = (workload(name, world.namespace(name, cookie)) for name, cookie in (("a", 7), ("b", 11), ("c", 13)))
+    node.enforce(snapshot(a, b, c), frozenset())
+    node.enforce(snapshot(replace(a, enrolled=False), b), frozenset())
+    assert {mount.name for mount in world.mounts} == {"7", "11"}, "c is no more, nobody asks from there"
+    node.release_left()
+    assert {mount.name for mount in world.mounts} == {"11"}
+
+
+def test_who_comes_back_keeps_its_mount(world: World, node: Enrolment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(enrolment, "LINGER_S", 0.0)
+    a = workload("a", world.namespace("a", 7))
+    node.enforce(snapshot(a), frozenset())
+    node.enforce(snapshot(replace(a, enrolled=False)), frozenset())
+    node.enforce(snapshot(a), frozenset())
+    node.release_left()
+    assert {mount.name for mount in world.mounts} == {"7"}
+
+
 def test_rows_that_are_refused_leave_links_and_mounts_as_they_were(world: World, node: Enrolment) -> None:
     node.enforce(snapshot(workload("a", world.namespace("a", 7))), frozenset())
     world.log.clear()
