@@ -256,6 +256,7 @@ class Enrolment:
         if cookie in bound:
             raise FileExistsError(f"network namespace {source} already belongs to workload {bound[cookie].local.workload.name}")
         path = netns.hold(source, cookie, self._config.netns_dir)
+        self._left.pop(cookie, None)
         if self._held is not None:
             self._held.add(cookie)
         return path
@@ -284,7 +285,6 @@ class Enrolment:
 
     def _release_others(self, current: set[int]) -> None:
         self._datapath.detach_namespaces(current)
-        self._left = {cookie: until for cookie, until in self._left.items() if cookie not in current}
         self._unmount_others(current | self._left.keys())
         self.watch.keep(current)
         self._linked &= current

@@ -254,14 +254,15 @@ def test_the_mount_of_who_leaves_and_lives_on_stays_for_requests_that_envoy_stil
     assert {mount.name for mount in world.mounts} == {"11"}
 
 
-def test_who_comes_back_keeps_its_mount(world: World, node: Enrolment, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(enrolment, "LINGER_S", 0.0)
+def test_who_comes_back_keeps_its_mount_as_long_as_it_is_there(world: World, node: Enrolment) -> None:
     a = workload("a", world.namespace("a", 7))
     node.enforce(snapshot(a), frozenset())
     node.enforce(snapshot(replace(a, enrolled=False)), frozenset())
     node.enforce(snapshot(a), frozenset())
     node.release_left()
     assert {mount.name for mount in world.mounts} == {"7"}
+    node.enforce(snapshot(), frozenset())
+    assert world.mounts == set()
 
 
 def test_rows_that_are_refused_leave_links_and_mounts_as_they_were(world: World, node: Enrolment) -> None:
