@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
 """How long after a failure, other than a namespace that is gone, the same is tried again."""
+LINGER_S = 5.0
+"""How long the mount of a namespace outlives its pod's place in the mesh: Envoy answers requests of kept connections from there, and closes these."""
 _FAILED = (-1, -1)
 """Differs from every mark: look again."""
 
@@ -89,6 +91,8 @@ class Enrolment:
         self._linked: set[int] = set()
         self._held: set[int] | None = None
         """Namespaces with a mount or a link; None: not known yet."""
+        self._left: dict[int, float] = {}
+        """Namespaces of pods that have left the mesh and live on, by cookie: until when their mounts stay (time.monotonic)."""
         self._again = True
         self._retry_at = 0.0
 
@@ -107,11 +111,18 @@ class Enrolment:
         self._update(snapshot)
         namespaces = self._bind()
         accelerated = self.acceleration.choose(n.local.workload for n in namespaces)
-        changed = self.tables.sync(snapshot, namespaces, enforce_inbound, accelerated, tunnels, direct)
-        # Rows first: a namespace that is linked before its address is known is closed to everybody.
-        for namespace in namespaces:
-            self._link(namespace.local)
         current = {n.local.netns_cookie for n in namespaces}
+        leaving = self._linked - current
+        try:
+            # A namespace that is linked while its address is not known is closed to everybody: who leaves has its link removed before its rows,
+            for cookie in leaving:
+                self._datapath.detach_namespace(cookie)
+            changed = self.tables.sync(snapshot, namespaces, enforce_inbound, accelerated, tunnels, direct)
+        except (MeshError, OSError, RuntimeError):
+            self._link_again(leaving)
+            raise
+        for namespace in namespaces:  # and who comes is linked when they are there.
+            self._link(namespace.local)
         if current != self._held:
             self._release_others(current)
         self.let_go()
@@ -122,6 +133,12 @@ class Enrolment:
         if any(local.mark == _FAILED for local in self._local.values()):
             self._retry_at = time.monotonic() + RETRY_S
         return Enrolled(tuple(n.local for n in namespaces if self._local[n.local.workload.name].loopback), missing)
+
+    def find(self, snapshot: Snapshot) -> tuple[LocalWorkload, ...]:
+        """Bind the workloads of `snapshot` to their namespaces. What decides there stays as it is, until the next `enforce`, of whatever snapshot."""
+        self._again = True
+        self._update(snapshot)
+        return tuple(namespace.local for namespace in self._bind())
 
     def _update(self, snapshot: Snapshot) -> None:
         """Bring `_local` to the workloads of `snapshot`; what was found of a workload stays as long as it names the same place."""
@@ -136,7 +153,9 @@ class Enrolment:
         for name in touched:
             workload = snapshot.workloads.get(name)
             if workload is None or workload.node != self._config.node or not workload.enrolled or not _place(workload):
-                self._local.pop(name, None)
+                gone = self._local.pop(name, None)
+                if gone is not None and gone.bound is not None and workload is not None and not workload.enrolled:
+                    self._left[gone.bound.local.netns_cookie] = time.monotonic() + LINGER_S
                 continue
             place = _place(workload)
             known = self._local.get(name)
@@ -237,6 +256,7 @@ class Enrolment:
         if cookie in bound:
             raise FileExistsError(f"network namespace {source} already belongs to workload {bound[cookie].local.workload.name}")
         path = netns.hold(source, cookie, self._config.netns_dir)
+        self._left.pop(cookie, None)
         if self._held is not None:
             self._held.add(cookie)
         return path
@@ -252,14 +272,34 @@ class Enrolment:
         else:
             self._linked.add(local.netns_cookie)
 
+    def _link_again(self, cookies: set[int]) -> None:
+        """Link namespaces that were to leave, and stay."""
+        self._linked -= cookies
+        for cookie in cookies:
+            try:
+                self._datapath.attach_namespace(cookie, self._config.netns_dir / str(cookie))
+            except MeshError as error:  # the next `enforce` tries it again, and says of whom it is
+                _log.error("a namespace that was to leave the mesh, and stays, is not linked", extra={"reason": str(error)})
+            else:
+                self._linked.add(cookie)
+
     def _release_others(self, current: set[int]) -> None:
         self._datapath.detach_namespaces(current)
-        for mount in netns.held(self._config.netns_dir):
-            if mount.name.isdigit() and int(mount.name) not in current:
-                netns.release(mount)
+        self._unmount_others(current | self._left.keys())
         self.watch.keep(current)
         self._linked &= current
         self._held = set(current)
+
+    def _unmount_others(self, kept: Collection[int]) -> None:
+        for mount in netns.held(self._config.netns_dir):
+            if mount.name.isdigit() and int(mount.name) not in kept:
+                netns.release(mount)
+
+    def release_left(self) -> None:
+        """Let go of the namespaces of pods that left the mesh some time ago."""
+        if self._held is not None and any(until < time.monotonic() for until in self._left.values()):
+            self._left = {cookie: until for cookie, until in self._left.items() if until >= time.monotonic()}
+            self._unmount_others(self._held | self._left.keys())
 
     def namespaces_changed(self, snapshot: Snapshot) -> bool:
         """True if a namespace of this node's workloads came, went, was replaced or changed its addresses since `enforce`, or if it is time to try again.

@@ -32,6 +32,12 @@ def resolve(name: str) -> Path:
     return Path(name) if "/" in name else Path("/run/netns") / name
 
 
+def listening(path: Path) -> set[int]:
+    """TCP ports on which somebody listens over IPv4 in the namespace at `path` (proc_pid_net(5), tcp). Raises OSError if it is gone."""
+    lines = run_in(path, Path("/proc/thread-self/net/tcp").read_text).splitlines()[1:]
+    return {int(words[1].rpartition(":")[2], 16) for words in map(str.split, lines) if words[3] == _LISTEN}
+
+
 def run_in(path: Path, function: Callable[[], T]) -> T:
     """Call `function` in a thread of its own that has joined the namespace at `path`; other threads stay where they are (setns(2)).
 
@@ -85,6 +91,7 @@ _RTM_GETADDR = 22  # include/uapi/linux/rtnetlink.h
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2  # include/uapi/linux/if_addr.h
 _RTMGRP_IFADDR = 0x10 | 0x100  # RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
 _ANSWER_S = 5
+_LISTEN = "0A"  # include/net/tcp_states.h, as /proc shows it
 
 
 def _addresses_here() -> list[tuple[str, int]]:

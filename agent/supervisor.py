@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent import cgroups, drift, features, kubelet, lock, memory, probe
+from agent import cgroups, drift, features, kubelet, lock, memory, netns, probe
 from agent.api import Api
 from agent.balancing import node_zone
 from agent.bpf.acceleration import failing
@@ -28,7 +28,7 @@ from agent.bpf.events import Event, Events
 from agent.bpf.manifest import HOOKED, EventKind
 from agent.bpf.sockets import Sockets
 from agent.calls.part import Calls
-from agent.config import Config
+from agent.config import INBOUND_PORT, OUTBOUND_PORT, Config
 from agent.connection_log import ConnectionLog
 from agent.discovery import Discovery
 from agent.distrust import Distrust, Waypoint
@@ -84,6 +84,8 @@ DEAD_AFTER_S = 10.0
 STATUS_TIMEOUT_S = 5.0
 RETRY_S = 5.0
 RETIRE_S = 2.0
+WELCOME_S = 2.0
+"""How long Envoy has to listen in the namespaces of pods that come into the mesh, before the kernel leads connections to it there in any case."""
 READERS_S = 2.0
 """What nodes have to begin to read requests, before others make their connections to them anew."""
 TUNNEL_ENDS_S = 0.2
@@ -313,6 +315,7 @@ class Supervisor:
         # What the receiver has enforced so far it goes on to enforce until Envoy has the rules that make that needless (`_relax`).
         needed = await asyncio.to_thread(self._builder.needs_inbound, snapshot)
         strict = needed | self._enforced_inbound
+        await self._welcome(snapshot)
         await self._enforce(snapshot, strict)
         self._residents = residents(self._config.node, snapshot, self.snapshot, self._residents)
         self._snapshot = snapshot
@@ -329,6 +332,46 @@ class Supervisor:
         self._tunnels.keep(self._builder.identities)
         if strict != needed or self._builder.identities != self._tunnels.ready:
             self._relaxable.set()
+
+    async def _welcome(self, snapshot: Snapshot) -> None:
+        """Have Envoy listen for pods that have run outside of the mesh until now, before the kernel leads their requests to it: else some would be refused.
+
+        It is told what is in force, that they are there, and which Services have a waypoint with them. Those that start are not waited for: they are protected
+        at once.
+        """
+        before, node = self.snapshot, self._config.node
+        joining = {
+            name: one
+            for name, was in self._residents.items()
+            if not was.enrolled and (one := snapshot.workloads.get(name)) and one.enrolled
+        }
+        joining = {name: one for name, one in joining.items() if one.node == node}
+        if not joining or not self._configured.is_set() or not self._waypoint.state.ready:
+            return
+        waypoints = {name: one for name, one in snapshot.services.items() if any(port.waypoint for port in one.ports)}
+        present = replace(
+            before,
+            version=f"{before.version}+",
+            workloads={**before.workloads, **joining},
+            services={**before.services, **waypoints},
+            delta=None,
+        )
+        found = await asyncio.to_thread(self._enrolment.find, self._probe.extend(present))
+        local = tuple(one for one in found if one.workload.name != probe.NAME)
+        await self._show_waypoint(present, local)
+        offered = self._built.get(names.LISTENER, {})
+        sides = {names.OUTBOUND: OUTBOUND_PORT, names.INBOUND: INBOUND_PORT}
+        wanted = {
+            one.netns_path: {port for side, port in sides.items() if names.listener(side, one.workload.name) in offered}
+            for one in local
+            if one.workload.name in joining
+        }
+        try:
+            await within(_until_listening(wanted), WELCOME_S)
+        except (asyncio.TimeoutError, OSError):
+            _log.warning(
+                "Envoy does not listen yet for pods that come into the mesh: requests may be refused", extra={"pods": sorted(joining)}
+            )
 
     async def _enforce(self, snapshot: Snapshot, enforce_inbound: frozenset[str]) -> None:
         try:
@@ -425,10 +468,13 @@ class Supervisor:
             self._namespace_news.set()  # a namespace that came meanwhile may be in force in the kernel now, and nowhere else
 
     async def _configure_waypoint(self) -> None:
+        await self._show_waypoint(self.snapshot, self.enrolled.local)
+
+    async def _show_waypoint(self, snapshot: Snapshot, local: tuple[LocalWorkload, ...]) -> None:
         """Build Envoy's configuration in a thread: with many workloads it takes longer than the event loop may stand still."""
         zone = node_zone(self._residents.values(), self._config.node)
         loopback = self._tunnels.address if self._secured else None
-        snapshot, local, trust = self.snapshot, self.enrolled.local, self._distrust.distrusted
+        trust = self._distrust.distrusted
         built = await asyncio.to_thread(self._builder.build, snapshot, local, zone, loopback, trust, self._wireguard.direct)
         told = request_log.runtime(snapshot, local)
         if built is not self._built or told != self._told:
@@ -556,11 +602,12 @@ class Supervisor:
         self._probed, self._probed_at = outcome, time.monotonic()
 
     async def _retire(self) -> None:
-        """Remove rows that nothing in the kernel can be on its way to any more."""
+        """Remove rows that nothing in the kernel can be on its way to any more, and let go of namespaces that Envoy uses no more."""
         while True:
             await asyncio.sleep(RETIRE_S)
             async with self._enforcing:
                 self._enrolment.tables.remove_retired(now=False)
+                self._enrolment.release_left()
 
     async def _sweep_up(self) -> None:
         """Now and then remove counters of what is gone."""
@@ -820,6 +867,15 @@ def residents(node: str, snapshot: Snapshot, before: Snapshot, known: Mapping[st
     changed = {name: snapshot.workloads.get(name) for name in delta.workloads}
     kept = {name: workload for name, workload in known.items() if name not in changed}
     return kept | {name: workload for name, workload in changed.items() if workload is not None and workload.node == node}
+
+
+async def _until_listening(wanted: Mapping[str, set[int]]) -> None:
+    """Return when somebody listens on all these ports, by network namespace. Raises OSError if one is gone."""
+    for path, ports in wanted.items():
+        while True:
+            if ports <= await asyncio.to_thread(netns.listening, Path(path)):
+                break
+            await asyncio.sleep(EAGER_POLL_S)
 
 
 _TROUBLE = ("storage_failed", "flow_failed", "origdst_failed", "listener_failed", "stats_folded", "verdict_folded")

@@ -210,6 +210,20 @@ class DataPath:
         if not self._pending:
             self._link(self.pins.programs, _RECEIVER, self._links_dir / f"netns-{cookie}", path)
 
+    def detach_namespace(self, cookie: int) -> None:
+        """Take the receiver's check off a network namespace, before this returns if the kernel can, else a moment later."""
+        self._namespaces.pop(cookie, None)
+        for name in (f"netns-{cookie}", f"netns-{cookie}-new"):
+            pin = self._links_dir / name
+            if not pin.exists():
+                continue
+            try:
+                with files.closing(libbpf.open_pin(pin)) as link:
+                    libbpf.link_detach(link)
+            except OSError as error:  # no reason to refuse a configuration
+                _log.warning("a program goes off a network namespace later than it should", extra={"link": name, "reason": str(error)})
+            pin.unlink()
+
     def detach_namespaces(self, keep: set[int]) -> None:
         """Remove the links of namespaces that are not in `keep`, also those of an earlier run."""
         kept = set(map(str, keep))

@@ -105,6 +105,11 @@ def link_update(link: int, program: int) -> None:
     _checked(_lib().bpf_link_update(link, program, None), "replace program")
 
 
+def link_detach(link: int) -> None:
+    """Take a link's program off before this returns. Where only the pin goes it is a moment later (kernel/bpf/syscall.c, bpf_link_put)."""
+    _checked(_lib().bpf_link_detach(link), "detach program")
+
+
 def object_info(fd: int, size: int = 256) -> bytes:
     """Raw struct bpf_map_info, bpf_prog_info or bpf_link_info; each begins with two __u32: type and id."""
     info = ct.create_string_buffer(size)

@@ -8,6 +8,7 @@ Protocol: https://www.envoyproxy.io/docs/envoy/v1.37.0/api-docs/xds_protocol#inc
   routes only when Envoy has the endpoints of every cluster; removals follow in the opposite direction;
 - a cluster that no route names any more stays for LINGER_S: a request keeps the route that it was given, and looks for the cluster only when the filters are
   done with it, which for HTTP/2 may be many turns later (`max_requests_per_io_cycle`), and once more for each retry. Without its cluster it would fail;
+- so do scopes and routes when the last workload of the node leaves the mesh: its listener goes, and has connections until it is drained;
 - a cluster that changes gets its endpoints once more: Envoy 1.40 makes it anew and waits for them, but does not ask for what it has subscribed to already
   (15 s, https://www.envoyproxy.io/docs/envoy/v1.40.0/intro/arch_overview/upstream/cluster_manager#cluster-warming). So it does when they are under way
   already, and when nobody wants the cluster any more: until Envoy has them it takes no other cluster, and then goes on without any;
@@ -60,7 +61,7 @@ WARM_PATIENCE_S = 2.0
 """How long routes wait for the endpoints of new clusters before they go out anyway."""
 _T = TypeVar("_T")
 LINGER_S = 5.0
-"""How long a cluster outlives the routes that named it."""
+"""How long a cluster outlives the routes that named it, and routes the last listener."""
 STOP_GRACE_S = 0.2
 HELD = frozenset({names.ROUTES, names.CLUSTER, names.ENDPOINTS})
 """Stays while Envoy goes on with an older version of what may name it."""
@@ -294,6 +295,10 @@ class XdsServer:
         """Return True if this resource is wanted, refused or not."""
         return name in self._resources.get(kind, {})
 
+    def leads_anything(self) -> bool:
+        """Is there a listener for connections that workloads open?"""
+        return any(name.startswith(names.OUTBOUND) for name in self.all_names(names.LISTENER))
+
     def has(self, kind: str, name: str) -> bool:
         """Has Envoy acknowledged this resource as it is now?"""
         state = self._stream.types.get(kind) if self._stream else None
@@ -409,8 +414,8 @@ class _Stream:
         self._nonces = 0
         self._cold: dict[str, float | None] = {}
         """Clusters that Envoy may have taken, without having their endpoints: since when it was seen to lack them (seconds, the loop's time)."""
-        self._unnamed: dict[str, float] = {}
-        """Clusters that are to go, by when that is: seconds, the loop's time."""
+        self._unnamed: dict[str, dict[str, float]] = {names.CLUSTER: {}, names.SCOPE: {}, names.ROUTES: {}}
+        """What is to go, by type and name, and when that is: seconds, the loop's time."""
         self._leaving: dict[str, Resource] = {}
         """Endpoints of clusters that are to go: Envoy may still wait for them."""
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -430,9 +435,9 @@ class _Stream:
         if kind in {names.CLUSTER, names.ENDPOINTS}:
             for name in touched:
                 self._cold.setdefault(name, None)
-        if kind == names.CLUSTER:
-            for name in [name for name in self._unnamed if self._server.exists(kind, name)]:
-                del self._unnamed[name]
+        if (unnamed := self._unnamed.get(kind)) is not None:
+            for name in [name for name in unnamed if self._server.exists(kind, name)]:
+                del unnamed[name]
         if kind == names.ENDPOINTS:
             for name in [name for name in self._leaving if self._server.exists(kind, name)]:
                 del self._leaving[name]
@@ -597,24 +602,25 @@ class _Stream:
 
     def _removal(self, kind: str, state: _Type) -> discovery_pb2.DeltaDiscoveryResponse | None:
         gone = {name for name in state.dirty if name in state.known and state.wants(name) and not self._server.exists(kind, name)}
-        if kind == names.CLUSTER:
-            gone = self._lingered(gone)
+        if kind == names.CLUSTER or (kind in self._unnamed and not self._server.leads_anything()):
+            gone = self._lingered(kind, gone)
         elif kind == names.ENDPOINTS:
-            gone -= self._unnamed.keys()
+            gone -= self._unnamed[names.CLUSTER].keys()
         return self._respond(kind, state, {}, tuple(sorted(gone))) if gone else None
 
-    def _lingered(self, gone: set[str]) -> set[str]:
-        """Which of the clusters that nothing names any more may go now; the others get a time for it."""
+    def _lingered(self, kind: str, gone: set[str]) -> set[str]:
+        """Which of those that nothing names any more may go now; the others get a time for it."""
         now = asyncio.get_running_loop().time()
-        self._unnamed = {name: self._unnamed.get(name, now + LINGER_S) for name in gone}
-        later = [at for at in self._unnamed.values() if at > now]
+        before = self._unnamed[kind]
+        unnamed = self._unnamed[kind] = {name: before.get(name, now + LINGER_S) for name in gone}
+        later = [at for at in unnamed.values() if at > now]
         if later:
-            self._wake_in("linger", min(later) - now)
-        return {name for name, at in self._unnamed.items() if at <= now}
+            self._wake_in(f"linger {kind}", min(later) - now)
+        return {name for name, at in unnamed.items() if at <= now}
 
     def lingers(self, kind: str, name: str) -> bool:
-        """Is this a cluster, or are these the endpoints of one, that stays for requests that are under way?"""
-        return kind in {names.CLUSTER, names.ENDPOINTS} and name in self._unnamed
+        """Does this stay for requests that are under way? Endpoints do so with their cluster."""
+        return name in self._unnamed.get(names.CLUSTER if kind == names.ENDPOINTS else kind, ())
 
     def _changed(self, kind: str, state: _Type) -> dict[str, Resource]:
         """What Envoy wants and lacks, by name; what is as it should be is not `dirty` any more."""

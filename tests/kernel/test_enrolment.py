@@ -119,6 +119,55 @@ def test_two_hundred_pods_in_a_row_leave_nothing_behind(empty: DataNode) -> None
             lab_netns.delete(left)
 
 
+CALLS = """
+import signal, socket, struct, sys
+ended = []
+signal.signal(signal.SIGTERM, lambda *_: ended.append(True))
+answered = refused = 0
+print("ready", flush=True)
+while not ended:
+    try:
+        with socket.create_connection((sys.argv[1], 8080), timeout=5) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # else there are no more ports after a while
+            answered += 1
+    except OSError:
+        refused += 1
+print(answered, refused)
+"""
+
+
+def test_connections_are_not_refused_while_a_server_and_its_callers_go_out_of_the_mesh_and_into_it(node: DataNode) -> None:
+    """A stranger calls a server that admits everybody, and one that a policy admits calls one that comes and goes with it.
+
+    One whose SYN is between both hooks while the server comes in may be refused: once in 60 times.
+    """
+    inside = snapshot(
+        workload("server-a"), workload("server-b", policies=("default/p",)), workload("caller"), policies=(datanode.ALLOW_CALLER,)
+    )
+    outside = snapshot(*(workload(name, enrolled=False) for name in ("server-a", "server-b", "caller")), policies=(datanode.ALLOW_CALLER,))
+    node.enforce(inside)
+    calls = (("stranger", "server-a"), ("caller", "server-b"))
+    with contextlib.ExitStack() as running:
+        callers = [running.enter_context(node.program(place, [sys.executable, "-c", CALLS, address_of(server)])) for place, server in calls]
+        for _ in range(30):
+            for model in (outside, inside):
+                time.sleep(0.01)
+                node.enforce(model)
+        for caller in callers:
+            caller.terminate()
+        counts = [tuple(map(int, caller.communicate(timeout=30)[0].split())) for caller in callers]
+    assert all(answered > 100 for answered, _ in counts)
+    assert sum(refused for _, refused in counts) <= 3
+
+
+def test_it_is_seen_on_which_ports_somebody_listens_in_a_namespace(node: DataNode) -> None:
+    listens = "import socket, time; s = socket.create_server(('127.0.0.1', 15001)); print('ready', flush=True); time.sleep(60)"
+    place = lab_netns.path(workload("stranger").network_namespace)
+    before = netns.listening(place)
+    with node.program("stranger", [sys.executable, "-c", listens]):
+        assert netns.listening(place) - before == {15001}
+
+
 def test_a_namespace_that_vanished_is_released_at_once(empty: DataNode, spaces: Callable[[str], str]) -> None:
     name = spaces("gone")
     model = snapshot(pod("gone", name, "10.78.1.1"))

@@ -53,6 +53,9 @@ class World:
         if cookie in self.refuse_link:
             raise KernelRefused("no link today")
 
+    def detach_namespace(self, cookie: int) -> None:
+        self.log.append(("unlink", cookie))
+
     def detach_namespaces(self, keep: set[int]) -> None:
         self.log.append(("unlink all but", *sorted(keep)))
 
@@ -231,14 +234,58 @@ def test_a_link_that_is_refused_makes_its_workload_missing_only(world: World, no
     assert ("link", 11, "11") in world.log
 
 
-def test_rows_that_are_refused_leave_links_and_mounts_alone(world: World, node: Enrolment) -> None:
+def test_who_leaves_has_its_link_removed_before_its_rows(world: World, node: Enrolment) -> None:
+    a, b = (workload(name, world.namespace(name, cookie)) for name, cookie in (("a", 7), ("b", 11)))
+    node.enforce(snapshot(a, b), frozenset())
+    world.log.clear()
+    node.enforce(snapshot(replace(a, enrolled=False), b), frozenset())
+    assert world.log == [("unlink", 7), ("rows", "default/b"), ("unlink all but", 11)]
+
+
+def test_the_mount_of_who_leaves_and_lives_on_stays_for_requests_that_envoy_still_has(
+    world: World, node: Enrolment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(enrolment, "LINGER_S", 0.0)
+    a, b, c = (workload(name, world.namespace(name, cookie)) for name, cookie in (("a", 7), ("b", 11), ("c", 13)))
+    node.enforce(snapshot(a, b, c), frozenset())
+    node.enforce(snapshot(replace(a, enrolled=False), b), frozenset())
+    assert {mount.name for mount in world.mounts} == {"7", "11"}, "c is no more, nobody asks from there"
+    node.release_left()
+    assert {mount.name for mount in world.mounts} == {"11"}
+
+
+def test_who_comes_back_keeps_its_mount_as_long_as_it_is_there(world: World, node: Enrolment) -> None:
+    a = workload("a", world.namespace("a", 7))
+    node.enforce(snapshot(a), frozenset())
+    node.enforce(snapshot(replace(a, enrolled=False)), frozenset())
+    node.enforce(snapshot(a), frozenset())
+    node.release_left()
+    assert {mount.name for mount in world.mounts} == {"7"}
+    node.enforce(snapshot(), frozenset())
+    assert world.mounts == set()
+
+
+def test_rows_that_are_refused_leave_links_and_mounts_as_they_were(world: World, node: Enrolment) -> None:
     node.enforce(snapshot(workload("a", world.namespace("a", 7))), frozenset())
     world.log.clear()
     world.refuse_rows = True
     with pytest.raises(KernelRefused):
         node.enforce(snapshot(workload("b", world.namespace("b", 11))), frozenset())
-    assert [entry[0] for entry in world.log] == ["rows"]
+    assert world.log == [("unlink", 7), ("rows", "default/b"), ("link", 7, "7")]
     assert world.directory / "run/netns/7" in world.mounts
+
+
+def test_a_link_that_cannot_be_made_again_is_made_by_the_next_attempt(world: World, node: Enrolment) -> None:
+    model = snapshot(workload("a", world.namespace("a", 7)))
+    node.enforce(model, frozenset())
+    world.refuse_rows, world.refuse_link = True, {7}
+    with pytest.raises(KernelRefused):
+        node.enforce(snapshot(), frozenset())
+    world.refuse_rows, world.refuse_link = False, set()
+    world.log.clear()
+    assert node.namespaces_changed(model)
+    node.enforce(model, frozenset())
+    assert world.log[:2] == [("rows", "default/a"), ("link", 7, "7")]
 
 
 def test_what_is_no_longer_needed_is_unlinked_and_unmounted(world: World, node: Enrolment) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
@@ -15,14 +16,14 @@ import grpc.aio
 import pytest
 
 from agent import supervisor
-from agent.config import Config
+from agent.config import OUTBOUND_PORT, Config
 from agent.enrolment import Enrolled
 from agent.errors import EnvironmentUnfit, KernelRefused
 from agent.identity.part import NoIdentities
 from agent.l7 import names
 from agent.l7.resources import Resource
 from agent.l7.xds import XdsServer
-from agent.model import NO_DIRECT, LocalWorkload, Snapshot, Workload
+from agent.model import NO_DIRECT, Action, LocalWorkload, Policy, Snapshot, Workload
 from agent.quota import Quotas
 from agent.supervisor import Supervisor, run_forever
 from agent.tunnels import Tunnels
@@ -32,6 +33,7 @@ from tests.unit.agent.l7.scripted import Client
 
 if TYPE_CHECKING:
     from agent.enrolment import Enrolment
+    from agent.l7.envoy import Envoy
     from agent.names.service import Names
     from agent.revocation import Revocation
     from agent.wireguard.part import WireGuard
@@ -230,11 +232,15 @@ class Late:
     """An enrolment to which a namespace appears while it is asked to enforce less: as in `agent.enrolment`, its watch tells nobody of that again."""
 
     def __init__(self) -> None:
-        self.watch, self.now, self.fails = Watch(), list[LocalWorkload](), 0
+        self.watch, self.now, self.found = Watch(), list[LocalWorkload](), list[str]()
         self.tables = self.holding = SimpleNamespace()
 
     def enforce(self, *_: object) -> Enrolled:
         return Enrolled(tuple(self.now))
+
+    def find(self, snapshot: Snapshot) -> tuple[LocalWorkload, ...]:
+        self.found.append(snapshot.version)
+        return tuple(self.now)
 
     def namespaces_changed(self, _: Snapshot) -> bool:
         return False
@@ -291,6 +297,63 @@ def test_a_pod_that_is_bound_while_less_is_enforced_is_made_known_to_envoy_and_r
             looks = len(agent.looked)
             await asyncio.sleep(2 * supervisor.NAMESPACE_POLL_S)
             assert (len(agent.looked), len(agent.built)) == (looks, 2)  # what is known is not told again
+
+    asyncio.run(scenario())
+
+
+class Host(Latecomer):
+    """A `Latecomer` whose Envoy listens when it has been asked twice whether it does."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(directory)
+        self.log: list[object] = []
+        self._waypoint = cast("Envoy", SimpleNamespace(state=SimpleNamespace(ready=True)))
+        monkeypatch.setattr("agent.netns.listening", self.listening)
+
+    def listening(self, path: Path) -> set[int]:
+        self.log.append(f"listens in {path}?")
+        return {OUTBOUND_PORT} if len(self.log) > 2 else set()
+
+    async def _show_waypoint(self, snapshot: Snapshot, local: tuple[LocalWorkload, ...]) -> None:
+        self.log.append((snapshot.version, cookies(local), sorted(snapshot.policies)))
+        self._built = {names.LISTENER: {names.listener(names.OUTBOUND, "default/a"): Resource("1", b"")}}
+
+    async def _enforce(self, snapshot: Snapshot, enforce_inbound: frozenset[str]) -> None:
+        self.log.append(f"enforce {snapshot.version}")
+        await super()._enforce(snapshot, enforce_inbound)
+
+
+@pytest.mark.parametrize("ran", [pytest.param(True, id="that-has-run"), pytest.param(False, id="that-starts")])
+def test_envoy_listens_for_a_pod_that_has_run_before_the_kernel_leads_anything_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: bool
+) -> None:
+    """And is told of no policy before the kernel decides by it. Who starts is protected at once."""
+    inside = Workload("default/a", "a", "n1", {}, (), "/a", enrolled=True, ready=True)
+
+    async def scenario() -> None:
+        agent = Host(tmp_path, monkeypatch)
+        await agent.apply(Snapshot("1", {inside.name: replace(inside, enrolled=False)} if ran else {}))
+        agent.log.clear()
+        agent.late.now = [LocalWorkload(inside, 7, "/7")]
+        await agent.apply(Snapshot("2", {inside.name: inside}, policies={"default/p": Policy("default/p", Action.ALLOW)}))
+        welcome = [("1+", [7], []), "listens in /7?", "listens in /7?"]
+        assert agent.log == [*(welcome if ran else []), "enforce 2"]
+        assert agent.late.found == (["1+"] if ran else [])
+
+    asyncio.run(scenario())
+
+
+def test_a_pod_is_in_the_mesh_whether_envoy_listens_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "WELCOME_S", 0.05)
+    inside = Workload("default/a", "a", "n1", {}, (), "/a", enrolled=True, ready=True)
+
+    async def scenario() -> None:
+        agent = Host(tmp_path, monkeypatch)
+        monkeypatch.setattr("agent.netns.listening", lambda _: set())
+        await agent.apply(Snapshot("1", {inside.name: replace(inside, enrolled=False)}))
+        agent.late.now = [LocalWorkload(inside, 7, "/7")]
+        await agent.apply(Snapshot("2", {inside.name: inside}))
+        assert agent.log[-1] == "enforce 2"
 
     asyncio.run(scenario())
 

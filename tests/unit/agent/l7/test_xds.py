@@ -109,6 +109,30 @@ def test_a_cluster_outlives_the_routes_that_named_it_and_stays_if_it_is_named_ag
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("stays", ["", f"{names.OUTBOUND}/shop/other:1"], ids=["last", "one-of-two"])
+def test_scopes_and_routes_outlive_the_last_listener_whose_connections_still_have_requests(tmp_path: Path, stays: str) -> None:
+    before = some(cluster="a:1", endpoints="a:1", listener=f"{names.OUTBOUND}/shop/one:1 {stays}", scope="s:1", routes="r:1")
+    kinds = {names.LISTENER: [], names.SCOPE: [], names.CLUSTER: [], names.ENDPOINTS: ["a"], names.ROUTES: ["r"]}
+
+    async def scenario() -> None:
+        async with serving(tmp_path, before) as (server, client):
+            for kind, named in kinds.items():
+                await client.send(kind, subscribe=named, has=dict.fromkeys(before[kind], "1"))
+            await client.send(names.ENDPOINTS, nonce=(await client.receive()).nonce)
+            assert await server.wait_acked(2)
+            server.set(some(listener=stays))
+            began, removed = time.monotonic(), []
+            for _ in range(4):
+                kind, _, gone = await client.take()
+                removed.append((kind, gone, time.monotonic() - began > 0.9 * LINGER_S))
+            expected = ["ScopedRouteConfiguration", "RouteConfiguration", "Cluster"]
+            assert [kind for kind, _, _ in removed if kind != "Listener"] == expected
+            lingering = {kind: late for kind, _, late in removed}
+            assert lingering == {"Listener": False, "ScopedRouteConfiguration": not stays, "RouteConfiguration": not stays, "Cluster": True}
+
+    asyncio.run(scenario())
+
+
 def test_a_client_that_comes_back_gets_only_what_it_lacks(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with serving(tmp_path, some(cluster="a:1 b:2", endpoints="a:1")) as (server, client):
