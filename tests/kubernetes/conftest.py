@@ -13,9 +13,7 @@ import pytest
 from lab import cgroup
 from tests.kubernetes import controlplane, mesh, node
 from tests.kubernetes.controlplane import ControlPlane, Failed
-from tests.kubernetes.install import NEEDED, own_network
-
-ASSETS = "MESH_KUBERNETES_ASSETS"
+from tests.kubernetes.install import ASSETS, NEEDED, own_network
 
 
 @pytest.fixture
