@@ -15,6 +15,8 @@ from tests.kubernetes import controlplane, mesh, node
 from tests.kubernetes.controlplane import ControlPlane, Failed
 from tests.kubernetes.install import ASSETS, NEEDED, own_network
 
+__all__ = ["ASSETS"]  # of tests that have no node
+
 
 @pytest.fixture
 def anyio_backend() -> str:

@@ -22,8 +22,8 @@ from lab.lab import Lab
 from lab.process import Seat
 from lab.topology import CONTROLLER_ADDRESSES, Node, Pod, Topology
 from tests.kernel import shop
+from tests.kubernetes.conftest import ASSETS
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.install import ASSETS
 from tests.kubernetes.test_source import namespace, pod, running
 
 CONTROLLER = CONTROLLER_ADDRESSES[0]
