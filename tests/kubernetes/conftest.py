@@ -14,9 +14,9 @@ import pytest
 from lab import cgroup
 from tests.kubernetes import controlplane, mesh, node
 from tests.kubernetes.controlplane import ControlPlane, Failed
-from tests.kubernetes.install import NEEDED, own_network
+from tests.kubernetes.install import ASSETS, NEEDED, own_network
 
-ASSETS = "MESH_KUBERNETES_ASSETS"
+__all__ = ["ASSETS"]  # of tests that have no node
 
 
 @pytest.fixture

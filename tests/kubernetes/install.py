@@ -7,18 +7,21 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from lab import cgroup, mounts
 from tests.kernel import shop
 from tests.kubernetes import controlplane, node
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.node import Node
+from tests.kubernetes.node import RUN, Node
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = ROOT / "deploy/kubernetes/meshagent.yaml"
@@ -30,6 +33,10 @@ OWN = "meshagent-system"
 NEEDED = ("kube-controller-manager", "kube-scheduler", "kube-proxy")
 READY_S = 120.0
 BPF = Path("/sys/fs/bpf")
+PINS = BPF / "meshagent"
+LEFT = (Path("/run/meshagent-workload"), Path("/var/lib/meshagent"))
+"""Made by kubelet, for volumes."""
+ASSETS = "MESH_KUBERNETES_ASSETS"
 _CLONE_NEWNET = 0x40000000  # include/uapi/linux/sched.h
 _NETWORK = (
     "link set lo up",
@@ -53,6 +60,28 @@ class Cluster:
     plane: ControlPlane
     machine: Node
     directory: Path
+    before: set[str] = field(default_factory=set)
+    """`objects` before there was anything of the mesh."""
+
+    def objects(self) -> set[str]:
+        """What the API server holds, as KIND NAMESPACE/NAME: of the cluster, of Kubernetes' own namespaces and of the mesh's.
+
+        Left out are events, what is deprecated, and addresses of Services.
+        """
+        found = []
+        columns = "custom-columns=KIND:.kind,SPACE:.metadata.namespace,NAME:.metadata.name"
+        for namespaced in ("true", "false"):
+            kinds = self.plane.kubectl("api-resources", "--verbs=list", f"--namespaced={namespaced}", "-o", "name").split()
+            wanted = ",".join(
+                kind for kind in kinds if kind.partition(".")[0] not in {"events", "componentstatuses", "endpoints", "ipaddresses"}
+            )
+            found += [line.split() for line in self.plane.kubectl("get", wanted, "-A", "--no-headers", "-o", columns).splitlines()]
+        spaces = ("<none>", "kube-system", "kube-public", "kube-node-lease", OWN)
+        return {f"{kind} {space}/{name}" for kind, space, name in found if space in spaces}
+
+    def added(self) -> set[str]:
+        """Of these, those that were not there at the start."""
+        return self.objects() - self.before
 
     def load(self, *names: str) -> None:
         """Give the node images of scripts/images."""
@@ -140,13 +169,67 @@ def own_network() -> Iterator[None]:
 
 
 @contextmanager
-def cluster(assets: Path, directory: Path) -> Iterator[Cluster]:
-    """A cluster of one node, on which nothing is installed."""
+def cluster() -> Iterator[Cluster]:
+    """A cluster of one node, which has the images and no mesh. What a test has left of one when it failed is taken off by the node's own command, from here."""
+    assets = Path(os.environ.get(ASSETS) or "/nonexistent")
+    if lacking := [name for name in NEEDED if not (assets / name).exists()]:
+        pytest.skip(f"no {', '.join(lacking)}: `make test-kubernetes` builds them and says so in {ASSETS}")
+    if not all((ROOT / "build/images" / f"{name}.tar").exists() for name in ("agent", "controller")):
+        pytest.skip("no images: `make images` builds them, and `make test-kubernetes` before it tests them")
+    if PINS.exists() or (RUN.exists() and any(RUN.iterdir())):
+        pytest.fail(f"this machine has a mesh already ({PINS}, {RUN}): `meshagent uninstall` takes it off")
+    directory = Path(tempfile.mkdtemp(prefix="mesh-", dir="/dev/shm"))
     with ExitStack() as stack:
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
         if mounts.mount_bpffs(BPF):  # as systemd does on a node
             stack.callback(mounts.unmount_bpffs, BPF)
         stack.enter_context(own_network())
         plane = stack.enter_context(controlplane.running(assets, directory / "plane", whole=True))
         plane.install_gateway_api()
         machine = stack.enter_context(node.running(plane, directory / "node", cgroup.mount_point(), "node-1"))
-        yield Cluster(plane, machine, directory)
+        found = Cluster(plane, machine, directory)
+        stack.callback(_clean, found)
+        found.load("agent", "controller")
+        found.before = found.objects()
+        yield found
+
+
+def _clean(found: Cluster) -> None:
+    if PINS.exists():
+        found.plane.kubectl("delete", "-n", OWN, "daemonset", "meshagent-agent", "--ignore-not-found", check=False)
+        argv = [str(ROOT / ".venv/bin/meshagent"), "uninstall", "--cgroup", str(found.machine.cgroup2)]
+        subprocess.run(argv, check=False, timeout=60)
+    for path in LEFT:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def envoy() -> int:
+    """The process of the node's waypoint; 0 if there is none."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{RUN}/envoy-bootstrap.json".encode() in (process / "cmdline").read_bytes().split(b"\0"):
+                return int(process.name)
+        except OSError:
+            continue
+    return 0
+
+
+def in_kernel(kind: str, under: Path | None = None) -> set[int]:
+    """Numbers of all programs, maps or links; of those that are pinned in a directory, if one is given (bpftool(8), -f)."""
+    said = subprocess.run(["bpftool", "-j", "-f", kind, "show"], capture_output=True, text=True, check=True).stdout
+    found: list[dict[str, Any]] = json.loads(said)
+    return {one["id"] for one in found if under is None or any(path.startswith(f"{under}/") for path in one.get("pinned", ()))}
+
+
+def pinned() -> dict[str, set[int]]:
+    """Numbers of what the mesh has pinned, by kind."""
+    return {kind: in_kernel(kind, under=PINS) for kind in ("prog", "map", "link")}
+
+
+def left(found: Cluster, before: dict[str, set[int]]) -> list[str]:
+    """What there still is of a mesh on a node: programs, maps and links of before, pins, Envoy, its cgroup, mounts and files."""
+    said = [f"{kind} {held & in_kernel(kind)}" for kind, held in before.items() if held & in_kernel(kind)]
+    said += [str(path) for path in (PINS, found.machine.cgroup2 / "meshagent-waypoint") if path.exists()]
+    said += [f"Envoy is process {envoy()}"] if envoy() else []
+    said += [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if f" {RUN}/" in line]
+    return said + [str(path) for folder in (RUN, *LEFT) if folder.exists() for path in folder.iterdir()]

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.kubernetes.controlplane import ControlPlane, Failed, address, free_ports
 
@@ -275,6 +276,20 @@ class Node:
             raise Failed(f"ctr {' '.join(argv)}: {run.stderr}")
         return run
 
+    def change(self, called: str, of: str, files: dict[str, bytes]) -> None:
+        """Have another image, which is one that is there with these files instead of its own, in a layer on top."""
+
+        def content(digest: str) -> dict[str, Any]:
+            found: dict[str, Any] = json.loads(self.ctr("content", "get", digest).stdout)
+            return found
+
+        (line,) = [line for line in self.ctr("images", "list", f"name=={of}").stdout.splitlines() if line.startswith(f"{of} ")]
+        manifest = content(line.split()[2])
+        archive = self.directory / "changed.tar"
+        _write(archive, called, content(manifest["config"]["digest"]), manifest["layers"], _layer(files))
+        self.ctr("images", "import", str(archive))
+        archive.unlink()
+
     def log(self, name: str) -> str:
         """The end of what kubelet or containerd says."""
         return (self.directory / f"{name}.log").read_text(errors="replace")[-4000:]
@@ -386,10 +401,22 @@ class Node:
 
 
 def image(target: Path, name: str, files: dict[str, Path], entrypoint: Sequence[str], links: dict[str, str] | None = None) -> None:
-    """Write an OCI image layout as an archive (https://github.com/opencontainers/image-spec/blob/main/image-layout.md)."""
+    """Write an image of these files as an archive."""
+    content = {path: source.read_bytes() for path, source in files.items()}
+    layer = _layer(content, ("bin", "etc", "tmp", "proc", "sys", "dev", "run"), links or {})
+    config = {
+        "architecture": "amd64",
+        "os": "linux",
+        "config": {"Entrypoint": list(entrypoint), "Env": ["PATH=/bin"]},
+        "rootfs": {"type": "layers", "diff_ids": []},
+    }
+    _write(target, name, config, [], layer)
+
+
+def _layer(files: dict[str, bytes], folders: Sequence[str] = (), links: dict[str, str] | None = None) -> bytes:
     layer = io.BytesIO()
     with tarfile.open(fileobj=layer, mode="w") as archive:
-        for folder in ("bin", "etc", "tmp", "proc", "sys", "dev", "run"):
+        for folder in folders:
             entry = tarfile.TarInfo(folder)
             entry.type, entry.mode = tarfile.DIRTYPE, 0o755
             archive.addfile(entry)
@@ -397,23 +424,20 @@ def image(target: Path, name: str, files: dict[str, Path], entrypoint: Sequence[
             entry = tarfile.TarInfo(path.lstrip("/"))
             entry.type, entry.linkname = tarfile.SYMTYPE, link
             archive.addfile(entry)
-        for path, source in files.items():
+        for path, content in files.items():
             entry = tarfile.TarInfo(path.lstrip("/"))
-            entry.size, entry.mode = source.stat().st_size, 0o755
-            with source.open("rb") as content:
-                archive.addfile(entry, content)
-    digest = _digest(layer.getvalue())
-    config = json.dumps(
-        {
-            "architecture": "amd64",
-            "os": "linux",
-            "config": {"Entrypoint": list(entrypoint), "Env": ["PATH=/bin"]},
-            "rootfs": {"type": "layers", "diff_ids": [digest]},
-        }
-    ).encode()
+            entry.size, entry.mode = len(content), 0o755
+            archive.addfile(entry, io.BytesIO(content))
+    return layer.getvalue()
+
+
+def _write(target: Path, name: str, config: dict[str, Any], below: list[dict[str, Any]], layer: bytes) -> None:
+    """An OCI image layout (https://github.com/opencontainers/image-spec/blob/main/image-layout.md) of layers that whoever takes it has, and of this one."""
+    config["rootfs"]["diff_ids"].append(_digest(layer))
+    configured = json.dumps(config).encode()
     kind = "application/vnd.oci.image"
-    layers = [{"mediaType": f"{kind}.layer.v1.tar", "digest": digest, "size": len(layer.getvalue())}]
-    described = {"mediaType": f"{kind}.config.v1+json", "digest": _digest(config), "size": len(config)}
+    layers = [*below, {"mediaType": f"{kind}.layer.v1.tar", "digest": _digest(layer), "size": len(layer)}]
+    described = {"mediaType": f"{kind}.config.v1+json", "digest": _digest(configured), "size": len(configured)}
     manifest = json.dumps({"schemaVersion": 2, "mediaType": f"{kind}.manifest.v1+json", "config": described, "layers": layers}).encode()
     named = {
         "mediaType": f"{kind}.manifest.v1+json",
@@ -422,7 +446,7 @@ def image(target: Path, name: str, files: dict[str, Path], entrypoint: Sequence[
         "annotations": {"io.containerd.image.name": name},
     }
     index = json.dumps({"schemaVersion": 2, "manifests": [named]}).encode()
-    blobs = {f"blobs/{_digest(one).replace(':', '/')}": one for one in (layer.getvalue(), config, manifest)}
+    blobs = {f"blobs/{_digest(one).replace(':', '/')}": one for one in (layer, configured, manifest)}
     whole = {"oci-layout": b'{"imageLayoutVersion": "1.0.0"}', "index.json": index, **blobs}
     with tarfile.open(target, "w") as archive:
         for path, data in whole.items():

@@ -1,12 +1,12 @@
-"""The manifest on a real node: images, controller and agent as pods, the shop in the mesh, an upgrade under load, and what is left after the end."""
+"""The manifest on a real node: images, controller and agent as pods, the shop in the mesh, the agent replaced under load, and what is left after the end."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import socket
 import subprocess
-import tempfile
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,126 +16,88 @@ from typing import Any
 import pytest
 
 from lab import cgroup
-from tests.kubernetes.conftest import ASSETS
-from tests.kubernetes.install import BPF, CHART, HELM, MANIFEST, NEEDED, OWN, ROOT, Cluster, cluster, takes
-from tests.kubernetes.node import RUN, image, libraries
+from tests.kubernetes import shop, test_check
+from tests.kubernetes.install import MANIFEST, OWN, ROOT, Cluster, cluster, envoy, left, pinned, takes
+from tests.kubernetes.shop import PYTHON, REDIS, SERVER, SHOP, ask, tail
 
 pytestmark = pytest.mark.timeout(600)
-SHOP = "shop"
-REDIS = "registry.test/redis:1"
-PYTHON = "localhost/meshagent/controller:0.1.0"
-"""The image with Python that is there anyway."""
-PINS = BPF / "meshagent"
-LEFT = (Path("/run/meshagent-workload"), Path("/var/lib/meshagent"))
-"""Made by kubelet, for volumes."""
 
 
 @pytest.fixture(scope="module")
-def installed() -> Iterator[Cluster]:
+def bare() -> Iterator[Cluster]:
+    """A node with the images, and no mesh."""
+    with cluster() as found:
+        shop.load_redis(found)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def installed(bare: Cluster) -> Cluster:
     """The mesh, as docs/kubernetes.md says how to install it, and the shop in it."""
-    assets = Path(os.environ.get(ASSETS) or "/nonexistent")
-    lacking = [name for name in NEEDED if not (assets / name).exists()]
-    if lacking:
-        pytest.skip(f"no {', '.join(lacking)}: `make test-kubernetes` builds them and says so in {ASSETS}")
-    if not all((ROOT / "build/images" / f"{name}.tar").exists() for name in ("agent", "controller")):
-        pytest.skip("no images: `make images` builds them, and `make test-kubernetes` before it tests them")
-    if PINS.exists() or (RUN.exists() and any(RUN.iterdir())):
-        pytest.fail(f"this machine has a mesh already ({PINS}, {RUN}): `meshagent uninstall` takes it off")
-    top = Path(tempfile.mkdtemp(prefix="mesh-", dir="/dev/shm"))
-    try:
-        with cluster(assets, top) as found:
-            try:
-                found.load("agent", "controller")
-                program = Path(str(shutil.which("redis-server")))
-                image(top / "redis.tar", REDIS, {str(one): one for one in (program, *libraries(program))}, [str(program)])
-                found.machine.ctr("images", "import", str(top / "redis.tar"))
-                found.install()
-                takes(lambda: found.settled("deployment", "meshagent-controller") and found.settled("daemonset", "meshagent-agent"), found)
-                _open_shop(found)
-                yield found
-            finally:
-                _clean(found)
-    finally:
-        shutil.rmtree(top, ignore_errors=True)
+    bare.install()
+    takes(lambda: bare.settled("deployment", "meshagent-controller") and bare.settled("daemonset", "meshagent-agent"), bare)
+    shop.open_shop(bare)
+    return bare
 
 
-def _open_shop(found: Cluster) -> None:
-    """The demo's programs as Deployments in an enrolled namespace."""
-    metadata = {"name": SHOP, "labels": {"meshagent.io/mode": "mesh"}}
-    found.plane.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata})
-    programs = {
-        name: (ROOT / path).read_text() for name, path in (("server.py", "lab/shop/server.py"), ("caller.py", "tests/kubernetes/caller.py"))
-    }
-    found.plane.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "programs", "namespace": SHOP}, "data": programs})
-    python = ("/usr/bin/python3", "-u", "/programs/server.py")
-    _run(found, "redis", REDIS, "/usr/bin/redis-server", "--port", "6379", "--protected-mode", "no", "--save", "", port=6379, serves=6379)
-    _run(found, "cart", PYTHON, *python, port=80, env={"APP": "cart", "VERSION": "v1"})
-    _run(found, "frontend", PYTHON, *python, port=80, env={"APP": "frontend", "CART_URL": "http://cart", "REDIS": "redis:6379"})
-    _run(found, "stranger", PYTHON, "/usr/bin/python3", "-c", "import time; time.sleep(1e6)")
-    found.machine.name_services()
-    takes(lambda: all(found.settled("deployment", name, SHOP) for name in ("redis", "cart", "frontend", "stranger")), found)
+def test_before_the_mesh_is_there_checks_of_cluster_and_node_find_no_error(bare: Cluster) -> None:
+    code, found = test_check.check(bare.plane)
+    assert "is not installed" in found["installed"][0]["what"]
+    assert (code, severities(found)) == (0, {"ok", "warning"}), found
+    argv = [sys.executable, "-m", "agent.cli.main", "check", "--cgroup", str(bare.machine.cgroup2), "-o", "json"]
+    run = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    report = json.loads(run.stdout)
+    assert (run.returncode, report["scope"]) == (0, "node"), run.stdout + run.stderr
+    print(unwell(report))
 
 
-def _run(
-    found: Cluster, name: str, called: str, *command: str, port: int = 0, serves: int = 8080, env: dict[str, str] | None = None
-) -> None:
-    """A Deployment with a ServiceAccount, and with a Service if it has a port."""
-    meta = {"name": name, "namespace": SHOP}
-    found.plane.apply({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": meta})
-    if port:
-        appears = {"name": "redis" if port == 6379 else "http", "port": port, "targetPort": serves}
-        found.plane.apply(
-            {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": {"selector": {"app": name}, "ports": [appears]}}
-        )
-    container = {
-        "name": "app",
-        "image": called,
-        "imagePullPolicy": "Never",
-        "command": list(command),
-        "env": [{"name": key, "value": value} for key, value in (env or {}).items()],
-        "volumeMounts": [{"name": "programs", "mountPath": "/programs"}],
-    }
-    pod = {
-        "serviceAccountName": name,
-        "terminationGracePeriodSeconds": 0,
-        "containers": [container],
-        "volumes": [{"name": "programs", "configMap": {"name": "programs"}}],
-    }
-    template = {"metadata": {"labels": {"app": name}}, "spec": pod}
-    spec = {"replicas": 1, "selector": {"matchLabels": {"app": name}}, "template": template}
-    found.plane.apply({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": meta, "spec": spec})
+def severities(found: dict[str, list[dict[str, str]]]) -> set[str]:
+    """Of all findings of a check."""
+    return {one["severity"] for findings in found.values() for one in findings}
 
 
-def _clean(found: Cluster) -> None:
-    """If a test failed before the mesh was uninstalled: the node's own command, from here."""
-    if PINS.exists():
-        found.plane.kubectl("delete", "-n", OWN, "daemonset", "meshagent-agent", "--ignore-not-found", check=False)
-        argv = [str(ROOT / ".venv/bin/meshagent"), "uninstall", "--cgroup", str(found.machine.cgroup2)]
-        subprocess.run(argv, check=False, timeout=60)
-    for path in LEFT:
-        shutil.rmtree(path, ignore_errors=True)
+def unwell(report: dict[str, Any]) -> list[str]:
+    """What a check of a node warns of."""
+    return [f"{one['check']}: {one['what']}" for one in report["findings"] if one["severity"] != "ok"]
 
 
-def ask(found: Cluster, caller: str, url: str) -> str:
-    """The status of a request from a Deployment of the shop; the error's name if there is no answer."""
-    program = (
-        "import urllib.request, urllib.error, sys\n"
-        "try: print(urllib.request.urlopen(sys.argv[1], timeout=5).status)\n"
-        "except urllib.error.HTTPError as error: print(error.code)\n"
-        "except OSError as error: print(type(error).__name__)\n"
-    )
-    return found.plane.kubectl("exec", "-n", SHOP, f"deploy/{caller}", "--", "/usr/bin/python3", "-c", program, url, check=False).strip()
+def plugin(found: Cluster, *argv: str) -> subprocess.CompletedProcess[str]:
+    """`kubectl meshagent`, as people run it: through the real exec, into the pod of the real agent."""
+    path = f"{found.plane.assets}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {"PATH": path, "HOME": str(found.directory), "KUBECONFIG": str(found.plane.kubeconfig())}
+    command = ["kubectl", "meshagent", *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment, stdin=subprocess.DEVNULL)
 
 
-def envoy() -> int:
-    """The process of the node's waypoint; 0 if there is none."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{RUN}/envoy-bootstrap.json".encode() in (process / "cmdline").read_bytes().split(b"\0"):
-                return int(process.name)
-        except OSError:
-            continue
-    return 0
+def test_a_check_of_the_installed_mesh_finds_nothing_wrong_from_outside_and_in_the_agents_pod(installed: Cluster) -> None:
+    takes(lambda: test_check.check(installed.plane)[0] == 0)
+    code, found = test_check.check(installed.plane)
+    assert (code, severities(found)) == (0, {"ok"}), found
+    assert "nodes" in found
+    run = plugin(installed, "check", "--node", "node-1", "-o", "json")
+    report = json.loads(run.stdout)
+    assert (run.returncode, report["scope"]) == (0, "node"), run.stdout + run.stderr
+    print(unwell(report))
+    run = plugin(installed, "check", "--node", "node-2")
+    assert (run.returncode, "no agent runs on node node-2" in run.stderr) == (1, True), run.stderr
+
+
+def test_the_plugin_brings_status_and_trace_with_their_exit_statuses(installed: Cluster) -> None:
+    run = plugin(installed, "status", "-o", "json")
+    assert (run.returncode, json.loads(run.stdout)["node"]) == (0, "node-1")
+    names = {one["metadata"]["labels"]["app"]: one["metadata"]["name"] for one in installed.pods(SHOP)}
+    shop.admit(installed, "redis", "frontend")
+
+    def plan(caller: str) -> tuple[int, str]:
+        traced = plugin(installed, "trace", "-n", SHOP, names[caller], "redis:6379", "-o", "json", "--duration", "0")
+        return traced.returncode, traced.stdout + traced.stderr
+
+    takes(lambda: plan("stranger")[0] == 1)
+    assert "shop/redis" in plan("stranger")[1]
+    code, said = plan("frontend")
+    assert code == 0, said
+    assert plugin(installed, "trace", "-n", SHOP, names["frontend"]).returncode == 2
+    installed.plane.kubectl("delete", "authorizationpolicy", "redis", "-n", SHOP)
 
 
 def test_controller_and_agent_run_as_the_manifest_says(installed: Cluster) -> None:
@@ -158,10 +120,7 @@ def test_controller_and_agent_run_as_the_manifest_says(installed: Cluster) -> No
 def test_the_shop_is_in_the_mesh_and_policy_holds(installed: Cluster) -> None:
     takes(lambda: ask(installed, "frontend", "http://cart/") == "200")
     assert ask(installed, "frontend", "http://frontend/") == "200"
-    rule = {"from": [{"source": {"serviceAccounts": [f"{SHOP}/frontend"]}}], "to": [{"operation": {"methods": ["GET"]}}]}
-    spec = {"selector": {"matchLabels": {"app": "cart"}}, "action": "ALLOW", "rules": [rule]}
-    metadata = {"name": "cart", "namespace": SHOP}
-    installed.plane.apply({"apiVersion": "meshagent.io/v1alpha1", "kind": "AuthorizationPolicy", "metadata": metadata, "spec": spec})
+    shop.admit(installed, "cart", "frontend", methods=["GET"])
     takes(lambda: ask(installed, "stranger", "http://cart/") != "200")
     takes(lambda: ask(installed, "frontend", "http://cart/") == "200")
     said = json.loads(installed.plane.kubectl("get", "authorizationpolicy", "cart", "-n", SHOP, "-o", "json"))
@@ -175,7 +134,7 @@ def test_status_and_trace_answer_in_the_agents_pod(installed: Cluster) -> None:
     assert {name: one["redirected"] for name, one in workloads.items()} == dict.fromkeys(("redis", "cart", "frontend", "stranger"), True)
     assert workloads["cart"]["identity"] == f"spiffe://mesh.local/ns/{SHOP}/sa/cart"
     (frontend,) = (one["name"] for one in status["workloads"] if one["name"].startswith("frontend-"))
-    traced = installed.agent("meshagent", "trace", f"{SHOP}/{frontend}", f"{SHOP}/cart", check=False)
+    traced = installed.agent("meshagent", "trace", f"{SHOP}/{frontend}", f"{SHOP}/cart", "--path", "/items")
     assert "cart" in traced
     assert "allow" in traced.lower(), traced
 
@@ -204,9 +163,10 @@ def test_at_rest_agent_and_controllers_use_less_than_they_ask_for(installed: Clu
 
 def test_the_agent_is_replaced_alone_and_no_request_fails(installed: Cluster) -> None:
     """Another image under load, then the pod killed: Envoy and the connections through it are the same afterwards."""
-    _run(installed, "caller", PYTHON, "/usr/bin/python3", "-u", "/programs/caller.py", "http://cart/")
-    _allow_caller(installed)
-    takes(lambda: installed.settled("deployment", "caller", SHOP) and answered(installed))
+    installed.plane.kubectl("delete", "authorizationpolicy", "cart", "-n", SHOP, "--ignore-not-found")
+    shop.deploy(installed, SHOP, "caller", PYTHON, *shop.CALLER, "http://cart/")
+    shop.route(installed, "cart")
+    takes(lambda: shop.settled(installed, SHOP, "caller") and shop.answered(installed))
     waypoint, begun, since = envoy(), len(tail(installed)), time.monotonic()
     (before,) = installed.pods(OWN, "agent")
     installed.machine.ctr("images", "tag", "localhost/meshagent/agent:0.1.0", "localhost/meshagent/agent:0.1.1")
@@ -220,81 +180,87 @@ def test_the_agent_is_replaced_alone_and_no_request_fails(installed: Cluster) ->
     time.sleep(2)
     lines, took = tail(installed)[begun:], time.monotonic() - since
     assert len(lines) > 20 * took, "the load did not go on"
-    assert Counter(" ".join(line.split()[:2]) for line in lines).keys() == {"kept 200", "new 200"}
+    assert shop.outcomes(lines) == {"kept 200", "new 200"}
     assert len({line.split()[2] for line in lines if line.startswith("kept")}) == 1, "one connection, all the time"
     assert envoy() == waypoint != 0
     assert "meshagent-waypoint" in Path(f"/proc/{waypoint}/cgroup").read_text()
 
 
-def _allow_caller(found: Cluster) -> None:
-    found.plane.kubectl("delete", "authorizationpolicy", "cart", "-n", SHOP, "--ignore-not-found")
-    timeouts = {
-        "parentRefs": [{"group": "", "kind": "Service", "name": "cart"}],
-        "rules": [{"backendRefs": [{"name": "cart", "port": 80}]}],
-    }
-    route = {"apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute", "metadata": {"name": "cart", "namespace": SHOP}}
-    found.plane.apply({**route, "spec": timeouts})
+STRICT = "strict"
+OFTEN = {"periodSeconds": 1, "failureThreshold": 1}
 
 
-def answered(found: Cluster) -> bool:
-    """Has the caller had answers for half a second?"""
-    last = tail(found)[-20:]
-    return len(last) == 20 and all(line.split()[1] == "200" for line in last)
-
-
-def tail(found: Cluster) -> list[str]:
-    """What the caller has said."""
-    said = found.plane.kubectl("logs", "-n", SHOP, "deploy/caller", "--tail=-1", check=False).splitlines()
-    return [line for line in said if line.startswith(("kept ", "new "))]
-
-
-def in_kernel(kind: str, under: Path | None = None) -> set[int]:
-    """Numbers of all programs, maps or links; of those that are pinned in a directory, if one is given (bpftool(8), -f)."""
-    said = subprocess.run(["bpftool", "-j", "-f", kind, "show"], capture_output=True, text=True, check=True).stdout
-    found: list[dict[str, Any]] = json.loads(said)
-    return {one["id"] for one in found if under is None or any(path.startswith(f"{under}/") for path in one.get("pinned", ()))}
-
-
-def test_nothing_is_left_on_a_node_from_which_it_is_uninstalled(installed: Cluster) -> None:
-    pinned = {kind: in_kernel(kind, under=PINS) for kind in ("prog", "map", "link")}
-    assert all(len(found) >= 10 for found in pinned.values()), pinned
+def test_deployments_that_admit_nobody_become_ready_by_probes_of_every_kind(installed: Cluster) -> None:
+    """The agent of the manifest, in its container, knows the kubelet: STRICT, and a policy that has no rule. One probe that fails would have them killed."""
     plane = installed.plane
+    plane.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": STRICT, "labels": {"meshagent.io/mode": "mesh"}}})
+    for kind, spec in (("PeerAuthentication", {"mtls": {"mode": "STRICT"}}), ("AuthorizationPolicy", {})):
+        plane.apply({"apiVersion": "meshagent.io/v1alpha1", "kind": kind, "metadata": {"name": "all", "namespace": STRICT}, "spec": spec})
+    shop.give_programs(installed, STRICT)
+    probes: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
+        "http": ({"httpGet": {"path": "/healthz", "port": "app"}}, 8080, (PYTHON, *SERVER)),
+        "tcp": ({"tcpSocket": {"port": "app"}}, 6379, (REDIS, *shop.KEEP)),
+        "grpc": ({"grpc": {"port": 9000}}, 9000, (PYTHON, "/opt/meshagent/venv/bin/python", "-u", "/programs/health.py", "9000")),
+        "exec": ({"exec": {"command": ["/usr/bin/python3", "-c", ""]}}, 8080, (PYTHON, *SERVER)),
+    }
+    for name, (probe, port, (called, *command)) in probes.items():
+        start = {**probe, "periodSeconds": 1, "failureThreshold": 60}
+        every = {"startupProbe": start, "readinessProbe": {**probe, **OFTEN}, "livenessProbe": {**probe, **OFTEN, "timeoutSeconds": 5}}
+        shop.deploy(installed, STRICT, name, called, *command, ports=[{"name": "app", "containerPort": port}], **every)
+    takes(lambda: shop.settled(installed, STRICT, *probes), installed)
+    time.sleep(5)
+    pods = installed.pods(STRICT)
+    states = {one["metadata"]["labels"]["app"]: one["status"]["containerStatuses"][0] for one in pods}
+    assert {name: (state["ready"], state["restartCount"]) for name, state in states.items()} == dict.fromkeys(probes, (True, 0))
+    redirected = {one["name"]: one["redirected"] for one in json.loads(installed.agent("meshagent", "status", "-o", "json"))["workloads"]}
+    for one in pods:
+        assert redirected[one["metadata"]["name"]]
+        port = probes[one["metadata"]["labels"]["app"]][1]
+        assert ask(installed, "stranger", f"http://{one['status']['podIP']}:{port}/healthz") == "URLError"
+        with pytest.raises(ConnectionRefusedError):  # of this process, which runs on the node as the kubelet does
+            socket.create_connection((one["status"]["podIP"], port), timeout=2)
+    plane.kubectl("delete", "namespace", STRICT)
+
+
+@pytest.fixture
+def demo(installed: Cluster) -> Iterator[Cluster]:
+    """The demo in the namespace that its files mean."""
+    with shop.demo(installed, "default", *(ROOT / f"lab/shop/mesh/{name}.yaml" for name in ("services", "policies", "routes"))):
+        yield installed
+
+
+def test_routes_and_policies_of_the_demo_hold_as_they_are(demo: Cluster) -> None:
+    takes(lambda: ask(demo, "frontend", "http://frontend/", "default") == "200")
+    calls = shop.ask_often(demo, "frontend", "http://cart/items", 500, "default")
+    assert {status for status, _ in calls} == {200}
+    versions = Counter(body["version"] for _, body in calls)
+    print(versions)
+    assert abs(versions["v1"] - 400) < 45  # five standard deviations of what weights of 80 and 20 give
+    assert {status for status, _ in shop.ask_often(demo, "frontend", "http://cart/flaky", 60, "default")} == {200}
+    counters = "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:8080/admin/counters').read().decode())"
+    failed = json.loads(shop.run(demo, "default", "cart-v1-1", counters))
+    assert failed["GET /flaky 503"] > 5, "it has failed, and the caller has not seen it"
+    assert ask(demo, "frontend", "http://cart/admin/counters", "default") == "403"
+    assert ask(demo, "other", "http://cart/items", "default") == "403"
+    assert ask(demo, "other", "http://redis:6379/", "default") == "URLError"
+    assert ask(demo, "other", "http://frontend/", "default") == "200", "nobody protects it"
+
+
+def test_nothing_of_it_is_left_on_the_node_and_in_the_cluster_and_pods_go_on_without_it(installed: Cluster) -> None:
+    shop.route(installed, "cart")
+    shop.admit(installed, "cart", "frontend")
+    takes(lambda: ask(installed, "stranger", "http://cart/") == "403")
+    before, pods, plane = pinned(), shop.instances(installed), installed.plane
+    assert all(len(found) >= 10 for found in before.values()), before
     plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(MANIFEST.with_name("uninstall.yaml")))
     takes(lambda: installed.settled("daemonset", "meshagent-agent"))
     assert "removed programs, maps" in plane.kubectl("logs", "-n", OWN, "daemonset/meshagent-agent")
     plane.kubectl("delete", "-f", str(MANIFEST), "--wait=true")
-    takes(lambda: not plane.kubectl("get", "pods", "-n", OWN, "-o", "name", "--ignore-not-found").strip())
-    assert not PINS.exists()
-    assert envoy() == 0
-    assert not (installed.machine.cgroup2 / "meshagent-waypoint").exists()
-    assert list(RUN.iterdir()) == []
-    assert [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if f" {RUN}/" in line] == []
-    assert [path for path in LEFT if path.exists() and any(path.iterdir())] == []
-    takes(
-        lambda: not any(held & in_kernel(kind) for kind, held in pinned.items()), seconds=10
-    )  # the last reference goes with the last program run
-    assert ask(installed, "frontend", "http://cart/") == "200", "pods go on without it"
-
-
-@pytest.mark.skipif(HELM is None, reason="no Helm: HELM names it, or it is in PATH")
-def test_helm_installs_waits_until_the_mesh_is_ready_and_uninstalls(installed: Cluster) -> None:
-    plane = installed.plane
-    takes(lambda: f"namespace/{OWN}" not in plane.kubectl("get", "namespaces", "-o", "name").split())
-    plane.kubectl("create", "namespace", OWN)
-    plane.kubectl("label", "namespace", OWN, "pod-security.kubernetes.io/enforce=privileged")
-    installed.sign()
-    began = time.monotonic()
-    installed.helm("install", "meshagent", str(CHART), "--wait", "--timeout", "180s")
-    print(f"helm install --wait: {time.monotonic() - began:.0f} s")
-    assert installed.settled("deployment", "meshagent-controller")
-    assert installed.settled("daemonset", "meshagent-agent")
-    status = json.loads(installed.agent("meshagent", "status", "-o", "json"))
-    assert status["problems"] == []
-    assert {one["redirected"] for one in status["workloads"] if one["namespace"] == SHOP} == {True}
-    takes(lambda: ask(installed, "frontend", "http://cart/") == "200")
-    installed.helm("upgrade", "meshagent", str(CHART), "--reuse-values", "--set", "agent.remove=true", "--wait", "--timeout", "180s")
-    assert "removed programs, maps" in plane.kubectl("logs", "-n", OWN, "daemonset/meshagent-agent")
-    installed.helm("uninstall", "meshagent")
-    takes(lambda: not plane.kubectl("get", "pods", "-n", OWN, "-o", "name", "--ignore-not-found").startswith("pod/"))
-    assert not PINS.exists()
-    assert envoy() == 0
+    takes(lambda: left(installed, before) == [], seconds=20)  # the last reference goes with the last program run
+    takes(lambda: installed.added() == {f"Namespace <none>/{SHOP}"}, installed)
+    assert ask(installed, "stranger", "http://frontend/") == "200", "over the cart and redis"
+    assert ask(installed, "stranger", "http://cart/") == "200", "nobody is there who would refuse it"
+    shop.deploy(installed, SHOP, "later", PYTHON, *shop.IDLE)
+    takes(lambda: shop.settled(installed, SHOP, "later"), installed)
+    assert ask(installed, "later", "http://frontend/") == "200"
+    assert shop.instances(installed).items() >= pods.items()
