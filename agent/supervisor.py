@@ -88,6 +88,8 @@ WELCOME_S = 2.0
 """How long Envoy has to listen in the namespaces of pods that come into the mesh, before the kernel leads connections to it there in any case."""
 READERS_S = 2.0
 """What nodes have to begin to read requests, before others make their connections to them anew."""
+READERS_AGAIN_S = 5.0
+"""How long after that they do so again, some times: less than the receiver's node leaves them (`agent.revocation.LET_GO_S`), whenever it begins."""
 TUNNEL_ENDS_S = 0.2
 SWEEP_S = 60.0
 
@@ -276,6 +278,7 @@ class Supervisor:
                     "relax": self._relax(),
                     "release": self._release(),
                     "settle": self._settle(),
+                    "settle-again": self._settle_again(),
                     "revocation": self._revocation.run(),
                     "sweep": self._sweep_up(),
                     "retire": self._retire(),
@@ -456,6 +459,14 @@ class Supervisor:
             await asyncio.sleep(READERS_S)
             async with self._enforcing:
                 if shown is not None and await asyncio.to_thread(self._builder.settle, shown):
+                    await self._configure_waypoint()
+
+    async def _settle_again(self) -> None:
+        """The same some times more, for nodes that have begun later."""
+        while True:
+            await asyncio.sleep(READERS_AGAIN_S)
+            async with self._enforcing:
+                if await asyncio.to_thread(self._builder.settle_again):
                     await self._configure_waypoint()
 
     async def _make_use(self, taken: bool) -> None:

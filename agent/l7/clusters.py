@@ -41,8 +41,8 @@ class Target(NamedTuple):
     tunnel: str = ""
     workload: str = ""
     """Whose endpoint it is; for metrics alone."""
-    read: bool = False
-    """Does its own node read requests, whoever else has? One that begins to is another endpoint to Envoy: see `_assignment`."""
+    read: int = 0
+    """Does its own node read requests, whoever else has? 0: no. Endpoints with different numbers are different ones to Envoy: see `assignment`."""
 
 
 def ads() -> config_source_pb2.ConfigSource:
@@ -171,15 +171,15 @@ def base(name: str, app_protocol: str = "", *, options: http_protocol_options_pb
 
 
 def assignment(name: str, endpoints: Iterable[Target]) -> endpoint_pb2.ClusterLoadAssignment:
-    """Endpoints whose own node reads requests are in a locality of their own, which means nothing but this: an endpoint that changes its locality is removed
+    """Endpoints whose own node reads requests are in localities of their own, which mean nothing but this: an endpoint that changes its locality is removed
     and added (Envoy's BaseDynamicClusterImpl::updateDynamicHostList), and pools of a removed one take no new requests and end with those that they have. So
     connections that were made past the receiver's inspection are let go of when it begins, without a failed request.
     """
     result = endpoint_pb2.ClusterLoadAssignment(cluster_name=name)
-    groups: dict[bool, endpoint_components_pb2.LocalityLbEndpoints] = {}
+    groups: dict[int, endpoint_components_pb2.LocalityLbEndpoints] = {}
     for target in endpoints:
         if target.read not in groups:
-            groups[target.read] = result.endpoints.add(locality=base_pb2.Locality(sub_zone=names.READ if target.read else ""))
+            groups[target.read] = result.endpoints.add(locality=base_pb2.Locality(sub_zone=names.READ[target.read]))
         groups[target.read].lb_endpoints.append(_host(target))
     return result
 

@@ -89,8 +89,8 @@ EGRESS = "egress"
 """Where the connect hook sends connections to ExternalServices that are not HTTP, and clusters by what was dialled there."""
 EXTERNAL = "external"
 """Internal: one port of an ExternalService that is not HTTP."""
-READ = "read"
-"""Locality of endpoints whose own node reads requests."""
+READ = ("", "read", "read-too")
+"""Localities of endpoints whose own node reads no requests, and of two kinds that are alike, whose does: see `agent.l7.clusters.assignment`."""
 INNER = "inner"
 """Internal: what came out of a tunnel and needs the request to be decided."""
 RECEIVING = (f"{INBOUND}/", f"{HBONE}/", f"{INNER}/")

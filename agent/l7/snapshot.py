@@ -46,6 +46,7 @@ from agent.l7 import (
 from agent.l7.kept import Kept
 from agent.l7.peers import Peers
 from agent.l7.rbac import Authorization
+from agent.l7.readers import Readers, Reading
 from agent.l7.resources import Resource, Resources, pack
 from agent.l7.telling import Telling
 from agent.l7.view import Key, View, targets
@@ -101,28 +102,6 @@ _FOLLOWED = frozenset({"version", "delta", "nodes", "workloads", "services", "ro
 _COMPARED = tuple(one.name for one in fields(Snapshot) if one.name not in _FOLLOWED)
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """Whose own node reads requests, whoever else has, by a view."""
-
-    view: View
-    node: str
-    receivers: frozenset[str]
-    """Of this node's workloads."""
-
-    @staticmethod
-    def of(view: View, node: str) -> _Reading:
-        """To a node: the waypoint of another one never takes its word."""
-        return _Reading(view, node, view.left_to_receivers)
-
-    def ports(self, name: str) -> tuple[int, ...] | None:
-        """At which ports of a workload; None: all."""
-        workload = self.view.snapshot.workloads.get(name)
-        if workload is None or (workload.node == self.node and name not in self.receivers):
-            return ()
-        return self.view.request_ports(workload)
-
-
 @dataclass(slots=True)
 class _Dirty:
     """What is to be built anew."""
@@ -164,10 +143,7 @@ class Builder:
         self._claims: dict[str, dict[Owner, str]] = {}
         """RouteConfigurations by destination and by who wants the destination for it."""
         self._claimed: dict[Owner, set[str]] = {}
-        self._settled: _Reading | None = None
-        """By what receivers have read for some time: see `settle`."""
-        self._unsettled: set[str] = set()
-        """Workloads of which it said something else, or nothing, when the last result was built."""
+        self._readers = Readers(node)
         self._loopback: Loopback | None = None
         self._distrusted = peer_log.Distrusted()
         self._peers: tuple[Snapshot, frozenset[str], Peers] | None = None
@@ -213,11 +189,11 @@ class Builder:
 
         Too early, and it makes connections that nobody reads anew, or that nobody accepts yet.
         """
-        before, self._settled = self._settled, _Reading.of(view, self._node)
-        if before is not None:
-            named = before.view.asking.keys() | view.asking.keys()
-            self._unsettled.update(name for name in named if before.ports(name) != self._settled.ports(name))
-        return bool(self._unsettled)
+        return self._readers.settle(view)
+
+    def settle_again(self) -> bool:
+        """The same once more, for nodes that begin later than they were given time for; to be said every few seconds."""
+        return self._readers.settle_again(self._view)
 
     @property
     def identities(self) -> frozenset[str]:
@@ -244,8 +220,7 @@ class Builder:
         if (loopback is None) is not (self._view.accounts is None):
             self._view = View.of(snapshot, tunnels=loopback is not None)
         view = self._view = self._view.after(snapshot)
-        if self._settled is None:
-            self._settled = _Reading.of(view, self._node)
+        self._readers.begin(view)
         self._loopback, self._distrusted, self._direct = loopback, distrusted, direct
         self._observability = Observability(snapshot.telemetry)
         limited = frozenset(
@@ -291,7 +266,7 @@ class Builder:
         snapshot = view.snapshot
         callers = self._take_local(local)
         undecided = self._undecided = view.left_to_receivers
-        unsettled, self._unsettled = self._unsettled, set()
+        unsettled = self._readers.take()
         received, self._receiving = self._receiving, frozenset(n for n in self._by_name if n in view.asking or n in undecided)
         if before is None or before.snapshot.traffic is not snapshot.traffic:
             self._policies = {target: policy for policy in snapshot.traffic.values() for target in policy.targets}
@@ -432,16 +407,8 @@ class Builder:
                 tunnel = self._loopback(workload.identity(self._trust_domain))
             elif mode is Mtls.STRICT:
                 return None
-        return clusters.Target(workload.addresses[0], port, workload.weight, tunnel, workload.name, self._reads(workload.name, port))
-
-    def _reads(self, workload: str, port: int) -> bool:
-        """Does its own node read what comes to a port of a workload, as far as that is settled? There are no connections from before to who is new."""
-        settled = self._settled
-        if settled is None or workload not in settled.view.snapshot.workloads:
-            self._unsettled.add(workload)
-            settled = _Reading(self._view, self._node, self._undecided)
-        ports = settled.ports(workload)
-        return ports is None or port in ports
+        read = self._readers.kind(workload.name, port, Reading(self._view, self._node, self._undecided))
+        return clusters.Target(workload.addresses[0], port, workload.weight, tunnel, workload.name, read)
 
     def _services(self, keys: Iterable[Key], zone: str) -> None:
         view = self._view

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,6 +15,8 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from agent.revocation import LET_GO_S, SETTLE_S
+from agent.supervisor import READERS_S
 from bench import tools
 from lab import paths, resources
 from lab.lab import Lab
@@ -27,6 +31,8 @@ URL = "http://10.96.0.91/"
 RATE, SECONDS, EVERY_S = 1000, 15, 0.2
 KNOWN = 0.002
 """A known fault, README: Honest limits. Now and then so large a share of the requests is answered with 503, at most; the aim is none."""
+LATE_S = READERS_S + 2
+"""How late a node begins to read requests: later than others think."""
 ENOUGH = 0.5
 """Of the rate that is asked for: a machine that others use may not reach it."""
 PODS = tuple(
@@ -122,13 +128,19 @@ def refused(lab: Lab) -> Counter[str]:
     return Counter({json.dumps({name: value for name, value in s.labels.items() if value}): int(s.value) for s in found})
 
 
+def closed_by_policy(lab: Lab) -> float:
+    """Connections at node-2 that went past its inspection until their time was over."""
+    families = text_string_to_metric_families(lab.metrics("node-2"))
+    return sum(s.value for family in families for s in family.samples if s.name == "mesh_connections_closed_by_policy_total")
+
+
 @contextmanager
-def none_lost(lab: Lab, options: tuple[str, ...] = ("--h1",)) -> Iterator[None]:
+def none_lost(lab: Lab, options: tuple[str, ...] = ("--h1",), seconds: int = SECONDS) -> Iterator[None]:
     """Ask meanwhile. If anything was lost, the report says when that had been asked, and what the waypoints say of it."""
     before = refused(lab)
-    with openloop.asking(lab, "frontend", URL, rate=RATE, seconds=SECONDS, options=options) as seen:
+    with openloop.asking(lab, "frontend", URL, rate=RATE, seconds=seconds, options=options) as seen:
         yield
-    assert seen.statuses[openloop.OK] > ENOUGH * RATE * SECONDS
+    assert seen.statuses[openloop.OK] > ENOUGH * RATE * seconds
     if seen.failed:
         told = f"lost, with the second in which it was asked: {seen.failed}; what the waypoints say: {refused(lab) - before}"
         assert seen.statuses.keys() == {openloop.OK, 503}, told
@@ -168,3 +180,22 @@ def test_no_request_is_lost_while_the_agents_are_replaced_and_configuration_chan
             lab.start_agent(node)
         change(admin, ends)
     assert [shop.status(node)["waypoint"]["pid"] for node in ("node-1", "node-2")] == envoys
+
+
+def test_no_request_is_lost_when_a_receiver_begins_late_to_read_requests(lab: Lab, admin: Callable[[str], None]) -> None:
+    """Its node closes what goes past its inspection. By then the caller's waypoint has let go of that, however late the node was."""
+    policy = POLICY.format(turn=0)
+    admin(policy)
+    shop.delete(lab, policy)
+    time.sleep(READERS_S + 1)
+    before = closed_by_policy(lab)
+    agent = lab.agent_pid("node-2")
+    with none_lost(lab, seconds=int(LATE_S + LET_GO_S + SETTLE_S) + 5):
+        time.sleep(1)
+        os.kill(agent, signal.SIGSTOP)
+        try:
+            admin(policy)
+            time.sleep(LATE_S)
+        finally:
+            os.kill(agent, signal.SIGCONT)
+    assert closed_by_policy(lab) == before

@@ -18,6 +18,7 @@ from agent.l7 import gateways as gateways_of_envoy
 from agent.l7 import names, rbac, resources
 from agent.l7 import snapshot as snapshot_module
 from agent.l7.kept import Kept
+from agent.l7.readers import AGAIN
 from agent.l7.resources import Resource, Resources
 from agent.l7.snapshot import Builder, build
 from agent.model import (
@@ -46,8 +47,9 @@ from agent.model import (
     Workload,
 )
 from agent.policy import Caller
+from agent.revocation import LET_GO_S
 from agent.routing import Mirror, Rewrite
-from agent.supervisor import residents
+from agent.supervisor import READERS_AGAIN_S, residents
 from agent.traffic import CheckKind, HealthCheck, Limits, TrafficPolicy
 from tests.unit.agent.l7 import harness
 
@@ -316,10 +318,15 @@ class _Steady:
         return self.change(replace(self.snapshot.workloads[name], ready=False))
 
 
+def groups(resources: Resources, service: str) -> dict[str, str]:
+    """The locality of each endpoint of a service, by its address."""
+    found = harness.decoded(resources, names.ENDPOINTS, names.service(service, 80)).endpoints
+    return {host.endpoint.address.socket_address.address: group.locality.sub_zone for group in found for host in group.lb_endpoints}
+
+
 def read(resources: Resources, service: str) -> dict[str, bool]:
     """By address of the endpoints of a service: are they those of a receiver that reads?"""
-    groups = harness.decoded(resources, names.ENDPOINTS, names.service(service, 80)).endpoints
-    return {host.endpoint.address.socket_address.address: bool(group.locality.sub_zone) for group in groups for host in group.lb_endpoints}
+    return {address: bool(group) for address, group in groups(resources, service).items()}
 
 
 def test_an_endpoint_whose_node_begins_to_read_is_another_one_only_when_it_has_had_time() -> None:
@@ -360,6 +367,25 @@ def test_who_reads_is_settled_as_it_was_when_the_time_began() -> None:
     steady.change(protected[1])
     assert steady.builder.settle(shown)
     assert read(steady.build(), "default/b") == {"10.0.2.0": True, "10.0.2.1": False}
+
+
+def test_of_who_has_begun_to_read_connections_are_let_go_of_again_for_a_minute_because_its_node_may_have_begun_late() -> None:
+    steady = _Steady()
+    first = steady.build()
+    assert not steady.builder.settle_again()
+    protected = steady.change(replace(steady.snapshot.workloads["default/b0"], policies=(L7.name,)))
+    found = [settled(steady.builder, steady.snapshot, enrolled(steady.snapshot, ""), "")]
+    while steady.builder.settle_again():
+        found.append(steady.build())
+    assert protected is not found[0]
+    seen = [groups(one, "default/b") for one in found]
+    assert [one["10.0.2.0"] for one in seen] == [names.READ[1 + turn % 2] for turn in range(AGAIN + 1)]
+    assert {one["10.0.2.1"] for one in seen} == {""}
+    touched = {kind for one in found for kind in one if one[kind] is not protected[kind]}
+    assert touched == {names.ENDPOINTS, names.CLUSTER}, "clusters of single workloads have theirs in them"
+    assert AGAIN * READERS_AGAIN_S >= 60
+    assert READERS_AGAIN_S < LET_GO_S / 2 + 1, "wherever in it a node begins, there is time for requests that are under way"
+    assert groups(first, "default/a") == groups(found[-1], "default/a")
 
 
 def test_an_endpoint_of_an_l4_service_changes_nothing() -> None:

@@ -153,7 +153,7 @@ def test_a_traffic_distribution_is_priorities_only_where_health_is_known() -> No
 def test_who_is_asked_stays_with_its_endpoint_where_some_nodes_read_requests() -> None:
     level = tuple((Target(f"10.0.0.{i}", 80, read=i % 2 == 0), i > 1) for i in range(4))
     groups = traffic.endpoints("default/web", 80, [level]).endpoints
-    assert [(group.locality.sub_zone, len(group.lb_endpoints)) for group in groups] == [("", 2), (names.READ, 2)]
+    assert [(group.locality.sub_zone, len(group.lb_endpoints)) for group in groups] == [("", 2), ("read", 2)]
     asked = {
         host.endpoint.address.socket_address.address: not host.endpoint.health_check_config.disable_active_health_check
         for group in groups
