@@ -113,12 +113,13 @@ class Enrolment:
         accelerated = self.acceleration.choose(n.local.workload for n in namespaces)
         current = {n.local.netns_cookie for n in namespaces}
         leaving = self._linked - current
+        self._linked -= leaving
         try:
             # A namespace that is linked while its address is not known is closed to everybody: who leaves has its link removed before its rows,
             for cookie in leaving:
                 self._datapath.detach_namespace(cookie)
             changed = self.tables.sync(snapshot, namespaces, enforce_inbound, accelerated, tunnels, direct)
-        except (MeshError, OSError, RuntimeError):
+        except BaseException:  # whatever it is: the previous state stays in force, and they are in it
             self._link_again(leaving)
             raise
         for namespace in namespaces:  # and who comes is linked when they are there.
@@ -138,7 +139,7 @@ class Enrolment:
         """Bind the workloads of `snapshot` to their namespaces. What decides there stays as it is, until the next `enforce`, of whatever snapshot."""
         self._again = True
         self._update(snapshot)
-        return tuple(namespace.local for namespace in self._bind())
+        return tuple(n.local for n in self._bind() if self._local[n.local.workload.name].loopback)
 
     def _update(self, snapshot: Snapshot) -> None:
         """Bring `_local` to the workloads of `snapshot`; what was found of a workload stays as long as it names the same place."""
@@ -274,7 +275,6 @@ class Enrolment:
 
     def _link_again(self, cookies: set[int]) -> None:
         """Link namespaces that were to leave, and stay."""
-        self._linked -= cookies
         for cookie in cookies:
             try:
                 self._datapath.attach_namespace(cookie, self._config.netns_dir / str(cookie))

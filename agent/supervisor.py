@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Container, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,7 @@ from agent.l7.resources import Resource, Resources
 from agent.l7.snapshot import Builder, tracing
 from agent.l7.xds import XdsServer
 from agent.logfiles import LogFile, keep_bounded
-from agent.model import Direct, LocalWorkload, Snapshot, Workload
+from agent.model import Direct, LocalWorkload, Service, Snapshot, Workload
 from agent.names.service import Names
 from agent.observability import Observability
 from agent.patience import within
@@ -340,9 +340,9 @@ class Supervisor:
         """Have Envoy listen for pods that have run outside of the mesh until now, before the kernel leads their requests to it: else some would be refused.
 
         It is told what is in force, that they are there, and which Services have a waypoint with them. Those that start are not waited for: they are protected
-        at once.
+        at once. Nor is anybody where Envoy would leave a decision to receivers that do not make it yet: then the kernel goes first.
         """
-        before, node = self.snapshot, self._config.node
+        node = self._config.node
         joining = {
             name: one
             for name, was in self._residents.items()
@@ -351,30 +351,30 @@ class Supervisor:
         joining = {name: one for name, one in joining.items() if one.node == node}
         if not joining or not self._configured.is_set() or not self._waypoint.state.ready:
             return
-        waypoints = {name: one for name, one in snapshot.services.items() if any(port.waypoint for port in one.ports)}
-        present = replace(
-            before,
-            version=f"{before.version}+",
-            workloads={**before.workloads, **joining},
-            services={**before.services, **waypoints},
-            delta=None,
-        )
+        present = _with(self.snapshot, snapshot, joining)
+        needed = await asyncio.to_thread(self._builder.needs_inbound, present)
+        if not needed - joining.keys() <= self._enforced_inbound:
+            return
+        try:
+            await within(_until_listening(await self._show_joining(present, joining.keys())), WELCOME_S)
+        except (asyncio.TimeoutError, OSError, RuntimeError) as error:
+            _log.warning(
+                "Envoy does not listen yet for pods that come into the mesh: requests may be refused",
+                extra={"pods": sorted(joining), "reason": str(error)},
+            )
+
+    async def _show_joining(self, present: Snapshot, joining: Container[str]) -> dict[str, set[int]]:
+        """Show Envoy who comes; return the ports where it is to listen for them, by network namespace."""
         found = await asyncio.to_thread(self._enrolment.find, self._probe.extend(present))
         local = tuple(one for one in found if one.workload.name != probe.NAME)
         await self._show_waypoint(present, local)
         offered = self._built.get(names.LISTENER, {})
         sides = {names.OUTBOUND: OUTBOUND_PORT, names.INBOUND: INBOUND_PORT}
-        wanted = {
+        return {
             one.netns_path: {port for side, port in sides.items() if names.listener(side, one.workload.name) in offered}
             for one in local
             if one.workload.name in joining
         }
-        try:
-            await within(_until_listening(wanted), WELCOME_S)
-        except (asyncio.TimeoutError, OSError):
-            _log.warning(
-                "Envoy does not listen yet for pods that come into the mesh: requests may be refused", extra={"pods": sorted(joining)}
-            )
 
     async def _enforce(self, snapshot: Snapshot, enforce_inbound: frozenset[str]) -> None:
         try:
@@ -473,6 +473,7 @@ class Supervisor:
         """Of tunnels that Envoy has, whatever else it has refused; of its authorization if it has `taken` everything."""
         has = {i for i in self._builder.identities if self._xds.has(names.CLUSTER, names.tunnel(self._tunnels.address(i)))}
         news = self._tunnels.mark_ready(has)
+        taken = taken and self._given  # else what it has taken may not be what is in force
         needed = await asyncio.to_thread(self._builder.needs_inbound, self.snapshot) if taken else self._enforced_inbound
         if news or needed != self._enforced_inbound:
             await self._enforce(self.snapshot, needed)
@@ -585,7 +586,11 @@ class Supervisor:
 
     def _behind(self, snapshot: Snapshot) -> bool:
         """Is there a namespace that the kernel, Revocation or Envoy does not know as it is? `_make_use` brings the kernel alone to what it finds."""
-        return self._enrolled.local != self._known or self._enrolment.namespaces_changed(self._probe.extend(snapshot))
+        return (
+            not self._given  # Envoy may have been shown what did not come into force after all
+            or self._enrolled.local != self._known
+            or self._enrolment.namespaces_changed(self._probe.extend(snapshot))
+        )
 
     async def _seek_truth(self) -> None:
         """Ask the kernel, and try, whether what is believed is so."""
@@ -618,7 +623,10 @@ class Supervisor:
             await asyncio.sleep(RETIRE_S)
             async with self._enforcing:
                 self._enrolment.tables.remove_retired(now=False)
-                self._enrolment.release_left()
+                try:
+                    await asyncio.to_thread(self._enrolment.release_left)
+                except OSError as error:
+                    _log.warning("the mount of a namespace that left the mesh stays", extra={"reason": str(error)})
 
     async def _sweep_up(self) -> None:
         """Now and then remove counters of what is gone."""
@@ -880,13 +888,34 @@ def residents(node: str, snapshot: Snapshot, before: Snapshot, known: Mapping[st
     return kept | {name: workload for name, workload in changed.items() if workload is not None and workload.node == node}
 
 
+def _with(before: Snapshot, after: Snapshot, joining: Mapping[str, Workload]) -> Snapshot:
+    """What is in force `before`, and with it those who come, what they name that nobody had yet, and the Services that have a waypoint only since then."""
+    policies = {name for one in joining.values() for name in one.policies}
+    authentications = {name for one in joining.values() for name in one.authentications}
+    waypoints = {name: one for name, one in after.services.items() if _has_waypoint(one) and not _has_waypoint(before.services.get(name))}
+    return replace(
+        before,
+        version=f"{before.version}+",
+        workloads={**before.workloads, **joining},
+        services={**before.services, **waypoints},
+        policies={**{name: one for name, one in after.policies.items() if name in policies}, **before.policies},
+        authentications={**{name: one for name, one in after.authentications.items() if name in authentications}, **before.authentications},
+        delta=None,
+    )
+
+
+def _has_waypoint(service: Service | None) -> bool:
+    return service is not None and any(port.waypoint for port in service.ports)
+
+
 async def _until_listening(wanted: Mapping[str, set[int]]) -> None:
-    """Return when somebody listens on all these ports, by network namespace. Raises OSError if one is gone."""
+    """Return when somebody listens on all these ports, by network namespace; one that is gone is not waited for."""
     for path, ports in wanted.items():
-        while True:
-            if ports <= await asyncio.to_thread(netns.listening, Path(path)):
-                break
-            await asyncio.sleep(EAGER_POLL_S)
+        with contextlib.suppress(OSError):
+            while True:
+                if ports <= await asyncio.to_thread(netns.listening, Path(path)):
+                    break
+                await asyncio.sleep(EAGER_POLL_S)
 
 
 _TROUBLE = ("storage_failed", "flow_failed", "origdst_failed", "listener_failed", "stats_folded", "verdict_folded")

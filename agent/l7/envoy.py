@@ -199,6 +199,7 @@ class Envoy:
             with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
                 await self._ask("/server_info")
                 log.info("adopted the running envoy", extra={"pid": process.pid})
+                self._limit()
                 return process
         log.warning("replacing the running envoy: it was started differently or does not answer", extra={"pid": process.pid})
         await asyncio.to_thread(end, process)
@@ -228,6 +229,14 @@ class Envoy:
         size = str(binary.stat().st_size)
         return hashlib.sha256("\0".join((*self._arguments(binary), size, self._bootstrap(), self._generation)).encode()).hexdigest()
 
+    def _limit(self) -> None:
+        """Give Envoy's cgroup its limit of memory: an earlier agent may have given it another one."""
+        config = self._config
+        if config.envoy_memory is not None and (reason := memory.bound(config.waypoint_cgroup, config.envoy_memory)):
+            log.warning(
+                "envoy has only its own limit of memory, that of its heap", extra={"cgroup": str(config.waypoint_cgroup), "reason": reason}
+            )
+
     def _start(self, binary: Path) -> Process:
         config = self._config
         try:
@@ -236,10 +245,7 @@ class Envoy:
             raise EnvironmentUnfit(
                 f"cannot make the cgroup {config.waypoint_cgroup}: {error.strerror}; run as root and set --cgroup to a cgroup2 directory"
             ) from error
-        if config.envoy_memory is not None and (reason := memory.bound(config.waypoint_cgroup, config.envoy_memory)):
-            log.warning(
-                "envoy has only its own limit of memory, that of its heap", extra={"cgroup": str(config.waypoint_cgroup), "reason": reason}
-            )
+        self._limit()
         files.write(config.run_dir / "envoy-bootstrap.json", self._bootstrap().encode())
         config.envoy_admin_socket.unlink(missing_ok=True)
         output = config.run_dir / "envoy.log"

@@ -34,7 +34,7 @@ AGAIN_S: Final = 5.0
 MANY: Final = 3
 """Conflicts in a row, where one alone is a controller that wrote before, once more."""
 _NAMES_SHOWN: Final = 10
-_FIRST: Final = ("AuthorizationPolicy", "PeerAuthentication", "RequestAuthentication")
+_FIRST: Final = ("AuthorizationPolicy", "Namespace", "PeerAuthentication", "RequestAuthentication")
 """What is kept before all else, should there be no room: without these access would widen."""
 
 

@@ -8,11 +8,12 @@ taken up when the API server has answered about the Secrets that it names: it wo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from controller.conflicts import resolve
+from controller.documents import path_text
 from controller.errors import ControllerError, Problem
 from controller.gateways import Grants, wanted_secrets
 from controller.kubernetes.api import Api
@@ -190,13 +191,19 @@ class KubernetesSource:
                 read.whole[key] = seen
         # Nobody inherits from an object that had its name before; and what a pod was is never what it is.
         if held is not None and key.kind not in _PLAIN and (before := self.basis.get(key)) is not None and before.uid == seen.uid:
-            read.in_force[key] = held
+            if not before.problems or held is not before.object:  # else it was never whole, and a kept version is
+                read.in_force[key] = held
+            else:
+                read.in_force.setdefault(key, held)
         problems = [*seen.problems, *([_orphaned(key)] if seen.orphan else [])]
         if problems:
             read.refused[key] = problems
             read.problems += problems if key.kind != "Pod" or seen.object is None else []
         before_it = read.in_force.get(key) if seen.problems else None
-        if (item := (before_it or seen.object) if key.kind == "Namespace" else (seen.object or before_it)) is not None:
+        item = seen.object or before_it
+        if seen.object is not None and before_it is not None:
+            item = _as_it_was(seen.object, before_it, {problem.field for problem in seen.problems})
+        if item is not None:
             read.candidates[key] = item
 
     def _take_secrets(self, read: _Read) -> bool:
@@ -233,6 +240,17 @@ class KubernetesSource:
         return reflector.store.get(key) if reflector is not None else None
 
 
+def _as_it_was(made: Object, before: Object, wrong: Container[str]) -> Object:
+    """The object with what it said `before` in place of each label and annotation that is nonsense now. Everything else is as it was read."""
+    metadata = dict(made.metadata)
+    for where, known in (("labels", before.labels), ("annotations", before.annotations)):
+        again = {name: value for name, value in known.items() if path_text(("metadata", where, name)) in wrong}
+        if again:
+            metadata[where] = {**metadata.get(where, {}), **again}
+    data = {**made.data, "metadata": metadata}
+    return made if data == made.data else before if data == before.data else Object(made.key, data, made.file, made.line)
+
+
 def _of_pods(found: Iterable[Seen]) -> list[Problem]:
     """Of pods that are in force with a label that is nonsense: one problem for all of a Deployment, and of a namespace."""
     alike: dict[tuple[str, str, str], list[str]] = {}
@@ -254,7 +272,7 @@ def _kept(objects: Mapping[Key, Object], basis: Mapping[Key, Seen]) -> dict[Key,
     found = {}
     for key, item in objects.items():
         seen = basis.get(key)
-        if seen is not None and key.kind != "Secret" and (seen.orphan or seen.pruned or seen.object is not item):
+        if seen is not None and key.kind not in {"Secret", *_PLAIN} and (seen.orphan or seen.pruned or seen.object is not item):
             found[key] = Kept(item, seen.uid, seen.orphan, seen.generation if seen.pruned else 0)
     return found
 

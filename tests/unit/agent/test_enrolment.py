@@ -28,6 +28,7 @@ class World:
         self.log: list[tuple[object, ...]] = []
         self.refuse_link: set[int] = set()
         self.refuse_rows = False
+        self.refusal: Exception = KernelRefused("the table is full")
         self.mounts: set[Path] = set()
         self.looks: list[str] = []
         self.watch: Watch
@@ -74,7 +75,7 @@ class World:
         self.effective = {n.local.workload.name: n.local.workload.addresses for n in local}
         self.log.append(("rows", *(n.local.workload.name for n in local), *inbound))
         if self.refuse_rows:
-            raise KernelRefused("full")
+            raise self.refusal
         return len(local)
 
     # agent.netns
@@ -265,11 +266,13 @@ def test_who_comes_back_keeps_its_mount_as_long_as_it_is_there(world: World, nod
     assert world.mounts == set()
 
 
-def test_rows_that_are_refused_leave_links_and_mounts_as_they_were(world: World, node: Enrolment) -> None:
+@pytest.mark.parametrize("refusal", [KernelRefused("the table is full"), ValueError("no address")])
+def test_rows_that_are_refused_leave_links_and_mounts_as_they_were(world: World, node: Enrolment, refusal: Exception) -> None:
+    world.refusal = refusal
     node.enforce(snapshot(workload("a", world.namespace("a", 7))), frozenset())
     world.log.clear()
     world.refuse_rows = True
-    with pytest.raises(KernelRefused):
+    with pytest.raises(type(refusal)):
         node.enforce(snapshot(workload("b", world.namespace("b", 11))), frozenset())
     assert world.log == [("unlink", 7), ("rows", "default/b"), ("link", 7, "7")]
     assert world.directory / "run/netns/7" in world.mounts

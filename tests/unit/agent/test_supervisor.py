@@ -34,6 +34,7 @@ from tests.unit.agent.l7.scripted import Client
 if TYPE_CHECKING:
     from agent.enrolment import Enrolment
     from agent.l7.envoy import Envoy
+    from agent.l7.snapshot import Builder
     from agent.names.service import Names
     from agent.revocation import Revocation
     from agent.wireguard.part import WireGuard
@@ -341,6 +342,36 @@ def test_envoy_listens_for_a_pod_that_has_run_before_the_kernel_leads_anything_t
         assert agent.late.found == (["1+"] if ran else [])
 
     asyncio.run(scenario())
+
+
+def test_envoy_hears_of_nobody_before_the_kernel_has_what_it_would_leave_to_the_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another endpoint that is protected otherwise, who asked a service is decided at its receivers: they are told first."""
+    inside = Workload("default/a", "a", "n1", {}, (), "/a", enrolled=True, ready=True)
+
+    async def scenario(needed: str, *, welcome: bool) -> None:
+        agent = Host(tmp_path, monkeypatch)
+        await agent.apply(Snapshot("1", {inside.name: replace(inside, enrolled=False)}))
+        agent.log.clear()
+        agent._builder = cast("Builder", SimpleNamespace(needs_inbound=lambda _: frozenset({needed}), identities=frozenset()))
+        agent.late.now = [LocalWorkload(inside, 7, "/7")]
+        await agent.apply(Snapshot("2", {inside.name: inside}))
+        assert [one for one in agent.log if isinstance(one, tuple)] == ([("1+", [7], [])] if welcome else [])
+        assert agent.log[-1] == "enforce 2"
+
+    asyncio.run(scenario("default/other", welcome=False))
+    asyncio.run(scenario("default/a", welcome=True))
+
+
+def test_who_comes_brings_the_policies_that_nobody_has_yet() -> None:
+    """Without them Envoy would take them for some that allow nothing."""
+    policies = {name: Policy(name, Action.ALLOW) for name in ("default/p", "default/q", "default/r")}
+    older = {"default/q": Policy("default/q", Action.DENY)}
+    one = Workload("default/a", "a", "n1", {}, (), "/a", enrolled=True, ready=True, policies=("default/p", "default/q"))
+    found = supervisor._with(Snapshot("1", policies=older), Snapshot("2", policies=policies), {one.name: one})
+    assert found.policies == {"default/p": policies["default/p"], **older}
+    assert found.workloads == {one.name: one}
 
 
 def test_a_pod_is_in_the_mesh_whether_envoy_listens_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

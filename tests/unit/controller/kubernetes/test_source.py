@@ -309,6 +309,34 @@ async def test_without_the_definitions_of_our_own_kinds_nothing_is_published(tmp
             await until(lambda: mesh.publication.current.serial)
 
 
+def space(version: str, labels: dict[str, str], annotations: dict[str, str]) -> dict[str, Any]:
+    return {"metadata": {"name": "shop", "uid": UID.format("9"), "resourceVersion": version, "labels": labels, "annotations": annotations}}
+
+
+async def test_of_a_namespace_only_what_is_nonsense_goes_on_to_say_what_it_said_before(tmp_path: Path) -> None:
+    mode, default, egress = "meshagent.io/mode", "meshagent.io/default-policy", "meshagent.io/egress"
+    async with scripted(tmp_path) as (server, api):
+        everything(server, Namespace=[space("5", {mode: "mesh", "team": "a"}, {})])
+        mesh = Mesh(KubernetesSource(api), authority=False)
+
+        def said() -> tuple[dict[str, str], dict[str, str]]:
+            found = mesh.state.objects.get(Key("Namespace", "", "shop"))
+            return (dict(found.labels), dict(found.annotations)) if found is not None else ({}, {})
+
+        async with beside(mesh.watch()):
+            await until(lambda: said() == ({mode: "mesh", "team": "a"}, {}))
+            watch = await watched(server, "Namespace")
+            await watch.send("MODIFIED", space("6", {mode: "Mesh", default: "deny"}, {egress: "deny", mode: "mesh"}))
+            await until(lambda: said() == ({mode: "mesh", default: "deny"}, {egress: "deny"}))
+            assert len(mesh.state.problems) == 2, "the label, and the annotation that has no effect"
+            await watch.send("MODIFIED", space("7", {mode: "Mesh", default: "Deny"}, {}))
+            await until(lambda: said() == ({mode: "mesh", default: "deny"}, {}))
+            await watch.send("MODIFIED", space("8", {default: "Deny"}, {}))
+            await until(lambda: said() == ({default: "deny"}, {}))
+            await watch.send("MODIFIED", space("9", {}, {}))
+            await until(lambda: said() == ({}, {}) and not mesh.state.problems)
+
+
 async def test_one_that_is_made_again_does_not_inherit_the_last_good_version(tmp_path: Path) -> None:
     async with scripted(tmp_path) as (server, api):
         everything(server, AuthorizationPolicy=[policy("p", "5", "ALLOW")])
