@@ -31,7 +31,7 @@ URL = "http://10.96.0.91/"
 RATE, SECONDS, EVERY_S = 1000, 15, 0.2
 KNOWN = 0.002
 """A known fault, README: Honest limits. So large a share of the requests is answered with 503, at most, if swift-3 has no certificate yet when its first policy
-comes: its inbound listener is not there when the kernel leads the first connections to it. The aim is none."""
+comes: for some 30 ms new connections to it are refused. The aim is none."""
 LATE_S = READERS_S + 2
 """How late a node begins to read requests: later than others think."""
 ENOUGH = 0.5
