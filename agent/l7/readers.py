@@ -46,17 +46,14 @@ class Readers:
         self._node = node
         self._settled: Reading | None = None
         """By what receivers have read for some time."""
+        self._now: Reading | None = None
+        """By what they are to read."""
         self._unsettled: set[str] = set()
         """Workloads of which it said something else, or nothing, when `kind` was asked last."""
         self._again: dict[str, int] = {}
         """Workloads whose nodes may not have begun yet: how often Envoy is to let go of their connections still."""
         self._turned: set[str] = set()
         """Of those who read: who is of the second kind."""
-
-    def begin(self, view: View) -> None:
-        """What comes first is settled: there are no connections from before."""
-        if self._settled is None:
-            self._settled = Reading.of(view, self._node)
 
     def settle(self, view: View) -> bool:
         """Say that by now receivers read what `view` has them read; True if something follows from that."""
@@ -77,17 +74,20 @@ class Readers:
         self._turned = (self._turned ^ due) & there
         return bool(due)
 
-    def take(self) -> set[str]:
-        """Workloads of which something else is to be said than was; they are to be asked about anew."""
+    def begin(self, now: Reading) -> set[str]:
+        """Say what receivers are to read; return the workloads that are to be asked about anew. What comes first is settled: nobody has older connections."""
+        self._now = now
+        if self._settled is None:
+            self._settled = now
         unsettled, self._unsettled = self._unsettled, set()
         return unsettled
 
-    def kind(self, workload: str, port: int, now: Reading) -> int:
-        """The kind of endpoint (`agent.l7.clusters.Target.read`) that a port of a workload is. `now` counts for who is new: it has no older connections."""
-        settled = self._settled
-        if settled is None or workload not in settled.view.snapshot.workloads:
+    def kind(self, workload: str, port: int) -> int:
+        """The kind of endpoint (`agent.l7.clusters.Target.read`) that a port of a workload is. For who is new it is what it is to be."""
+        reading = self._settled
+        if reading is None or workload not in reading.view.snapshot.workloads:
             self._unsettled.add(workload)
-            settled = now
-        ports = settled.ports(workload)
+            reading = self._now
+        ports = reading.ports(workload) if reading is not None else ()
         read = ports is None or port in ports
         return 0 if not read else 2 if workload in self._turned else 1

@@ -220,7 +220,6 @@ class Builder:
         if (loopback is None) is not (self._view.accounts is None):
             self._view = View.of(snapshot, tunnels=loopback is not None)
         view = self._view = self._view.after(snapshot)
-        self._readers.begin(view)
         self._loopback, self._distrusted, self._direct = loopback, distrusted, direct
         self._observability = Observability(snapshot.telemetry)
         limited = frozenset(
@@ -266,7 +265,7 @@ class Builder:
         snapshot = view.snapshot
         callers = self._take_local(local)
         undecided = self._undecided = view.left_to_receivers
-        unsettled = self._readers.take()
+        unsettled = self._readers.begin(Reading(view, self._node, undecided))
         received, self._receiving = self._receiving, frozenset(n for n in self._by_name if n in view.asking or n in undecided)
         if before is None or before.snapshot.traffic is not snapshot.traffic:
             self._policies = {target: policy for policy in snapshot.traffic.values() for target in policy.targets}
@@ -407,7 +406,7 @@ class Builder:
                 tunnel = self._loopback(workload.identity(self._trust_domain))
             elif mode is Mtls.STRICT:
                 return None
-        read = self._readers.kind(workload.name, port, Reading(self._view, self._node, self._undecided))
+        read = self._readers.kind(workload.name, port)
         return clusters.Target(workload.addresses[0], port, workload.weight, tunnel, workload.name, read)
 
     def _services(self, keys: Iterable[Key], zone: str) -> None:
