@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,18 +14,17 @@ from typing import Any
 
 import pytest
 
-from lab import cgroup, mounts
-from tests.kubernetes import controlplane, machine, node, policing
-from tests.kubernetes.conftest import ASSETS
-from tests.kubernetes.install import BPF, NEEDED, OWN, ROOT, Cluster, own_network, takes
+from lab import cgroup
+from tests.kubernetes import controlplane, machine, policing
+from tests.kubernetes import install as installing
+from tests.kubernetes.install import OWN, ROOT, Cluster, takes
 from tests.kubernetes.machine import Machine
-from tests.kubernetes.node import LIMITS, RUN
+from tests.kubernetes.node import LIMITS
 
 pytestmark = pytest.mark.timeout(300)
 SPACE, MACHINE = "shop", "vm-1"
 ADDRESSES = {"billing": "10.9.1.20", "intruder": "10.9.1.21"}
 PYTHON = "localhost/meshagent/controller:0.1.0"
-LEFT = (Path("/run/meshagent-workload"), Path("/var/lib/meshagent"))
 LOAD = """
 import http.client, sys, threading, time
 end, said = time.monotonic() + 10, []
@@ -91,41 +87,16 @@ class Mesh:
 @pytest.fixture(scope="module")
 def found() -> Iterator[Mesh]:
     """STRICT everywhere in the namespace; the pod `api` and the machine's process `billing` admit each other, and nobody else."""
-    assets = Path(os.environ.get(ASSETS) or "/nonexistent")
-    if lacking := [name for name in NEEDED if not (assets / name).exists()]:
-        pytest.skip(f"no {', '.join(lacking)}: `make test-kubernetes` builds them and says so in {ASSETS}")
-    if not all((ROOT / "build/images" / f"{name}.tar").exists() for name in ("agent", "controller")):
-        pytest.skip("no images: `make images` builds them, and `make test-kubernetes` before it tests them")
-    if (BPF / "meshagent").exists() or (RUN.exists() and any(RUN.iterdir())):
-        pytest.fail(f"this machine has a mesh already ({BPF}/meshagent, {RUN}): `meshagent uninstall` takes it off")
-    top = Path(tempfile.mkdtemp(prefix="mesh-", dir="/dev/shm"))
     with ExitStack() as stack:
-        stack.callback(shutil.rmtree, top, ignore_errors=True)
-        if mounts.mount_bpffs(BPF):
-            stack.callback(mounts.unmount_bpffs, BPF)
-        stack.enter_context(own_network())
-        plane = stack.enter_context(controlplane.running(assets, top / "plane", whole=True))
-        kubelet = stack.enter_context(node.running(plane, top / "node", cgroup.mount_point()))
-        cluster = Cluster(plane, kubelet, top)
-        stack.callback(uninstall, cluster)
-        cluster.load("agent", "controller")
+        cluster = stack.enter_context(installing.cluster())
         cluster.install()
-        vm = stack.enter_context(machine.beside(MACHINE, top / "vm", ADDRESSES))
+        vm = stack.enter_context(machine.beside(MACHINE, cluster.directory / "vm", ADDRESSES))
         made = Mesh(cluster, vm)
         open_shop(made)
         takes(lambda: cluster.settled("deployment", "meshagent-controller") and cluster.settled("daemonset", "meshagent-agent"), cluster)
         join(made)
         made.takes(lambda: {one["name"] for one in vm.status().get("workloads", ()) if one["redirected"]} == set(ADDRESSES))
         yield made
-
-
-def uninstall(cluster: Cluster) -> None:
-    """Take the mesh off the node, from outside."""
-    cluster.plane.kubectl("delete", "-n", OWN, "daemonset", "meshagent-agent", "--ignore-not-found", check=False)
-    argv = [str(ROOT / ".venv/bin/meshagent"), "uninstall", "--cgroup", str(cluster.machine.cgroup2)]
-    subprocess.run(argv, check=False, timeout=60)
-    for path in LEFT:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def open_shop(made: Mesh) -> None:
