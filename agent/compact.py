@@ -159,6 +159,11 @@ def differing(before: Mapping[str, V], after: Mapping[str, V]) -> set[str]:
     return {name for name in before.keys() | after.keys() if before.get(name) is not after.get(name)}
 
 
+def changed(before: Mapping[str, V], changes: Mapping[str, V]) -> Mapping[str, V]:
+    """`before` with other values for some names; of a `Table` that costs what changes."""
+    return before.changed(changes) if isinstance(before, Table) else {**before, **changes}
+
+
 class _Items(ItemsView[str, V]):
     __slots__ = ("_shards",)
 

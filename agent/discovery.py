@@ -25,7 +25,7 @@ from agent.errors import EnvironmentUnfit, MeshError
 from agent.journal import DROP, PUT, Journal
 from agent.model import Authentication, Delta, Gateway, Node, Policy, Route, Service, Snapshot, Workload, decode
 from agent.observability import Telemetry
-from agent.patience import Backoff
+from agent.patience import Backoff, until_one_ends
 from agent.traffic import TrafficPolicy
 from meshapi import discovery_pb2 as pb
 
@@ -239,15 +239,9 @@ class Discovery:
 
     async def run(self) -> None:
         """Connect, follow, reconnect, for ever. Ends only by cancellation, or by an error in `apply` that is no MeshError."""
-        parts = [asyncio.create_task(self._stay_connected()), asyncio.create_task(self._keep_stored())]
         try:
-            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-            for part in done:
-                part.result()
+            await until_one_ends(self._stay_connected(), self._keep_stored())
         finally:
-            for part in parts:
-                part.cancel()
-            await asyncio.gather(*parts, return_exceptions=True)
             await asyncio.to_thread(self._store)  # what was applied last must not be lost by an orderly end
 
     def reconnect(self) -> None:

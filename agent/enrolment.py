@@ -89,6 +89,9 @@ class Enrolment:
         self._local: dict[str, _Local] = {}
         """The enrolled workloads of this node in `_base`, by name."""
         self._linked: set[int] = set()
+        """Namespaces with a link, by cookie."""
+        self._doubted: set[int] = set()
+        """Of these, whose link may not be what it was."""
         self._held: set[int] | None = None
         """Namespaces with a mount or a link; None: not known yet."""
         self._left: dict[int, float] = {}
@@ -113,14 +116,18 @@ class Enrolment:
         accelerated = self.acceleration.choose(n.local.workload for n in namespaces)
         current = {n.local.netns_cookie for n in namespaces}
         leaving = self._linked - current
-        self._linked -= leaving
-        try:
-            # A namespace that is linked while its address is not known is closed to everybody: who leaves has its link removed before its rows,
+
+        def unlink() -> None:
             for cookie in leaving:
+                self._linked.discard(cookie)
                 self._datapath.detach_namespace(cookie)
-            changed = self.tables.sync(snapshot, namespaces, enforce_inbound, accelerated, tunnels, direct)
+
+        try:
+            # A namespace that is linked while its address is not known is closed to everybody: who leaves has its link removed before its rows, and no sooner:
+            # a snapshot that does not fit opens nobody.
+            changed = self.tables.sync(snapshot, namespaces, enforce_inbound, accelerated, tunnels, direct, switching=unlink)
         except BaseException:  # whatever it is: the previous state stays in force, and they are in it
-            self._link_again(leaving)
+            self._link_again(leaving - self._linked)
             raise
         for namespace in namespaces:  # and who comes is linked when they are there.
             self._link(namespace.local)
@@ -146,12 +153,7 @@ class Enrolment:
         base, self._base = self._base, snapshot
         if base is snapshot:
             return
-        delta = snapshot.delta
-        if base is not None and delta is not None and delta.base == base.version:
-            touched: Collection[str] = delta.workloads
-        else:
-            touched = self._local.keys() | {w.name for w in snapshot.workloads.values() if w.node == self._config.node}
-        for name in touched:
+        for name in snapshot.since(base or Snapshot()).workloads:
             workload = snapshot.workloads.get(name)
             if workload is None or workload.node != self._config.node or not workload.enrolled or not _place(workload):
                 gone = self._local.pop(name, None)
@@ -212,7 +214,7 @@ class Enrolment:
         changed = self.watch.take_changed()
         if not self._take_names():
             self._follow()
-        self._linked -= changed
+        self._doubted |= self._linked & changed
         bound: dict[int, Namespace] = {}
         # Those that are as they were come first: a newcomer never takes a namespace from the workload that has it.
         fresh = []
@@ -263,7 +265,7 @@ class Enrolment:
         return path
 
     def _link(self, local: LocalWorkload) -> None:
-        if local.netns_cookie in self._linked:
+        if self._links(local.netns_cookie):
             return
         try:
             self._datapath.attach_namespace(local.netns_cookie, Path(local.netns_path))
@@ -272,6 +274,11 @@ class Enrolment:
             self._local[local.workload.name].mark = _FAILED
         else:
             self._linked.add(local.netns_cookie)
+            self._doubted.discard(local.netns_cookie)
+
+    def _links(self, cookie: int) -> bool:
+        """Is a namespace linked, as far as is known?"""
+        return cookie in self._linked and cookie not in self._doubted
 
     def _link_again(self, cookies: set[int]) -> None:
         """Link namespaces that were to leave, and stay."""
@@ -288,6 +295,7 @@ class Enrolment:
         self._unmount_others(current | self._left.keys())
         self.watch.keep(current)
         self._linked &= current
+        self._doubted &= current
         self._held = set(current)
 
     def _unmount_others(self, kept: Collection[int]) -> None:
@@ -341,7 +349,7 @@ class Enrolment:
         pod, bound = local.pod, local.bound
         if pod is None or bound is None:
             return False
-        return local.mark == pod.mark and bound.local.netns_cookie in self._linked and pod.lives()
+        return local.mark == pod.mark and self._links(bound.local.netns_cookie) and pod.lives()
 
     def close(self) -> None:
         """Close the descriptors; what is in force stays."""

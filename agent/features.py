@@ -32,7 +32,7 @@ def kernel_version(release: str = "") -> tuple[int, int]:
 def check_root() -> None:
     """Loading programs, entering namespaces and mounting need root (CAP_BPF, CAP_NET_ADMIN, CAP_SYS_ADMIN)."""
     if os.geteuid() != 0:
-        raise EnvironmentUnfit("this needs root: run it with sudo, or give the container privileged: true")
+        raise EnvironmentUnfit("this needs root: run it with sudo, or as user 0 in a container")
 
 
 def check(config: Config) -> None:

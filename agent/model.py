@@ -10,12 +10,12 @@ import enum
 import ipaddress
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
 from agent import observability, traffic
-from agent.compact import Labels, Shared
+from agent.compact import Labels, Shared, differing
 from agent.external import External
 from agent.observability import Telemetry
 from agent.routing import Cors, Mirror, Redirect, Rewrite, Session
@@ -454,6 +454,9 @@ class Delta:
     telemetry: frozenset[str] = frozenset()
 
 
+_KINDS = tuple(field.name for field in fields(Delta) if field.name != "base")
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """The whole model at one version; every mapping is keyed by "NAMESPACE/NAME"."""
@@ -472,11 +475,16 @@ class Snapshot:
     gateways: Mapping[str, Gateway] = field(default_factory=lambda: MappingProxyType({}))
     telemetry: Mapping[str, Telemetry] = field(default_factory=lambda: MappingProxyType({}))
 
-    def since(self, before: Snapshot) -> Delta | None:
-        """What differs from `before`; None: not known, compare."""
+    def since(self, before: Snapshot) -> Delta:
+        """What differs from `before`, and perhaps more: if nobody has said, what is not the same object. Of tables that costs what differs."""
         if self is before:
             return Delta(before.version)
-        return self.delta if self.delta is not None and self.delta.base == before.version else None
+        if self.delta is not None and self.delta.base == before.version:
+            return self.delta
+        return Delta(
+            before.version,
+            **{kind: frozenset(differing(getattr(before, kind), getattr(self, kind))) for kind in _KINDS},
+        )
 
     def endpoints(self, service: str, port: int, protocol: str = "TCP") -> list[tuple[Workload, int]]:
         """Ready workloads behind a service port with the port each listens on, sorted by name; not-ready ones are left out."""

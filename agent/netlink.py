@@ -1,4 +1,4 @@
-"""One question over a netlink socket and its answer (netlink(7)), without pyroute2: that takes eight times as long."""
+"""One question over a netlink socket and its answer (netlink(7)), and attributes (struct nlattr), without pyroute2: that takes eight times as long."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from collections.abc import Iterator
 ACK, DUMP = 0x4, 0x300  # NLM_F_*, include/uapi/linux/netlink.h, as all NLM* here
 _NLM_F_REQUEST = 0x1
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
+NESTED, KIND = 0x8000, 0x3FFF  # NLA_F_NESTED, NLA_TYPE_MASK
 
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
+_ATTRIBUTE = struct.Struct("=HH")  # struct nlattr: length with this, type
 _BUFFER = 64 << 10  # the kernel fills at most 32 KiB at a time (net/netlink/af_netlink.c, netlink_dump)
 
 
@@ -34,3 +36,20 @@ def exchange(netlink: socket.socket, what: str, kind: int, flags: int, request: 
                 return
             yield at + _HEADER.size, at + length, buffer
             at += (length + 3) & ~3
+
+
+def attribute(kind: int, body: bytes) -> bytes:
+    """An attribute to ask with, padded to four bytes."""
+    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(body), kind) + body + bytes(-len(body) % 4)
+
+
+def attributes(message: bytes, at: int = 0) -> dict[int, bytes]:
+    """The attributes from `at` on, by their kind without flags; of several of one kind the last."""
+    found = {}
+    while at + _ATTRIBUTE.size <= len(message):
+        length, kind = _ATTRIBUTE.unpack_from(message, at)
+        if length < _ATTRIBUTE.size:
+            break
+        found[kind & KIND] = message[at + _ATTRIBUTE.size : at + length]
+        at += (length + 3) & ~3
+    return found

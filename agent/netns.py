@@ -109,12 +109,7 @@ def _addresses_here() -> list[tuple[str, int]]:
 def _address(message: bytes) -> list[tuple[str, int]]:
     """The address and scope in a struct ifaddrmsg with its attributes; nothing if it is of another family."""
     family, scope = message[0], message[3]
-    found: dict[int, bytes] = {}
-    at = 8
-    while at + 4 <= len(message):
-        length, kind = struct.unpack_from("=HH", message, at)
-        found[kind] = message[at + 4 : at + length]
-        at += (length + 3) & ~3
+    found = netlink.attributes(message, 8)
     # IPv4 and point-to-point links: IFA_LOCAL is the own address and IFA_ADDRESS the peer's; IPv6 mostly has IFA_ADDRESS alone.
     raw = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
     return [(socket.inet_ntop(family, raw), scope)] if raw and family in {socket.AF_INET, socket.AF_INET6} else []

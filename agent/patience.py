@@ -1,11 +1,11 @@
-"""Waiting for something, but not for ever. Used by whoever runs as a task that others cancel."""
+"""Waiting for something, but not for ever, and for the first of several. Used by whoever runs as a task that others cancel."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
@@ -26,6 +26,20 @@ async def within(awaitable: Awaitable[_T], seconds: float) -> _T:
         if not task.done():
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+
+async def until_one_ends(*work: Coroutine[Any, Any, object]) -> None:
+    """Run all until one ends, then cancel the others; what the first one raised is raised."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        if not task.cancelled():
+            task.result()
 
 
 class Backoff:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from agent import egress, kubelet
@@ -188,7 +188,7 @@ def plan(snapshot: Snapshot, source: Workload, destination: str, trust_domain: s
             BackendPlan(w.name, f"{w.addresses[0]}:{target}" if w.addresses else "", w.node, round(share, 4))
             for w, target, share in backends
         ),
-        encryption=_encryption(source, found.protocol, [(w, target) for w, target, _ in backends], direct),
+        encryption=_to_host(found) or _encryption(source, found.protocol, [(w, target) for w, target, _ in backends], direct),
         fail_mode=_fail_mode(found, decision),
         problems=tuple(problems),
     )
@@ -324,7 +324,20 @@ def _combined(decisions: Iterable[Decision]) -> Decision:
     return Decision(Verdict.NONE, "")
 
 
-def _encryption(source: Workload, protocol: str, backends: Iterable[tuple[Workload, int]], direct: Direct) -> str:
+def _to_host(found: Destination) -> str:
+    """How a call to an ExternalService is encrypted on its way out of the mesh; "" of any other call."""
+    if isinstance(found.entity, Workload) or found.entity.external is None or found.service_port is None:
+        return ""
+    if found.service_port.app_protocol == "tls":
+        return "TLS between the application and the host outside"
+    if found.entity.external.tls:
+        return "TLS between the waypoint and the host outside"
+    return "none: plaintext to the host outside"
+
+
+def _encryption(source: Workload, protocol: str, backends: Sequence[tuple[Workload, int]], direct: Direct) -> str:
+    if not backends:
+        return "none: there is nowhere to go"
     far = [(w, target) for w, target in backends if w.node != source.node]
     if not far:
         return "none: both ends are on one node"

@@ -77,7 +77,7 @@ class Reception:
             protocol=event.protocol,
         )
         hop = Hop("inbound", self.node, event.duration_ns, detail)
-        self._of_kernel("denied", event, hop, outcome="denied", rule=event.rule or None, next_step=causes.DENIED.get(reason))
+        self._of_kernel("denied", event, hop, outcome="denied", rule=event.rule or None, next_step=causes.of_denial(reason, event.rule))
 
     def _of_kernel(
         self, of: str, event: Event, hop: Hop, *, outcome: str = "", rule: str | None = None, next_step: str | None = None
@@ -139,7 +139,7 @@ class Reception:
                 status=record.response_code,
                 request_id=record.request_id,
                 rule=rule,
-                next_step=causes.of_response(record, None) if refused else None,
+                next_step=causes.of_response(record, None, rule) if refused else None,
                 hops=tuple(hops),
             )
         )
@@ -219,7 +219,7 @@ class Reception:
 
 def _of_tunnel(record: TunnelRecord, rule: str | None) -> str | None:
     if rule:
-        return causes.DENIED[Reason.POLICY]
+        return causes.of_policy(rule)
     if record.code == 400:
         return "the tunnel's end does not serve this address and port: is the Workload's spec.addresses the same on both nodes?"
     return causes.NOT_LISTENING if record.code >= 500 else None

@@ -114,10 +114,8 @@ class Judge:
         target = self._snapshot.workloads.get(destination)
         if target is None or source == destination:  # nobody protects it; a pod may reach itself
             return None
-        decision = self._decide(target, caller, port)
-        rules = {Verdict.DENY: decision.rule, Verdict.WAYPOINT: "" if read else f"{decision.rule}: {_UNREAD}"}
-        rule = rules.get(decision.verdict, "")
-        return Forbidden(found, source, destination, rule, pooled and decision.verdict is Verdict.WAYPOINT) if rule else None
+        rule, pooled = self._ruled(target, caller, port, read=read, pooled=pooled)
+        return Forbidden(found, source, destination, rule, pooled) if rule else None
 
     def older(self, found: LiveSocket, local: LocalWorkload, *, inbound: bool) -> Forbidden | None:
         """The same for one that began before its workload was in the mesh: nobody has vouched for who it is from but the network."""
@@ -138,10 +136,14 @@ class Judge:
             source, target, caller, port = local.workload.name, other, self._caller(local.workload, there[0]), there[1]
         if source == target.name:
             return None
+        rule, pooled = self._ruled(target, caller, port, read=read, pooled=pooled)
+        return Forbidden(found, source, target.name, rule, pooled) if rule else None
+
+    def _ruled(self, target: Workload, caller: Caller, port: int, *, read: bool, pooled: bool) -> tuple[str, bool]:
+        """Why a connection may not be, "" if it may; and, of one that a waypoint has `pooled`, whether it is only that nobody has `read` its requests."""
         decision = self._decide(target, caller, port)
         rules = {Verdict.DENY: decision.rule, Verdict.WAYPOINT: "" if read else f"{decision.rule}: {_UNREAD}"}
-        rule = rules.get(decision.verdict, "")
-        return Forbidden(found, source, target.name, rule, pooled and decision.verdict is Verdict.WAYPOINT) if rule else None
+        return rules.get(decision.verdict, ""), pooled and decision.verdict is Verdict.WAYPOINT
 
     def _unread(self, found: LiveSocket, workload: Workload, port: int) -> Forbidden | None:
         """What the waypoint hands on from a tunnel to an application without reading it. Who is at the far end is not known here."""
@@ -173,6 +175,9 @@ class Judge:
 
 class Revocation:
     """See the module. `changed` and `run` belong to the event loop; the looking is done in a worker thread."""
+
+    on_taken: Callable[[Rules, set[int] | None], None] | None = None
+    """Called when Envoy has taken rules that may forbid connections, with the namespaces where, by cookie; None: all."""
 
     def __init__(self, config: Config, datapath: DataPath, ids: Ids) -> None:
         """Look at nothing yet."""
@@ -241,6 +246,8 @@ class Revocation:
         if self._untaken != set():
             where, self._untaken = self._untaken, set()
             self._look(where)
+            if self.on_taken is not None and self._rules is not None:
+                self.on_taken(self._rules, where)
 
     async def run(self) -> None:
         """Close what is forbidden after each change, and now and then."""
@@ -281,7 +288,7 @@ class Revocation:
             return 0
         now = time.monotonic()
         waypoint = _inode(self._config.waypoint_cgroup)
-        judge = Judge(rules, self._config, self._ids, self._who, waypoint)
+        judge = Judge(rules, self._config, self._ids, self.who, waypoint)
         pooled: dict[int, float] = {}
         seen: set[frozenset[tuple[bytes, int]]] = set()
         problem = self.problem
@@ -357,7 +364,13 @@ class Revocation:
         if refused is not None:
             raise refused
 
-    def _who(self, address: bytes) -> str:
+    @property
+    def rules(self) -> Rules | None:
+        """The newest, whether Envoy has taken them or not."""
+        return self._rules
+
+    def who(self, address: bytes) -> str:
+        """The workload that the kernel knows at an address; "" for nobody."""
         rows = self._addresses.get(address)
         return self._ids.name(self._addresses.layout.value.unpack(rows[0])["id"]) if rows else ""
 

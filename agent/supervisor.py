@@ -13,13 +13,13 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Container, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent import cgroups, drift, features, kubelet, lock, memory, netns, probe
+from agent import cgroups, conntrack, drift, features, kubelet, lock, memory, netns, parting, probe
 from agent.api import Api
 from agent.balancing import node_zone
 from agent.bpf.acceleration import failing
@@ -28,6 +28,7 @@ from agent.bpf.events import Event, Events
 from agent.bpf.manifest import HOOKED, EventKind
 from agent.bpf.sockets import Sockets
 from agent.calls.part import Calls
+from agent.compact import changed
 from agent.config import INBOUND_PORT, OUTBOUND_PORT, Config
 from agent.connection_log import ConnectionLog
 from agent.discovery import Discovery
@@ -39,11 +40,14 @@ from agent.graph import Observer
 from agent.identity.part import identities
 from agent.ids import Ids
 from agent.l7 import audit, envoy, externals, gateways, names, request_log, secrets
+from agent.l7.parting import Dialled
+from agent.l7.rbac import needs_request
 from agent.l7.resources import Resource, Resources
 from agent.l7.snapshot import Builder, tracing
+from agent.l7.tunnel_log import TunnelRecord
 from agent.l7.xds import XdsServer
 from agent.logfiles import LogFile, keep_bounded
-from agent.model import Direct, LocalWorkload, Service, Snapshot, Workload
+from agent.model import Direct, LocalWorkload, Policy, Service, Snapshot, Workload
 from agent.names.service import Names
 from agent.observability import Observability
 from agent.patience import within
@@ -64,6 +68,7 @@ from agent.report import (
 )
 from agent.requests import Requests
 from agent.revocation import Revocation, Rules
+from agent.streams import Streams
 from agent.sweep import Sweep
 from agent.telemetry import MeshCollector, MetricsServer
 from agent.trace import Pair, Tracer
@@ -86,10 +91,17 @@ RETRY_S = 5.0
 RETIRE_S = 2.0
 WELCOME_S = 2.0
 """How long Envoy has to listen in the namespaces of pods that come into the mesh, before the kernel leads connections to it there in any case."""
+FIRST_S = 0.5
+"""The same, where only the first policy that asks for requests has come: what goes past it is to end at once, also if Envoy does nothing."""
 READERS_S = 2.0
 """What nodes have to begin to read requests, before others make their connections to them anew."""
 READERS_AGAIN_S = 5.0
 """How long after that they do so again, some times: less than the receiver's node leaves them (`agent.revocation.LET_GO_S`), whenever it begins."""
+PARTING_S = 3.0
+"""How often connections are looked at while something needs the waypoint no more, but may be called through it; less often, as long as nothing changes."""
+PARTING_MOST_S = 15.0
+ENDING_S = 5.0
+"""How long connections of a pod that comes into the mesh are expected to end that it had outside."""
 TUNNEL_ENDS_S = 0.2
 SWEEP_S = 60.0
 
@@ -105,6 +117,8 @@ class Supervisor:
         """The workloads of this node, enrolled or not."""
         self._enrolled = Enrolled()
         """What the kernel was brought to last."""
+        self._joined: dict[str, float] = {}
+        """Addresses of pods that have come into the mesh just now: until when connections of theirs from before may be ending (time.monotonic)."""
         self._known: tuple[LocalWorkload, ...] = ()
         """Of that, what Revocation and Envoy know: less if the kernel alone was brought to something, or the rest failed."""
         self._request_log = LogFile(config.log_dir / "requests.log")
@@ -121,6 +135,8 @@ class Supervisor:
         self._unsettled = asyncio.Event()
         self._namespace_news = asyncio.Event()
         """Something may have become of a namespace, or of who is held until it is in the mesh."""
+        self._looked = False
+        """Have connections through the waypoint been looked at that the agent before this one may have left?"""
         self._given = False
         """Was Envoy given what WireGuard was last prepared for?"""
         self._enforced_inbound: frozenset[str] = frozenset()
@@ -134,6 +150,8 @@ class Supervisor:
         self._packed: dict[str, tuple[Svid, Mapping[str, Resource]]] = {}
         """Envoy's secrets by SPIFFE ID, and what each was made of."""
         self._asks_for_peers = False
+        self._asks_for_streams: frozenset[str] = frozenset()
+        """Workloads whose open streams Envoy is to speak of."""
         self._kubelet = kubelet.Follower(kubelet.Finder(config.cgroup, config.kubelet_cgroup), self._recognise)
         self._gateways = GatewayCertificates(config, self._secrets_changed)
         self._notifier = Notifier()
@@ -202,7 +220,7 @@ class Supervisor:
             lambda: [one.netns_path for one in self.enrolled.local],
         )
         self._xds.on_shown = self._distrust.shown
-        self._xds.on_tunnel = self._tracer.on_tunnel
+        self._follow_streams()
         self._calls = Calls(
             self.datapath.maps,
             self.ids,
@@ -247,7 +265,7 @@ class Supervisor:
             self._status_from_thread,
             enrolled=lambda: self._enrolled,
             rows=lambda: {name: mirror.count for name, mirror in self._enrolment.tables.mirrors.items()},
-            closed_by_policy=lambda: self._revocation.closed,
+            closed_by_policy=lambda: self._revocation.closed + self._streams.closed,
             unlogged=lambda: self._connection_log.dropped,
             audited=lambda: audit.counts(config.envoy_admin_socket) if audit.wanted(self.snapshot) else {},
             requests=Requests(config.envoy_admin_socket, lambda: self.snapshot.services).text,
@@ -279,6 +297,8 @@ class Supervisor:
                     "release": self._release(),
                     "settle": self._settle(),
                     "settle-again": self._settle_again(),
+                    "parting": self._let_part(),
+                    "forget": self._forget(),
                     "revocation": self._revocation.run(),
                     "sweep": self._sweep_up(),
                     "retire": self._retire(),
@@ -288,6 +308,7 @@ class Supervisor:
                     "identity": self._identity.run(),
                     "tunnels": self._begin_tunnels(),
                     "distrust": self._distrust.run(),
+                    "streams": self._streams.run(),
                     "tunnel-ends": report_tunnel_ends(self._tunnel_ends, self._discovery.report_tunnels),
                     "workload-api": self._serve_workloads(),
                     "wireguard": self._wireguard.run(),
@@ -315,15 +336,19 @@ class Supervisor:
     async def _bring_into_force(self, snapshot: Snapshot) -> None:
         self._given = False
         await self._wireguard.prepare(snapshot)
-        # What the receiver has enforced so far it goes on to enforce until Envoy has the rules that make that needless (`_relax`).
-        needed = await asyncio.to_thread(self._builder.needs_inbound, snapshot)
-        strict = needed | self._enforced_inbound
         await self._welcome(snapshot)
-        await self._enforce(snapshot, strict)
+        # What receivers have enforced so far they go on to enforce until Envoy has the rules that make that needless (`_relax`); which of them did so under the
+        # agent before this one, is not known.
+        needed = await asyncio.to_thread(self._builder.needs_inbound, snapshot)
+        before = self._enforced_inbound if self._configured.is_set() else _protected(self._config.node, snapshot)
+        await self._forget_translated(address for one in self._joining(snapshot).values() for address in one.addresses)
+        await self._enforce(snapshot, needed | before)
         self._residents = residents(self._config.node, snapshot, self.snapshot, self._residents)
         self._snapshot = snapshot
         self._observability = Observability(snapshot.telemetry)
         enrolled = self._enrolled.local
+        if enrolled and not self._looked and (called := await self._called()) and await self._part(called):  # of the agent before this one
+            needed = await asyncio.to_thread(self._builder.needs_inbound, snapshot)
         self._revocation.changed(Rules(snapshot, self.enrolled, needed))
         self._quotas.update(snapshot)
         self._gateways.want(any(gateways.of(one, snapshot) for one in self._residents.values()))
@@ -333,37 +358,55 @@ class Supervisor:
         self._releasable.set()
         self._configured.set()
         self._tunnels.keep(self._builder.identities)
-        if strict != needed or self._builder.identities != self._tunnels.ready:
+        if self._enforced_inbound != needed or self._builder.identities != self._tunnels.ready:
             self._relaxable.set()
 
     async def _welcome(self, snapshot: Snapshot) -> None:
-        """Have Envoy listen for pods that have run outside of the mesh until now, before the kernel leads their requests to it: else some would be refused.
+        """Have Envoy listen before the kernel leads requests to it: else some would be refused.
 
-        It is told what is in force, that they are there, and which Services have a waypoint with them. Those that start are not waited for: they are protected
-        at once. Nor is anybody where Envoy would leave a decision to receivers that do not make it yet: then the kernel goes first.
+        That is for pods that have run outside of the mesh until now, and for those whose first policy that asks for requests has come. It is told what is in
+        force, who comes, and which Services have a waypoint with them. Those that start are not waited for: they are protected at once.
         """
-        node = self._config.node
-        joining = {
-            name: one
-            for name, was in self._residents.items()
-            if not was.enrolled and (one := snapshot.workloads.get(name)) and one.enrolled
-        }
-        joining = {name: one for name, one in joining.items() if one.node == node}
-        if not joining or not self._configured.is_set() or not self._waypoint.state.ready:
+        joining = self._joining(snapshot)
+        coming = joining | await self._reading_first(snapshot)
+        if not coming or not self._configured.is_set() or not self._waypoint.state.ready:
             return
-        present = _with(self.snapshot, snapshot, joining)
-        needed = await asyncio.to_thread(self._builder.needs_inbound, present)
-        if not needed - joining.keys() <= self._enforced_inbound:
-            return
+        present = _with(self.snapshot, snapshot, coming)
+        await self._have_receivers_decide(present)
         try:
-            await within(_until_listening(await self._show_joining(present, joining.keys())), WELCOME_S)
+            await within(_until_listening(await self._show_coming(present, coming.keys())), WELCOME_S if joining else FIRST_S)
         except (asyncio.TimeoutError, OSError, RuntimeError) as error:
             _log.warning(
-                "Envoy does not listen yet for pods that come into the mesh: requests may be refused",
-                extra={"pods": sorted(joining), "reason": str(error)},
+                "Envoy does not listen yet for pods that come into the mesh, or have their first policy for requests: some may be refused",
+                extra={"pods": sorted(coming), "reason": str(error)},
             )
 
-    async def _show_joining(self, present: Snapshot, joining: Container[str]) -> dict[str, set[int]]:
+    def _joining(self, snapshot: Snapshot) -> dict[str, Workload]:
+        """The workloads of this node that have run outside of the mesh until now."""
+        found = ((name, snapshot.workloads.get(name)) for name, was in self._residents.items() if not was.enrolled)
+        return {name: one for name, one in found if one is not None and one.enrolled and one.node == self._config.node}
+
+    async def _reading_first(self, snapshot: Snapshot) -> dict[str, Workload]:
+        """The workloads of this node whose first policy that asks for requests has come: Envoy does not listen for these yet."""
+        listening = self._built.get(names.LISTENER, {})
+        reading = await asyncio.to_thread(self._builder.reading, snapshot)
+        first = (name for name in reading if names.listener(names.INBOUND, name) not in listening)
+        return {name: one for name in first if (one := snapshot.workloads.get(name)) and one.enrolled and one.node == self._config.node}
+
+    async def _forget_translated(self, joined: Iterable[str] = ()) -> None:
+        """Have ports of connections that pods had before they `joined` serve connections in the mesh; to be said again while more of them may end."""
+        now = time.monotonic()
+        self._joined = {one: until for one, until in self._joined.items() if until > now} | dict.fromkeys(joined, now + ENDING_S)
+        if self._joined:
+            try:
+                await asyncio.to_thread(conntrack.forget_translated, self._joined.keys())
+            except OSError as error:
+                _log.warning(
+                    "what the node remembers of connections to Services stays for two minutes: some of pods that came into the mesh may be refused (spoofed)",
+                    extra={"addresses": sorted(self._joined), "reason": str(error)},
+                )
+
+    async def _show_coming(self, present: Snapshot, coming: Container[str]) -> dict[str, set[int]]:
         """Show Envoy who comes; return the ports where it is to listen for them, by network namespace."""
         found = await asyncio.to_thread(self._enrolment.find, self._probe.extend(present))
         local = tuple(one for one in found if one.workload.name != probe.NAME)
@@ -373,7 +416,7 @@ class Supervisor:
         return {
             one.netns_path: {port for side, port in sides.items() if names.listener(side, one.workload.name) in offered}
             for one in local
-            if one.workload.name in joining
+            if one.workload.name in coming
         }
 
     async def _enforce(self, snapshot: Snapshot, enforce_inbound: frozenset[str]) -> None:
@@ -458,8 +501,9 @@ class Supervisor:
             shown = self._builder.shown
             await asyncio.sleep(READERS_S)
             async with self._enforcing:
-                if shown is not None and await asyncio.to_thread(self._builder.settle, shown):
-                    await self._configure_waypoint()
+                due = shown is not None and await asyncio.to_thread(self._builder.settle, shown)
+                if due and not await self._configure_waypoint_again():
+                    self._unsettled.set()
 
     async def _settle_again(self) -> None:
         """The same some times more, for nodes that have begun later."""
@@ -467,7 +511,39 @@ class Supervisor:
             await asyncio.sleep(READERS_AGAIN_S)
             async with self._enforcing:
                 if await asyncio.to_thread(self._builder.settle_again):
-                    await self._configure_waypoint()
+                    await self._configure_waypoint_again()
+
+    async def _forget(self) -> None:
+        """Forget what has ended since pods have come into the mesh. Needs nothing that is enforced."""
+        while True:
+            await asyncio.sleep(NAMESPACE_POLL_S)
+            await self._forget_translated()
+
+    async def _let_part(self) -> None:
+        """Have what needs the waypoint no more answered there as long as somebody calls it through a connection from before."""
+        pause = PARTING_S
+        while True:
+            await asyncio.sleep(pause)
+            looks = self._builder.parts or not self._looked
+            pause = min(2 * pause, PARTING_MOST_S) if looks else PARTING_S  # connections may be silent for hours
+            called = await self._called() if looks else None
+            async with self._enforcing:
+                if called is not None and await self._part(called) and await self._configure_waypoint_again():
+                    self._relaxable.set()
+                    pause = PARTING_S
+
+    async def _called(self) -> Dialled | None:
+        """What connections through the waypoint were dialled to; None if that cannot be known."""
+        try:
+            return await asyncio.to_thread(parting.called, Sockets(self.datapath.maps), self.ids, self.enrolled.local)
+        except OSError as error:
+            _log.warning("nobody knows who is connected through the waypoint: nothing is let go of there", extra={"reason": str(error)})
+            return None
+
+    async def _part(self, called: Dialled) -> bool:
+        """Tell the builder of these connections; True if Envoy is to have something else."""
+        self._looked = self._looked or bool(self.enrolled.local)
+        return await asyncio.to_thread(self._builder.look, called)
 
     async def _make_use(self, taken: bool) -> None:
         """Of tunnels that Envoy has, whatever else it has refused; of its authorization if it has `taken` everything."""
@@ -480,7 +556,23 @@ class Supervisor:
             self._namespace_news.set()  # a namespace that came meanwhile may be in force in the kernel now, and nowhere else
 
     async def _configure_waypoint(self) -> None:
+        await self._have_receivers_decide(self.snapshot)
         await self._show_waypoint(self.snapshot, self.enrolled.local)
+
+    async def _configure_waypoint_again(self) -> bool:
+        """The same where nobody is to hear of a failure; False if there was one: Envoy keeps what it has."""
+        try:
+            await self._configure_waypoint()
+        except (MeshError, OSError) as error:
+            _log.error("Envoy keeps the configuration that it has; trying again", extra={"reason": str(error)})
+            return False
+        return True
+
+    async def _have_receivers_decide(self, snapshot: Snapshot) -> None:
+        """Have receivers on this node make the decisions that Envoy leaves to them when it is shown a snapshot, before it is."""
+        needed = await asyncio.to_thread(self._builder.needs_inbound, snapshot)
+        if not needed <= self._enforced_inbound:
+            await self._enforce(self.snapshot, self._enforced_inbound | needed)
 
     async def _show_waypoint(self, snapshot: Snapshot, local: tuple[LocalWorkload, ...]) -> None:
         """Build Envoy's configuration in a thread: with many workloads it takes longer than the event loop may stand still."""
@@ -500,7 +592,13 @@ class Supervisor:
         self._xds.set(
             {
                 **self._built,
-                **tracing(traced, received=received, peers=self._asks_for_peers, calls=self._config.record_flows, logs=self._told),
+                **tracing(
+                    traced,
+                    received=received | self._asks_for_streams,
+                    peers=self._asks_for_peers,
+                    calls=self._config.record_flows,
+                    logs=self._told,
+                ),
             }
         )
 
@@ -508,6 +606,26 @@ class Supervisor:
         self._asks_for_peers = asked
         if self._built:
             self._serve_to_waypoint(self._tracer.pairs)
+
+    def _follow_streams(self) -> None:
+        self._streams = Streams(
+            Sockets(self.datapath.maps),
+            self._revocation.who,
+            lambda: self._revocation.rules,
+            self._ask_for_streams,
+            lambda: self._xds.has(names.RUNTIME, names.RUNTIME_LAYER),
+        )
+        self._revocation.on_taken = self._streams.changed
+        self._xds.on_tunnel = self._on_tunnel
+
+    def _ask_for_streams(self, workloads: frozenset[str]) -> None:
+        self._asks_for_streams = workloads
+        if self._built:
+            self._serve_to_waypoint(self._tracer.pairs)
+
+    def _on_tunnel(self, record: TunnelRecord) -> None:
+        self._tracer.on_tunnel(record)
+        self._streams.on_tunnel(record)
 
     async def _configure_tunnels(self) -> None:
         async with self._enforcing:
@@ -780,7 +898,7 @@ class Supervisor:
         problems = [f"{h.name} does not run: another program may have replaced it; restart the agent" for h in hooks if not h.effective]
         if not waypoint.ready:
             problems.append(f"the waypoint is not ready: see {config.run_dir / 'envoy.log'}")
-        if xds.nacks:
+        if xds.rejected:
             problems.append(f"Envoy refused a configuration: {xds.last_nack}")
         if self._snapshot is None:
             problems.append(
@@ -800,10 +918,7 @@ class Supervisor:
         problems += self._quotas.problems()
         problems += self._gateways.problems()
         problems += self._enrolment.acceleration.problems()
-        if self._revocation.problem:
-            problems.append(self._revocation.problem)
-        if self._distrust.problem:
-            problems.append(self._distrust.problem)
+        problems += filter(None, (self._revocation.problem, self._streams.problem, self._distrust.problem))
         counters = self.datapath.counters()
         problems += [
             f"{counters[c]} times {c} in the kernel programs: see mesh_datapath_events in /metrics" for c in _TROUBLE if counters[c]
@@ -879,29 +994,41 @@ async def report_tunnel_ends(up: Callable[[], frozenset[str]], report: Callable[
 
 
 def residents(node: str, snapshot: Snapshot, before: Snapshot, known: Mapping[str, Workload]) -> Mapping[str, Workload]:
-    """The workloads of a node by name. `known` are those of `before`: if it is known what differs, nothing else is looked at."""
-    delta = snapshot.since(before)
-    if delta is None:
-        return {name: workload for name, workload in snapshot.workloads.items() if workload.node == node}
-    changed = {name: snapshot.workloads.get(name) for name in delta.workloads}
-    kept = {name: workload for name, workload in known.items() if name not in changed}
-    return kept | {name: workload for name, workload in changed.items() if workload is not None and workload.node == node}
+    """The workloads of a node by name. `known` are those of `before`: only what differs is looked at."""
+    news = {name: snapshot.workloads.get(name) for name in snapshot.since(before).workloads}
+    kept = {name: workload for name, workload in known.items() if name not in news}
+    return kept | {name: workload for name, workload in news.items() if workload is not None and workload.node == node}
 
 
 def _with(before: Snapshot, after: Snapshot, joining: Mapping[str, Workload]) -> Snapshot:
-    """What is in force `before`, and with it those who come, what they name that nobody had yet, and the Services that have a waypoint only since then."""
+    """What is in force `before`, and with it those who come, what they name that nobody had yet, or that asks for requests since then, and the Services that
+    have a waypoint only since then.
+    """
     policies = {name for one in joining.values() for name in one.policies}
-    authentications = {name for one in joining.values() for name in one.authentications}
-    waypoints = {name: one for name, one in after.services.items() if _has_waypoint(one) and not _has_waypoint(before.services.get(name))}
+    policies = {name for name in policies & after.policies.keys() if _is_news(before.policies.get(name), after.policies[name])}
+    authentications = {name for one in joining.values() for name in one.authentications} - before.authentications.keys()
+    services = {name: one for name in after.since(before).services if (one := after.services.get(name)) is not None and _has_waypoint(one)}
+    waypoints = {name: one for name, one in services.items() if not _has_waypoint(before.services.get(name))}
     return replace(
         before,
         version=f"{before.version}+",
-        workloads={**before.workloads, **joining},
-        services={**before.services, **waypoints},
-        policies={**{name: one for name, one in after.policies.items() if name in policies}, **before.policies},
-        authentications={**{name: one for name, one in after.authentications.items() if name in authentications}, **before.authentications},
+        workloads=changed(before.workloads, joining),
+        services=changed(before.services, waypoints),
+        policies=changed(before.policies, {name: after.policies[name] for name in policies}),
+        authentications=changed(
+            before.authentications, {name: after.authentications[name] for name in authentications & after.authentications.keys()}
+        ),
         delta=None,
     )
+
+
+def _protected(node: str, snapshot: Snapshot) -> frozenset[str]:
+    """Names of the workloads of a node that have policies."""
+    return frozenset(name for name, one in snapshot.workloads.items() if one.node == node and one.policies)
+
+
+def _is_news(before: Policy | None, after: Policy) -> bool:
+    return before is None or (needs_request(after) and not needs_request(before))
 
 
 def _has_waypoint(service: Service | None) -> bool:

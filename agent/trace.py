@@ -252,6 +252,7 @@ class Watch:
             route=record.route_name,
             attempts=record.attempts,
             status=record.response_code,
+            rule=rule,
             flags=list(record.response_flags),
             details=record.response_code_details if record.response_code >= 400 else "",
             failure=record.failure,
@@ -267,7 +268,7 @@ class Watch:
         next_step = None
         if not 0 < record.response_code < 400:
             next_step = causes.of_response(
-                record, self.endpoints(record.upstream_cluster), tokens=self.pair.tokens, certified=self.certified
+                record, self.endpoints(record.upstream_cluster), rule, tokens=self.pair.tokens, certified=self.certified
             )
         outcome = str(record.response_code or "no response")
         return self._connection(self._destination(), hops, outcome, rule, next_step)
@@ -330,7 +331,7 @@ class Watch:
         elif event.kind is EventKind.AUDITED:
             outcome = "would be denied"
         destination = event.dialled if _not_let_out(event) else self._destination(event)
-        return self._connection(destination, [hop], outcome, event.rule or None, causes.DENIED.get(reason))
+        return self._connection(destination, [hop], outcome, event.rule or None, causes.of_denial(reason, event.rule))
 
     def _connection(self, destination: str, hops: list[Hop], outcome: str, rule: str | None, next_step: str | None) -> Connection:
         return Connection(

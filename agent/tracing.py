@@ -157,8 +157,13 @@ class Tracing:
                 refusing = self._node.tracer.add(self._reception(source, here, watch.found))
                 stack.callback(self._node.tracer.end, refusing)
             stack.push_async_callback(session.close)
-            await asyncio.gather(self._node.tracing_armed(), session.follow(asked[:MOST_NODES]))
+            armed, _ = await asyncio.gather(self._node.tracing_armed(), session.follow(asked[:MOST_NODES]))
             problems = [*planned.problems, *session.problems]
+            if not armed:
+                problems.append(
+                    f"the waypoint of node {self._config.node} does not take what it is told: calls through it may get no answer, "
+                    "and their requests are not shown; see 'meshagent status' and its log"
+                )
             if local is None and not probes:
                 problems.append("only what receivers refuse can be shown of it")
             if len(asked) > MOST_NODES:

@@ -177,7 +177,7 @@ def _service_ports(ports: list[Mapping[str, Any]]) -> Iterator[Found]:
             if target.isascii() and target.isdigit():
                 yield (*path, "targetPort"), f"must be a whole number: write {target} without quotes"
             else:
-                yield (*path, "targetPort"), f'named ports ("{target[:63]}") are not supported yet: give the number'
+                yield (*path, "targetPort"), f'named ports ("{target[:63]}") are not supported: give the number'
             continue
         slot = (port.get("protocol", "TCP"), port["port"])
         if slot in numbers:
@@ -396,7 +396,7 @@ def _operation(path: Path, operation: Mapping[str, Any]) -> Iterator[Found]:
                     yield here, f'"{text[:80]}" is not a port from 1 to 65535'
                 continue
             if field in {"paths", "notPaths"} and "{" in value:
-                yield here, "path templates ({*}, {**}) are not supported yet"
+                yield here, "path templates ({*}, {**}) are not supported"
             elif field in {"paths", "notPaths"} and not value.startswith(("/", "*")):
                 yield here, f'must start with "/" or "*", not "{value[:80]}"'
             elif field in {"methods", "notMethods"} and value != value.upper():

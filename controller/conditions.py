@@ -82,7 +82,7 @@ def check(path: Path, condition: Mapping[str, Any], source: Checks, operation: C
     if header:
         yield from _check_header((*path, "key"), header[1])
     elif key not in _SOURCES and key != _PORT and not all(_claim_path(key) or ("",)):
-        again = "is not supported yet" if _ELSEWHERE.fullmatch(key) else f"is unknown; known are {', '.join(KEYS)}"
+        again = "is not supported" if _ELSEWHERE.fullmatch(key) else f"is unknown; known are {', '.join(KEYS)}"
         yield (*path, "key"), f'"{key[:120]}" {again}'
         return
     if key == _PORT:

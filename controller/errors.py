@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 
@@ -19,6 +20,8 @@ class Problem:
     kind: str = ""
     name: str = ""
     field: str = ""
+    among: str = dataclasses.field(default="", compare=False)
+    """Whom it is about, where that is many who come and go: they change, and it is the same problem."""
 
     def __str__(self) -> str:
         """Leave out what is not known (a file that is no YAML has no kind)."""
@@ -27,4 +30,4 @@ class Problem:
             head += f" {self.kind}/{self.name or '?'}"
         if self.field:
             head += f" {self.field}"
-        return f"{head}: {self.message}"
+        return f"{head}: {self.message}" + (f": {self.among}" if self.among else "")

@@ -46,7 +46,7 @@ def _is_address(text: str) -> bool:
 def _host(text: str) -> str:
     """Return what is wrong with the name of a host, or nothing."""
     if text.startswith("*"):
-        return "wildcards are not supported yet: name each host"
+        return "wildcards are not supported: name each host"
     if _is_address(text):
         return f"{text} is an address: write it under spec.addresses, and a name here"
     if len(text) > 253 or not _NAME.fullmatch(text):

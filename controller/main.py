@@ -25,6 +25,7 @@ from controller.schema import read_or_problems
 from controller.server import Controller, Kubernetes, ServerTls, Settings
 from controller.source import Source
 from controller.store import SharedStore
+from meshapi.text import counted
 
 _PATH: Final = click.Path(path_type=Path)
 
@@ -47,7 +48,7 @@ main.add_command(ca)
 main.add_command(token)
 
 
-@main.command()
+@main.command(short_help="Serve the resources of a directory or of a Kubernetes API server.")
 @click.option("--directory", type=_PATH, help="Directory of YAML files; watched.")
 @click.option("--kubernetes", is_flag=True, help="Read the API server instead: by default the one of the pod that this runs in.")
 @click.option("--kubeconfig", type=_PATH, help="For --kubernetes: the file that says where it is and who we are.")
@@ -177,7 +178,7 @@ async def _serve(settings: Settings) -> None:
         await controller.stop()
 
 
-@main.command()
+@main.command(short_help="Check files or directories without a controller.")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 def validate(paths: tuple[Path, ...]) -> None:
     """Check files or directories without a controller: every problem on a line, status 1 if there is one."""
@@ -200,7 +201,7 @@ def validate(paths: tuple[Path, ...]) -> None:
             count += len(objects)
     for line in _lines(problems):
         click.echo(line)
-    click.echo(f"{count} good, {len(problems)} {'problem' if len(problems) == 1 else 'problems'}", err=True)
+    click.echo(f"{count} good, {counted(len(problems), 'problem')}", err=True)
     sys.exit(1 if problems else 0)
 
 

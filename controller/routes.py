@@ -187,7 +187,7 @@ class Resolver:
         name, port = f"{reference.get('namespace', route.key.namespace)}/{reference['name']}", reference.get("port", 0)
         kind, group = reference.get("kind", "Service"), reference.get("group", "")
         if kind != "Service" or group not in {"", "core"}:
-            return name, port, ("InvalidKind", f"a backend of kind {group + '/' if group else ''}{kind} is not supported yet")
+            return name, port, ("InvalidKind", f"a backend of kind {group + '/' if group else ''}{kind} is not supported")
         grpc = route.key.kind == "GRPCRoute"
         wrong = unreachable(self.services, name, port, grpc=grpc)
         if not wrong and grpc and self._is_silent(name, port):

@@ -337,7 +337,7 @@ def _unknown_kind(kind: object) -> str:
     if not isinstance(kind, str):
         return "must be a string"
     if kind in _KINDS_ELSEWHERE:
-        return f'kind "{kind}" is not supported yet; supported are {", ".join(kinds())}'
+        return f'kind "{kind}" is not supported; supported are {", ".join(kinds())}'
     return f'unknown kind "{kind[:80]}"{suggestion(kind, kinds()) or "; known are " + ", ".join(kinds())}'
 
 
@@ -371,7 +371,7 @@ def _explain(kind: str, error: ValidationError) -> list[tuple[Path, str]]:  # no
     if keyword in {"enum", "const"}:
         choices = wanted if keyword == "enum" else [wanted]
         if isinstance(value, str) and f"{_pattern(path)}={value}" in _NOT_SUPPORTED.get(kind, ()):
-            return [(path, f'"{value}" is not supported yet; supported: {_listed(choices)}')]
+            return [(path, f'"{value}" is not supported; supported: {_listed(choices)}')]
         hint = suggestion(value, choices) if isinstance(value, str) else ""
         return [(path, f"must be {_listed(choices)}, not {_shown(value)}{hint}")]
     if keyword == "minimum":
@@ -408,7 +408,7 @@ def _first_missing(error: ValidationError, name: str) -> bool:
 
 def _unknown_field(kind: str, path: Path, name: str, known: list[str]) -> str:
     if _pattern(path) in _NOT_SUPPORTED.get(kind, ()):
-        return "is not supported yet: remove it"
+        return "is not supported: remove it"
     return f"unknown field{suggestion(name, known) or '; known are ' + ', '.join(known)}"
 
 

@@ -25,7 +25,7 @@ from lab.lab import Lab
 SHOP = Path(__file__).parent / "shop"
 
 
-@click.group()
+@click.group(short_help="A whole mesh on this machine, to try things.")
 def lab() -> None:
     """A whole mesh on this machine: nodes and pods as network namespaces."""
 
@@ -50,7 +50,7 @@ def up(file: Path, mesh: bool) -> None:
         )
 
 
-@lab.command()
+@lab.command(short_help="Take the lab down and remove everything it made.")
 def down() -> None:
     """Take the lab down and remove everything it made, also after a crash."""
     with _failures():
@@ -65,7 +65,7 @@ def down() -> None:
     click.echo("the lab is down" if present else "no lab was up", err=True)
 
 
-@lab.command()
+@lab.command(short_help="Show nodes and pods, and whether their programs run.")
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def status(output: str) -> None:
     """Show nodes and pods, and whether their programs run; exit code 1 if not all do."""
@@ -78,7 +78,11 @@ def status(output: str) -> None:
     sys.exit(0 if report["ready"] else 1)
 
 
-@lab.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@lab.command(
+    "exec",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    short_help="Run a command in a pod, on a host outside, or on a node.",
+)
 @click.argument("pod")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(pod: str, command: tuple[str, ...]) -> None:

@@ -296,7 +296,7 @@ _SHOWN = ("connections_closed_total", "sent_bytes_total", "received_bytes_total"
 def tables(metrics: str) -> tuple[Table, Table]:
     """Return a /metrics page as people read it: one row a pair of workloads, and one row a verdict."""
     pairs: dict[tuple[str, ...], dict[str, float]] = {}
-    verdicts = Table("source", "destination", "seen", "verdict", "rule", "times", box=None, title="policy verdicts")
+    verdicts = Table("source", "destination", "seen", "verdict", "rule or reason", "times", box=None, title="policy verdicts")
     for family in text_string_to_metric_families(metrics):
         for sample in family.samples:
             label = sample.labels
@@ -307,7 +307,7 @@ def tables(metrics: str) -> tuple[Table, Table]:
                 row[sample.name] = row.get(sample.name, 0.0) + sample.value
             elif sample.name == "mesh_policy_verdicts_total" and sample.value:
                 who = (label["source_workload"], label["destination_workload"], label["direction"])
-                verdicts.add_row(*who, label["verdict"], label["rule"], f"{sample.value:.0f}")
+                verdicts.add_row(*who, label["verdict"], label["rule"] or label["reason"], f"{sample.value:.0f}")
     connections = Table(
         "source", "destination", "seen", "port", "opened", "closed", "sent B", "received B", "connect µs", "RTT µs", box=None
     )

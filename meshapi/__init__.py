@@ -1,1 +1,1 @@
-"""The .proto files and the code generated from them: all that agent and controller share. Contains no logic."""
+"""All that agent and controller share: .proto files, the code generated from them, and what both need. Imports neither."""

@@ -11,3 +11,8 @@ LONGEST: Final = 512
 def shown(text: str, longest: int = LONGEST) -> str:
     """One line of at most so many characters, without control characters: U+FFFD stands for each of them."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:longest])
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """Say how many there are, with the right form of the word: "1 error", "2 errors"."""
+    return f"{number} {one if number == 1 else many or one + 's'}"

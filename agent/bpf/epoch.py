@@ -6,7 +6,7 @@ slot too, so that the next turn finds both the same. A crash between any two of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -63,9 +63,12 @@ class Epoch:
         return (now, later) if self.current == 0 else (later, now)
 
     def bring(
-        self, blocks: Mapping[bytes, int], address: Mapping[bytes, Known], workload: Mapping[bytes, Known]
+        self, blocks: Mapping[bytes, int], address: Mapping[bytes, Known], workload: Mapping[bytes, Known], switching: Callable[[], None]
     ) -> tuple[dict[str, set[bytes]], int]:
-        """Bring identities and policies into force in all rows at once; returns the keys that are not wanted any more, and how many rows were written."""
+        """Bring identities and policies into force in all rows at once; returns the keys that are not wanted any more, and how many rows were written.
+
+        `switching` is called right before the first of them is. Raises KernelRefused before that if there is no room for old and new rows.
+        """
         held = {key: self._layouts.block_identity(row, self.current) for key, row in self._mirrors["mesh_block"].read().items()}
         now, later = (_Strangers({self._layouts.block_of(key): identity for key, identity in of.items()}) for of in (held, blocks))
         changes = {
@@ -73,6 +76,7 @@ class Epoch:
             "mesh_address": self._known("mesh_address", address, now, later),
             "mesh_workload": self._known("mesh_workload", workload, now, later),
         }
+        switching()
         if any(change.turning for change in changes.values()):
             for name, change in changes.items():
                 self._mirrors[name].write({**change.passing, **change.turning})
@@ -107,6 +111,7 @@ class Epoch:
         """A block that comes or goes changes who its addresses are, as a row of a workload does that changes."""
         change = _Change(stale=set(held.keys() - wanted.keys()))
         rows = self._mirrors["mesh_block"].read()
+        self._mirrors["mesh_block"].check(len(rows.keys() | wanted.keys()))
         for key in held.keys() | wanted.keys():
             bits, address = self._layouts.block_of(key)
             current = held[key] if key in held else now.of(address, bits)

@@ -18,8 +18,7 @@ from agent.bpf.manifest import Direction
 from agent.bpf.maps import Map
 from agent.errors import KernelRefused
 
-_NETLINK_SOCK_DIAG = 4  # include/uapi/linux/netlink.h, as all NLA* here
-_NLA_F_NESTED, _NLA_TYPE_MASK = 0x8000, 0x3FFF
+_NETLINK_SOCK_DIAG = 4  # include/uapi/linux/netlink.h
 _SOCK_DIAG_BY_FAMILY, _SOCK_DESTROY = 20, 21  # include/uapi/linux/sock_diag.h
 _SK_DIAG_BPF_STORAGE_REQ_MAP_FD = 1
 _SK_DIAG_BPF_STORAGE_MAP_VALUE = 3
@@ -122,8 +121,10 @@ class Sockets:
         self._record = codec.unpacker(*Record._fields)
         self._own = joined.unpacker("key")
         self._bytes = self._pairs.layout.value.unpacker("bytes")
-        wanted = b"".join(_attribute(_SK_DIAG_BPF_STORAGE_REQ_MAP_FD, struct.pack("=I", maps[n].fd)) for n in ("mesh_sock", "mesh_joined"))
-        self._wanted = _attribute(_INET_DIAG_REQ_SK_BPF_STORAGES | _NLA_F_NESTED, wanted)
+        wanted = b"".join(
+            netlink.attribute(_SK_DIAG_BPF_STORAGE_REQ_MAP_FD, struct.pack("=I", maps[n].fd)) for n in ("mesh_sock", "mesh_joined")
+        )
+        self._wanted = netlink.attribute(_INET_DIAG_REQ_SK_BPF_STORAGES | netlink.NESTED, wanted)
 
     def dump(self, namespace: Path) -> Iterator[LiveSocket]:
         """The connections in `namespace` that have a record: those that the mesh has seen begin. Raises OSError if the namespace is gone.
@@ -156,7 +157,7 @@ class Sockets:
         at = start + _MESSAGE
         while at < end:
             length, kind = _ATTRIBUTE.unpack_from(buffer, at)
-            kind &= _NLA_TYPE_MASK
+            kind &= netlink.KIND
             if kind == _INET_DIAG_INFO:
                 info = at + 4
             elif kind == _INET_DIAG_SK_BPF_STORAGES:
@@ -229,10 +230,6 @@ def _open(namespace: Path) -> socket.socket:
     return netns.run_in(namespace, inside)
 
 
-def _attribute(kind: int, body: bytes) -> bytes:
-    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(body), kind) + body
-
-
 def _values(buffer: memoryview, at: int, end: int, *sizes: int) -> list[int]:
     """Where the value of each of these sizes begins among the records of a socket; 0 if it has none."""
     found = [0] * len(sizes)
@@ -241,7 +238,7 @@ def _values(buffer: memoryview, at: int, end: int, *sizes: int) -> list[int]:
         inner, stop = at + 4, at + length  # SK_DIAG_BPF_STORAGE: map id, perhaps padding, value
         while inner < stop:
             size, kind = _ATTRIBUTE.unpack_from(buffer, inner)
-            if kind & _NLA_TYPE_MASK == _SK_DIAG_BPF_STORAGE_MAP_VALUE and size - 4 in sizes:
+            if kind & netlink.KIND == _SK_DIAG_BPF_STORAGE_MAP_VALUE and size - 4 in sizes:
                 found[sizes.index(size - 4)] = inner + 4
             inner += (size + 3) & ~3
         at += (length + 3) & ~3

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
@@ -106,12 +106,14 @@ class Tables:
         accelerated: frozenset[str] = frozenset(),
         tunnels: Mapping[str, int] = NO_TUNNELS,
         direct: Direct = NO_DIRECT,
+        switching: Callable[[], None] = lambda: None,
     ) -> int:
         """Make the kernel decide by `snapshot`; returns the number of rows written or removed.
 
         `enforce_inbound` names workloads whose L7 policy holds at the receiver even for this node's waypoint, `accelerated` those whose connections
         within the node may bypass TCP; `tunnels` numbers the SPIFFE IDs to which the waypoint has a tunnel now (`agent.tunnels`), `direct` says
-        who needs none. Raises KernelRefused, before any row is switched, if a map is too small.
+        who needs none. Raises KernelRefused, before any row is switched, if a map is too small. `switching` is called once, when everything has been found
+        to fit: right before the first row says something else about an address, a namespace or a service.
         """
         here = {n.local.workload.name: n for n in local}
         flags = dict.fromkeys(enforce_inbound, m.WORKLOAD_ENFORCE_INBOUND)
@@ -128,9 +130,9 @@ class Tables:
         changed = None
         delta = Delta(snapshot.version) if snapshot is before else snapshot.delta
         if before is not None and delta is not None and delta.base == before.version and not turned:
-            changed = self._difference(delta, before, snapshot, here, flags, renumbered)
+            changed = self._difference(delta, before, snapshot, here, flags, renumbered, switching)
         if changed is None:
-            changed = self._everything(snapshot, here, flags)
+            changed = self._everything(snapshot, here, flags, switching)
         self._snapshot, self._local, self._flags = snapshot, here, flags
         return changed
 
@@ -170,7 +172,9 @@ class Tables:
 
     # Everything.
 
-    def _everything(self, snapshot: Snapshot, here: Mapping[str, Namespace], flags: Mapping[str, int]) -> int:
+    def _everything(
+        self, snapshot: Snapshot, here: Mapping[str, Namespace], flags: Mapping[str, int], switching: Callable[[], None]
+    ) -> int:
         self.remove_retired()
         self._index(snapshot, here)
         policies, policy_rows, blocks = self._compile_policies(snapshot, here)
@@ -199,13 +203,12 @@ class Tables:
         stale = {}
         changed = 0
         for name in ("mesh_backend", "mesh_member", "mesh_policy", "mesh_mtls"):
-            stale[name], number = self._bring(mirrors[name], plain[name])
-            changed += number
-        standing, number = self._epoch.bring(blocks, address, namespaces)
-        changed += number
+            stale[name], fresh = self._compare(mirrors[name], plain[name])
+            changed += mirrors[name].write(fresh)
+        stale["mesh_service"], fresh = self._compare(mirrors["mesh_service"], service)
+        standing, number = self._epoch.bring(blocks, address, namespaces, switching)
+        changed += number + mirrors["mesh_service"].write(fresh)
         stale |= standing
-        stale["mesh_service"], number = self._bring(mirrors["mesh_service"], service)
-        changed += number
         for name, keys in stale.items():
             mirrors[name].count = needed[name] + len(keys)
         for name in ("mesh_service", "mesh_workload", "mesh_address", "mesh_block"):
@@ -219,13 +222,13 @@ class Tables:
         return changed
 
     @staticmethod
-    def _bring(mirror: Mirror, wanted: Rows) -> tuple[set[bytes], int]:
-        """Write rows that are new or different; returns the keys that are not wanted any more, and how many were written."""
+    def _compare(mirror: Mirror, wanted: Rows) -> tuple[set[bytes], Rows]:
+        """The keys that are not wanted any more, and the rows to write. Raises KernelRefused if there is no room for both."""
         held = mirror.read()
         stale = held.keys() - wanted.keys()
         fresh = {key: row for key, row in wanted.items() if held.get(key) != row}
         mirror.check(len(held.keys() | wanted.keys()))
-        return stale, mirror.write(fresh)
+        return stale, fresh
 
     # What is known of the model, kept for the next difference.
 
@@ -444,6 +447,7 @@ class Tables:
         here: Mapping[str, Namespace],
         flags: Mapping[str, int],
         renumbered: frozenset[str],
+        switching: Callable[[], None],
     ) -> int | None:
         """Touch only what differs. None, and nothing done in the kernel, if the policies or the classes of callers change."""
         policies = self._policies
@@ -462,7 +466,7 @@ class Tables:
         raws, services = self._reindex(touched, here)
         if zone != self._zone:
             return None
-        mtls, old_mtls = self._mtls_difference(touched)
+        modes = self._mtls_difference(touched)
         for workload in snapshot.workloads.values() if renumbered else ():
             if self._tunnelled(workload) and workload.identity(self._trust_domain) in renumbered:
                 raws |= _addresses(workload, None)
@@ -478,7 +482,7 @@ class Tables:
         }
         cookies = {n.local.netns_cookie for n in here.values()}
         left = [self._rows.cookie(n.local.netns_cookie) for n in self._local.values() if n.local.netns_cookie not in cookies]
-        return self._write_difference(snapshot, delta.services | services, address, closed, workload_rows, left, mtls, old_mtls)
+        return self._write_difference(snapshot, delta.services | services, address, closed, workload_rows, left, modes, switching)
 
     def _mtls_difference(self, touched: Iterable[tuple[Workload | None, Workload | None]]) -> tuple[Rows, list[bytes]]:
         """Rows of ports to write, and keys of those to remove, if workloads are replaced, each (old, new)."""
@@ -521,10 +525,11 @@ class Tables:
         closed: list[bytes],
         workload: Rows,
         left: list[bytes],
-        mtls: Rows,
-        old_mtls: list[bytes],
+        modes: tuple[Rows, list[bytes]],
+        switching: Callable[[], None],
     ) -> int:
         mirrors = self.mirrors
+        mtls, old_mtls = modes
         service: Rows = {}
         backend: Rows = {}
         member: Rows = {}
@@ -551,6 +556,7 @@ class Tables:
         fresh = {name: mirrors[name].room_for(rows) for name, rows in pointing.items()}
         fresh |= {name: len(rows) for name, rows in lists.items()}
         self._ids.save()
+        switching()
         changed = 0
         for name, rows in (lists | pointing).items():  # a port's mode before the row that says that there is one
             changed += mirrors[name].write(rows)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from agent import flows, kubelet
+from agent import flows, kubelet, probe
 from agent.bpf.manifest import Direction, Reason, Verdict
 from agent.bpf.maps import Map
 from agent.bpf.sockets import Sockets
@@ -79,8 +79,8 @@ class Kernel:
     def _seen(self, direction: int, source: int, target: int, service: int, port: int, protocol: int, outcome: Outcome) -> Seen | None:
         """A call, told once: by its caller, and by the receiver of a caller that nobody knows."""
         caller, receiver = self._ids.name(source), self._ids.name(target)
-        if caller.startswith(f"{kubelet.NAMESPACE}/"):
-            return None  # a probe, which no policy decides about
+        if caller.startswith(f"{kubelet.NAMESPACE}/") or probe.NAME in {caller, receiver}:
+            return None  # a kubelet's probe, which no policy decides about, or the agent's own
         name, _, dialled = self._ids.name(service).rpartition(":")
         inbound = direction == Direction.INBOUND
         if inbound:

@@ -60,14 +60,7 @@ def _nf_tables() -> Iterator[Chain]:
 
 
 def _chain(attributes: bytes) -> Chain:
-    found = {}
-    at = 0
-    while at + 4 <= len(attributes):
-        length, kind = struct.unpack_from("=HH", attributes, at)
-        if length < 4:
-            break
-        found[kind & 0x3FFF] = attributes[at + 4 : at + length]
-        at += (length + 3) & ~3
+    found = netlink.attributes(attributes)
     return _text(found.get(_TABLE, b"")), _text(found.get(_NAME, b""))
 
 

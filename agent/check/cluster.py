@@ -14,6 +14,7 @@ from cryptography import x509
 from agent.check import definitions
 from agent.check.api import Api, Refused, Unreachable
 from agent.check.finding import Finding, Report, error, ok, some, warning
+from meshapi.text import counted
 
 AGENT, CONTROLLER = "meshagent-agent", "meshagent-controller"
 """Fixed names of the chart (deploy/helm/meshagent/templates/_helpers.tpl)."""
@@ -369,7 +370,7 @@ class Cluster:
                 next_step="put the next one there beside it before controllers sign with it",
             )
         else:
-            yield ok("root", f"{len(living)} certificates; the last ends {ends:%Y-%m-%d}", where)
+            yield ok("root", f"{counted(len(living), 'certificate')}; the last ends {ends:%Y-%m-%d}", where)
 
     def _signer(self) -> Iterator[Finding]:
         """Whether the Secret is there: its metadata alone is asked for, its contents stay in the API server."""

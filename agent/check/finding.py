@@ -34,7 +34,7 @@ class Report:
     """All that was found of one node or cluster."""
 
     scope: str
-    """"node" or "cluster"."""
+    """"node", "cluster", or "agents" if no node could be looked at."""
     name: str
     findings: tuple[Finding, ...] = field(default=())
 

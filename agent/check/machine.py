@@ -270,15 +270,20 @@ def ports(config: Config, agent: int | None) -> Iterator[Finding]:
                 "ports", f"UDP port {one.port}, for WireGuard, is in use", str(one), cause="another program or WireGuard device has it",
                 next_step="matters with --encryption wireguard only: end it, or start the agent with another --wireguard-port",
             )  # fmt: skip
+    in_pods: dict[str, dict[str, set[int]]] = {}
     for namespace in places.namespaces(config.cgroup):
         for one in places.listeners(Path(f"/proc/{namespace.pid}/net"), {"tcp": frozenset(POD_PORTS)}, config.cgroup):
             if not _ours(one, config):
-                free = False
-                yield warning(
-                    "ports", f"port {one.port}, which the mesh uses in workloads' network namespaces, is in use", f"{one} in {namespace}",
-                    cause="the proxy of another mesh, or the application itself, listens there",
-                    next_step="take the other mesh out of that workload, have it listen elsewhere, or leave it out of this one (meshagent.io/mode: none)",
-                )  # fmt: skip
+                in_pods.setdefault(one.command, {}).setdefault(f"{one} in {namespace}", set()).add(one.port)
+    for command, where in in_pods.items():  # one finding for a mesh that is in every pod of the node
+        free = False
+        yield warning(
+            "ports",
+            f"{command or 'somebody'} has port {some(map(str, set().union(*where.values())), 9)}, which the mesh uses in workloads' network namespaces",
+            some(where),
+            cause="the proxy of another mesh, or the application itself, listens there",
+            next_step="take the other mesh out of these workloads, have it listen elsewhere, or leave them out of this one (meshagent.io/mode: none)",
+        )
     if free:
         yield ok("ports", "the mesh's ports are free, or the mesh's own")
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 from agent.bpf import attached
 from agent.check.finding import Finding, error, ok, some, warning
 from agent.config import Config
+from meshapi.text import counted
 
 _OVERDUE: Final = 0.75
 """Certificates are renewed at half of their life: one of that age has missed several attempts."""
@@ -123,9 +124,21 @@ def certificates(identity: Mapping[str, Any], now: float) -> Iterator[Finding]:
         if finding := _certificate(one, who, now):
             bad += 1
             yield finding
+    cut = sorted({end for one in held if (end := one.get("authorityEndsAt")) is not None and now < one["expiresAt"] == end})
+    for end in cut:
+        bad += 1
+        yield warning(
+            "certificates", f"the certificate that signs them ends in {(end - now) / 3600:.1f} h, and no certificate is renewed beyond that",
+            cause="who renews it (cert-manager, or people) has not done so yet, or controllers have not got the new one",
+            next_step="put the next one in place (Secret meshagent-ca, --ca-cert, or what --ca-command signs with): controllers take it up, and agents renew "
+            "at half of what is left",
+        )  # fmt: skip
     if held and not bad:
         first = min(one["expiresAt"] for one in held)
-        yield ok("certificates", f"{len(held)} are in time; the first ends in {(first - now) / 3600:.1f} h and is renewed before")
+        yield ok(
+            "certificates",
+            f"{counted(len(held), 'is', 'are')} in time; the first ends in {(first - now) / 3600:.1f} h and is renewed before",
+        )
     elif not held:
         yield ok("certificates", "there are no workloads with an identity here")
 

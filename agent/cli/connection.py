@@ -32,6 +32,17 @@ def with_tls(command: Any) -> Any:
     return command
 
 
+def unanswered(controller: str, error: grpc.RpcError, waited_s: float | None = None) -> str:
+    """What to say of a call to a controller that failed; `waited_s`: its deadline, if it had one."""
+    failed: Any = error  # what a stub raises is also a grpc.Call, which its type does not say
+    code, details = failed.code(), " ".join((failed.details() or "").split())
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return f"controller {controller} is not reachable ({details}): is `mesh-controller run` up? give its address with --controller"
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED and waited_s is not None:
+        return f"controller {controller} did not answer within {waited_s:g} s: look at its log"
+    return f"controller {controller}: {details or code.name.lower().replace('_', ' ')}"
+
+
 def channel(controller: str, tls: Mapping[str, Path | None]) -> grpc.Channel:
     """Return a channel. Raises click.UsageError if options are missing; ends the command if a file cannot be read."""
     options = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 _TOKEN_VARIABLE = "MESHAGENT_JOIN_TOKEN"  # noqa: S105  a name
 _CGROUP_VARIABLE = "MESHAGENT_RUN_CGROUP"
+_MOST_MEMORY = 1 << 60
+"""Bytes. The kernel takes larger numbers for smaller ones when they have more than 64 bits (lib/vsprintf.c, simple_strtoull)."""
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
-_DIRECTORY = click.Path(path_type=Path, file_okay=False)
+_DIRECTORY = click.Path(path_type=Path, file_okay=False, readable=False)  # who may not read it is told so by what looks into it
 _TOKEN = click.Path(path_type=Path, dir_okay=False)
 _FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
@@ -96,6 +98,8 @@ def _memory(_context: click.Context, _parameter: click.Parameter, given: str | N
     found = int(match[1]) * _UNITS[match[2] or ""]
     if found < LEAST:
         raise click.BadParameter(f"{given!r} is too little: an Envoy without any traffic needs half of {LEAST >> 20}Mi")
+    if found > _MOST_MEMORY:
+        raise click.BadParameter(f"{given!r} is more than any machine has")
     return found
 
 
@@ -289,7 +293,7 @@ def run(  # noqa: PLR0913  one parameter for each option
     asyncio.run(Supervisor(config).run())
 
 
-@click.command()
+@click.command(short_help="Say what it would mean to start this version here.")
 @places
 @_map_capacity
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
@@ -300,6 +304,7 @@ def upgrade_check(*, cgroup: Path | None, pin_dir: Path, run_dir: Path, state_di
     """
     from agent.bpf import upgrade  # noqa: PLC0415  as above
 
+    features.check_root()
     config = Config(
         node="",
         controller="",
@@ -339,7 +344,7 @@ def _in_words(report: upgrade.Report) -> list[str]:
     ]
 
 
-@click.command()
+@click.command(short_help="Remove everything of the mesh from this machine.")
 @places
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def uninstall(*, cgroup: Path | None, pin_dir: Path, run_dir: Path, state_dir: Path, output: str) -> None:

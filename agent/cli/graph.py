@@ -18,13 +18,14 @@ from meshapi import relay_pb2
 from meshapi.graph import drawing, export
 from meshapi.graph.answer import Answer, Edge, Unreadable, decode
 from meshapi.graph.merge import Graph, merge
+from meshapi.text import counted
 
 PATIENCE_S = 10.0
 """What an agent may take beyond the window."""
 _PIPE_WIDTH = 200
 
 
-@click.command()
+@click.command(short_help="Show who talks to whom now: rates, errors, denials.")
 @click.option("-n", "--namespace", default="", help="Only calls from and to this namespace.")
 @click.option(
     "--window",
@@ -114,9 +115,8 @@ def _show(found: Graph) -> None:
         for rule in edge.rules:
             console.print(f"[red]denied[/red]  {escape(_row(edge)[0])} -> {escape(_row(edge)[1])}: {escape(rule)}", soft_wrap=True)
     left = f", {found.folded} quieter ones are not shown" if found.folded else ""
-    console.print(
-        f"{len(found.edges)} kinds of calls, told by {', '.join(map(escape, found.nodes)) or 'no node'}, over {found.seconds:.1f} s{left}"
-    )
+    kinds = counted(len(found.edges), "kind of calls", "kinds of calls")
+    console.print(f"{kinds}, told by {', '.join(map(escape, found.nodes)) or 'no node'}, over {found.seconds:.1f} s{left}")
 
 
 def _row(edge: Edge) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def show_all(run_dir: Path, output: str) -> None:
     sys.exit(0 if good else 1)
 
 
-@identity.command("show")
+@identity.command("show", short_help="Show a workload's certificate, with its chain.")
 @click.argument("workload")
 @NAMESPACE
 @RUN_DIR

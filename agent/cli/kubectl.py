@@ -1,11 +1,13 @@
 """`kubectl meshagent …`: the command as a kubectl plugin (https://kubernetes.io/docs/tasks/extend-kubectl/kubectl-plugins/).
 
-`check` looks at the cluster from here. What asks a node's agent runs in that agent's pod: this finds the pod, and becomes `kubectl exec`, so that exit status,
-signals and terminal are kubectl's business. Arguments are passed on as a list; there is no shell on the way.
+`check` looks at the cluster from here, and with --all-nodes at every node too (`agent.cli.everynode`). What asks a node's agent runs in that agent's pod: this
+finds the pod, and becomes `kubectl exec`, so that exit status, signals and terminal are kubectl's business. Arguments are passed on as a list; there is no
+shell on the way.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 import tempfile
@@ -18,7 +20,7 @@ import click
 from click.shell_completion import ShellComplete
 
 from agent.cli import observe, policy, resources
-from agent.cli.check import MESH_NAMESPACE
+from agent.cli.check import MESH_NAMESPACE, check
 from agent.cli.identity import show_one
 from agent.cli.main import main as meshagent
 from agent.errors import MeshError, NotFound
@@ -40,6 +42,7 @@ _FLAGS: Final = {
     "-n": "namespace",
     "--node": "node",
     "--mesh-namespace": "mesh",
+    "--all-nodes": "all_nodes",
 }
 _HELP: Final = """Usage: kubectl meshagent [FLAGS] COMMAND [ARGS]...
 
@@ -47,6 +50,7 @@ _HELP: Final = """Usage: kubectl meshagent [FLAGS] COMMAND [ARGS]...
 
 Flags (anywhere):
   --node NAME            Which node's agent; without it, the source's (trace) or the only one. With 'check': check that node.
+  --all-nodes            With 'check': check every node that has an agent, after the cluster.
   -n, --namespace NAME   Namespace of workloads that are named without one.  [default: the context's]
   --mesh-namespace NAME  Where the mesh is installed.  [default: meshagent-system]
   --kubeconfig FILE, --context NAME
@@ -64,6 +68,7 @@ class Given:
     namespace: str = ""
     node: str = ""
     mesh: str = MESH_NAMESPACE
+    all_nodes: bool = False
     rest: list[str] = field(default_factory=list)
 
     @property
@@ -76,7 +81,7 @@ class Given:
 
 
 def parse(arguments: Sequence[str]) -> Given:
-    """Take flags of kubectl out of a command line, wherever they are before "--". Raises click.UsageError for one without a value."""
+    """Take flags of kubectl out of a command line, wherever they are before "--". Raises click.UsageError for one without its value."""
     given = Given()
     left = list(arguments)
     while left:
@@ -89,6 +94,11 @@ def parse(arguments: Sequence[str]) -> Given:
             name, value = "-n", word[2:]
         if name not in _FLAGS:
             given.rest.append(word)
+            continue
+        if isinstance(getattr(given, _FLAGS[name]), bool):
+            if separator:
+                raise click.UsageError(f"{name} takes no value")
+            setattr(given, _FLAGS[name], True)
             continue
         if not value:
             if separator or not left:
@@ -133,11 +143,36 @@ def _run(given: Given) -> NoReturn:
     if command in _INSTEAD:
         raise click.UsageError(_INSTEAD[command].format(command))
     asks_for_help = bool({"-h", "--help"} & set(given.rest))
+    if given.all_nodes and (command != "check" or given.node):
+        raise click.UsageError("--all-nodes is for 'check'" if command != "check" else "--node and --all-nodes exclude each other")
+    of_nodes = command == "check" and bool(given.node or given.all_nodes) and not asks_for_help
+    if of_nodes and _parsed(check, given.rest[1:]).get("kubernetes"):
+        raise click.UsageError("--kubernetes looks at the cluster and not at nodes: leave it out, or --node and --all-nodes")
+    if given.all_nodes and not asks_for_help:
+        sys.exit(_check_all(given))
     if command == "check" and not given.node and not asks_for_help:
         meshagent(["check", "--kubernetes", *given.connection, "--namespace", given.mesh, *given.rest[1:]], prog_name="kubectl meshagent")
     if command not in {*IN_AGENTS, "check"} or asks_for_help:
         meshagent(given.rest, prog_name="kubectl meshagent")
     _exec(given, command)
+
+
+def _check_all(given: Given) -> int:
+    """Check the cluster and every node; return the exit status."""
+    options = given.rest[1:]
+    output = str(check.make_context("check", list(options)).params["output"])
+    from agent.check import cluster  # noqa: PLC0415  completion and help do without
+    from agent.check.api import Api  # noqa: PLC0415
+    from agent.cli import everynode  # noqa: PLC0415
+
+    file = Path(given.kubeconfig) if given.kubeconfig else None
+    found = [cluster.check(file, given.context, given.mesh, importlib.metadata.version("meshagent"))]
+    try:
+        agents = _agents(Api.connect(file, given.context), given)
+        found += everynode.reports(["kubectl", *given.connection], given.mesh, agents, options)
+    except MeshError as failure:  # what was found of the cluster may say why
+        found.append(everynode.unseen(str(failure), given.mesh))
+    return everynode.say(found, output)
 
 
 def _exec(given: Given, command: str) -> NoReturn:
@@ -189,14 +224,13 @@ def _with_files(options: list[str]) -> list[str]:
     return [*kept, "-f", "-"]
 
 
-def _pod(api: Api, given: Given, source: str) -> str:
-    """The agent's pod on the node that is asked for, or on that of a workload, or the only one. Raises NotFound."""
+def _agents(api: Api, given: Given) -> dict[str, str]:
+    """The agents' pods that run, by node. Raises NotFound."""
     from agent.check.api import Refused, Unreachable  # noqa: PLC0415  as above
     from agent.check.cluster import AGENTS  # noqa: PLC0415
 
     try:
         pods = api.items(f"/api/v1/namespaces/{given.mesh}/pods", AGENTS)
-        node = given.node or (_node_of(api, source) if source else "")
     except (Refused, Unreachable) as error:
         raise NotFound(f"cannot find the agents' pods in namespace {given.mesh}: {error}") from error
     agents: dict[str, str] = {
@@ -208,6 +242,13 @@ def _pod(api: Api, given: Given, source: str) -> str:
         raise NotFound(
             f"no agent runs in namespace {given.mesh}: is the mesh installed elsewhere? give --mesh-namespace; 'kubectl meshagent check' says more"
         )
+    return agents
+
+
+def _pod(api: Api, given: Given, source: str) -> str:
+    """The agent's pod on the node that is asked for, or on that of a workload, or the only one. Raises NotFound."""
+    agents = _agents(api, given)
+    node = given.node or (_node_of(api, source) if source else "")
     if node in agents:
         return agents[node]
     if given.node:
@@ -218,15 +259,15 @@ def _pod(api: Api, given: Given, source: str) -> str:
 
 
 def _node_of(api: Api, workload: str) -> str:
-    from agent.check.api import Refused  # noqa: PLC0415  as above
+    from agent.check.api import Refused, Unreachable  # noqa: PLC0415  as above
 
     namespace, _, name = workload.partition("/")
     try:
         return str(api.get(f"/api/v1/namespaces/{namespace}/pods/{name}")["spec"].get("nodeName", ""))
-    except Refused as error:
-        if error.code != 404:
-            raise
-        return ""
+    except (Refused, Unreachable) as error:
+        if isinstance(error, Refused) and error.code == 404:
+            return ""
+        raise NotFound(f"cannot find the node of {workload}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def _connection(c: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield f"{c['source']}  ->  {c['destination']}   {c['outcome']}"
     for hop in c["hops"]:
-        facts = "  ".join(f"{k} {_fact(k, v)}" for k, v in hop.items() if k not in {"at", "node", "durationNs"})
+        facts = "  ".join(f"{k.removesuffix('Ns')} {_fact(k, v)}" for k, v in hop.items() if k not in {"at", "node", "durationNs"})
         yield f"  {hop['at']:10} {hop['node']:8} {_duration(hop['durationNs']):>9}  {facts}"
     if c.get("clockErrorNs"):
         yield f"  clocks      of the nodes agree within {_duration(c['clockErrorNs'])}"

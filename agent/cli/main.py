@@ -51,7 +51,7 @@ def main() -> None:
     """A service mesh without sidecars: eBPF at connect(), one Envoy per node where L7 is needed."""
 
 
-@main.command()
+@main.command(short_help="Print a completion script for a shell.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print a shell completion script: source <(meshagent completion bash)."""

@@ -20,13 +20,13 @@ from agent.errors import NotFound
 from agent.plan import qualified
 from meshapi import agent_pb2 as pb
 from meshapi import agent_pb2_grpc, relay_pb2, relay_pb2_grpc
-from meshapi.text import shown
+from meshapi.text import counted, shown
 
 _LONGEST_ERROR = 500
 """Characters of what a node says went wrong."""
 RUN_DIR = click.option(
     "--run-dir",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=click.Path(path_type=Path, file_okay=False, readable=False),
     default=Path("/run/meshagent"),
     show_default=True,
     help="Where the agent keeps its socket; a directory of such directories serves several agents.",
@@ -40,13 +40,17 @@ NAMESPACE = click.option(
 )
 CONNECT_TIMEOUT_S = 5
 NEGATIVE = {"denied", "refused", "failed", "timed out", "given up", "401", "403"}
-"""Outcomes of a connection that make the command end with exit code 1."""
+"""Outcomes of a connection that make the command end with exit code 1, as does one that the mesh has a next step for."""
+_AUDITED = "would be denied"
 
 
 def sockets(run_dir: Path) -> list[Path]:
     """The sockets of the agents below `run_dir`. NotFound if there is none."""
     own = run_dir / "agent.sock"
-    found = [own] if own.exists() else sorted(run_dir.glob("*/agent.sock"))
+    try:
+        found = [own] if own.exists() else sorted(run_dir.glob("*/agent.sock"))
+    except PermissionError as error:
+        raise NotFound(f"{run_dir} is not yours to look into: run this as root, or ask a controller with --controller") from error
     if not found:
         raise NotFound(f"no agent has its socket in {run_dir}: is 'meshagent run' running, and are you root?")
     return found
@@ -89,7 +93,7 @@ def told(target: str, tls: Mapping[str, Path | None], request: relay_pb2.AskRequ
                         yield one.node, one.document
             except grpc.RpcError as error:
                 if error.code() is not grpc.StatusCode.CANCELLED:
-                    raise NotFound(f"controller {target}: {error.details() or error.code().name.lower()}") from error
+                    raise NotFound(connection.unanswered(target, error)) from error
     if failed:
         raise NotFound("; ".join(failed))
 
@@ -105,7 +109,7 @@ def _ended_by_interrupt(call: Any) -> Iterator[None]:
         call.cancel()
 
 
-@click.command()
+@click.command(short_help="Show whether agents and what they need are in force.")
 @RUN_DIR
 @THROUGH
 @connection.with_tls
@@ -179,7 +183,7 @@ def _identity(held: dict[str, Any]) -> str:
         return "waiting for the controller"
     ends = [w["expiresAt"] for w in held["workloads"] if w["expiresAt"] is not None]
     failing = sum(bool(w["problem"]) for w in held["workloads"])
-    parts = [f"{len(ends)} of {len(held['workloads'])} certificates", f"{held['roots']} trusted roots"]
+    parts = [f"{len(ends)} of {len(held['workloads'])} certificates", counted(held["roots"], "trusted root")]
     if ends:
         parts.insert(1, f"first ends {moment(min(ends))}")
     if held["node"] is not None and held["node"]["expiresAt"] is not None:
@@ -207,7 +211,7 @@ def _codes(_context: click.Context, _option: click.Parameter, given: tuple[str, 
     return given
 
 
-@click.command()
+@click.command(short_help="Explain what happens to calls, and watch them.")
 @click.argument("source")
 @click.argument("destination")
 @click.option("--probe", is_flag=True, help="Open one connection from the source's namespace (L7: GET /).")
@@ -254,7 +258,7 @@ def trace(  # noqa: PLR0913  each is an option
 
     SOURCE is a workload, DESTINATION a service or a workload, each NAMESPACE/NAME, or NAME in the namespace of -n; DESTINATION may end in :PORT.
     `kubelet` as SOURCE is that of the DESTINATION's node: its probes of that workload.
-    Exit code 1 if the call is denied.
+    Exit code 1 if a call is denied, or fails for a reason that has a next step.
     """
     source, destination = within(namespace, source), within(namespace, destination)
     request = pb.TraceRequest(
@@ -270,12 +274,23 @@ def trace(  # noqa: PLR0913  each is an option
         slow_ms=slow,
     )
     negative = False
+    awaited = probe and not (method or path or statuses or errors_only or slow)
     found = documents(controller, tls, relay_pb2.AskRequest(trace=request)) if controller else _traced(agent_of(source, run_dir), request)
     with _shown_as(output or ("table" if live.is_terminal() else "json")) as show:
         for document in found:
-            negative |= document.get("verdict") == "DENY" or document.get("outcome") in NEGATIVE
+            negative |= _is_negative(document)
+            awaited &= document["kind"] != "connection"
             show(document)
+    if awaited:
+        connection.fail(
+            "nothing answered the probe, or what did was not seen: see the problems of the plan, and 'meshagent status' on the source's node"
+        )
     sys.exit(1 if negative else 0)
+
+
+def _is_negative(document: Mapping[str, Any]) -> bool:
+    outcome = document.get("outcome")
+    return document.get("verdict") == "DENY" or outcome in NEGATIVE or bool(document.get("nextStep") and outcome != _AUDITED)
 
 
 def within(namespace: str, name: str) -> str:

@@ -18,7 +18,7 @@ from agent.errors import NotFound
 from agent.report import CallRow, Change, camel
 from meshapi import admin_pb2, admin_pb2_grpc, proposal_pb2, proposal_pb2_grpc, relay_pb2
 from meshapi import agent_pb2 as pb
-from meshapi.text import shown
+from meshapi.text import counted, shown
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _METHOD, _PATH = re.compile("[A-Z_]{0,32}"), re.compile(r"(?:\*|/[A-Za-z0-9._~/{}*-]{0,300})?")
@@ -44,7 +44,7 @@ def policy() -> None:
     """Try AuthorizationPolicies before they are in force."""
 
 
-@policy.command(name="try")
+@policy.command(name="try", short_help="Hold the calls of the last hour against other policies.")
 @click.option(
     "-f", "--filename", "sources", multiple=True, metavar="FILE|DIR|-", help="AuthorizationPolicies, which replace those of the same name."
 )
@@ -199,7 +199,7 @@ def _compare(answers: Answers, output: str) -> int:
         for word in _ORDER:
             found = [row for row in rows if row["change"] == word]
             if found:
-                click.echo(f"{word}: {sum(row['count'] for row in found)} calls")
+                click.echo(f"{word}: {counted(sum(row['count'] for row in found), 'call')}")
             for row in found:
                 request = f"{row['method'] or '?'} {row['path']}  " if row["path"] else ""
                 click.echo(

@@ -63,7 +63,7 @@ def delete(sources: tuple[str, ...], output: str, controller: str, **tls: Path |
     _show_results(results, output)
 
 
-@click.command()
+@click.command(short_help="Show resources and their status.")
 @click.argument("kind")
 @click.argument("name", default="")
 @click.option("-n", "--namespace", default="", help="Only this namespace; without it, every namespace.")
@@ -103,15 +103,7 @@ def call(controller: str, ask: Any) -> Any:
     try:
         return ask()
     except grpc.RpcError as error:
-        failed: Any = error  # what a stub raises is also a grpc.Call, which its type does not say
-        code, details = failed.code(), " ".join((failed.details() or "").split())
-        if code is grpc.StatusCode.UNAVAILABLE:
-            connection.fail(
-                f"controller {controller} is not reachable ({details}): is `mesh-controller run` up? give its address with --controller"
-            )
-        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            connection.fail(f"controller {controller} did not answer within {TIMEOUT_S:g} s: look at its log")
-        connection.fail(f"controller {controller}: {code.name.lower().replace('_', ' ')}: {details}")
+        connection.fail(connection.unanswered(controller, error, TIMEOUT_S))
 
 
 def documents(sources: Iterable[str]) -> list[pb.Document]:

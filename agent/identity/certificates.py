@@ -35,6 +35,11 @@ class Chain:
     certificates: tuple[x509.Certificate, ...] = field(repr=False, compare=False)
 
     @property
+    def authority_ends(self) -> float | None:
+        """When what stands between the leaf and the root ends, and with it whatever that signs; None if nothing does."""
+        return min((one.not_valid_after_utc.timestamp() for one in self.certificates[1:]), default=None)
+
+    @property
     def pem(self) -> bytes:
         """All of it, leaf first."""
         return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in self.certificates)

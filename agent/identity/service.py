@@ -27,6 +27,7 @@ from agent.identity.store import Kept, Store, Svid, disk
 from agent.identity.trust import Trust, decode, jwks
 from agent.identity.workloads import Standing, Workloads
 from agent.model import LocalWorkload, Workload
+from agent.patience import until_one_ends
 from agent.report import CertificateStatus, IdentityStatus
 from meshapi import identity_pb2 as pb
 
@@ -101,15 +102,9 @@ class Identity:
         parts = [self._authority.run(), self._workloads.run(), self._keep_stored()]
         if self._node is not None:
             parts.append(self._node.run())
-        tasks = [asyncio.create_task(part) for part in parts]
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            await until_one_ends(*parts)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.to_thread(self._write, self._workloads.kept())  # what was signed last survives an orderly end
 
     @property
@@ -289,6 +284,7 @@ class Identity:
             serial="" if chain is None else f"{chain.serial:x}",
             not_before=None if chain is None else chain.not_before,
             expires_at=None if chain is None else chain.not_after,
+            authority_ends_at=None if chain is None else chain.authority_ends,
             problem=self._node.problem,
         )
 
@@ -337,6 +333,7 @@ def _certificate(one: Standing, *, chain: bool = False) -> CertificateStatus:
         not_before=None if held is None else held.not_before,
         expires_at=None if held is None else held.not_after,
         renews_at=None if held is None or one.due is None else one.due.wall,
+        authority_ends_at=None if held is None else held.authority_ends,
         problem=one.problem,
         chain=tuple(c.public_bytes(Encoding.PEM).decode() for c in held.certificates) if chain and held is not None else (),
     )

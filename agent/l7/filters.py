@@ -52,11 +52,7 @@ def redirect(
     if wanted.full_path is not None:
         action.path_redirect = wanted.full_path
     elif wanted.prefix is not None:
-        plain, rewritten = _prefix(wanted.prefix, match)
-        if rewritten is None:
-            action.prefix_rewrite = plain
-        else:
-            action.regex_rewrite.CopyFrom(rewritten)
+        _replace_prefix(action, wanted.prefix, match)
 
 
 def rewrite(action: route_components_pb2.RouteAction, wanted: Rewrite, match: RouteMatch) -> None:
@@ -66,11 +62,15 @@ def rewrite(action: route_components_pb2.RouteAction, wanted: Rewrite, match: Ro
     if wanted.full_path is not None:
         action.regex_rewrite.CopyFrom(_substitution("^.*$", wanted.full_path))
     elif wanted.prefix is not None:
-        plain, rewritten = _prefix(wanted.prefix, match)
-        if rewritten is None:
-            action.prefix_rewrite = plain
-        else:
-            action.regex_rewrite.CopyFrom(rewritten)
+        _replace_prefix(action, wanted.prefix, match)
+
+
+def _replace_prefix(action: route_components_pb2.RedirectAction | route_components_pb2.RouteAction, new: str, match: RouteMatch) -> None:
+    plain, rewritten = _prefix(new, match)
+    if rewritten is None:
+        action.prefix_rewrite = plain
+    else:
+        action.regex_rewrite.CopyFrom(rewritten)
 
 
 def _prefix(new: str, match: RouteMatch) -> tuple[str, regex_pb2.RegexMatchAndSubstitute | None]:

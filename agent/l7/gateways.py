@@ -11,18 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from envoy.config.common.mutation_rules.v3 import mutation_rules_pb2
-from envoy.config.core.v3 import base_pb2, extension_pb2, protocol_pb2
+from envoy.config.core.v3 import base_pb2, protocol_pb2
 from envoy.config.listener.v3 import listener_components_pb2, listener_pb2
 from envoy.config.route.v3 import route_components_pb2, route_pb2
 from envoy.extensions.filters.listener.tls_inspector.v3 import tls_inspector_pb2
 from envoy.extensions.filters.network.connection_limit.v3 import connection_limit_pb2
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2 as hcm_pb2
-from envoy.extensions.http.early_header_mutation.header_mutation.v3 import header_mutation_pb2
 from envoy.extensions.transport_sockets.tls.v3 import common_pb2, secret_pb2, tls_pb2
 from google.protobuf.duration_pb2 import Duration
 
-from agent.l7 import listeners, names, routes, spans
+from agent.l7 import hygiene, listeners, names, routes, spans
 from agent.l7.clusters import ads
 from agent.l7.precedence import covers
 from agent.l7.resources import Resource, pack, packed
@@ -138,7 +136,7 @@ def _manager(local: LocalWorkload, config: str, told: Telling) -> hcm_pb2.HttpCo
     result.rds.config_source.CopyFrom(ads())
     result.use_remote_address.value = True
     result.skip_xff_append = False
-    result.early_header_mutation_extensions.append(_unforwarded())
+    result.early_header_mutation_extensions.append(hygiene.without(_FORWARDED))
     if not told.accept_from_outside:
         result.early_header_mutation_extensions.append(spans.strip())
     result.request_headers_timeout.CopyFrom(Duration(seconds=HEADERS_S))
@@ -154,15 +152,6 @@ def _manager(local: LocalWorkload, config: str, told: Telling) -> hcm_pb2.HttpCo
     h2.initial_stream_window_size.value = STREAM_WINDOW
     h2.initial_connection_window_size.value = CONNECTION_WINDOW
     return result
-
-
-def _unforwarded() -> extension_pb2.TypedExtensionConfig:
-    mutation = header_mutation_pb2.HeaderMutation()
-    for prefix in _FORWARDED:
-        match = mutation_rules_pb2.HeaderMutation.RemoveOnMatch()
-        match.key_matcher.prefix = prefix
-        mutation.mutations.append(mutation_rules_pb2.HeaderMutation(remove_on_match=match))
-    return extension_pb2.TypedExtensionConfig(name="envoy.http.early_header_mutation.header_mutation", typed_config=packed(mutation))
 
 
 def _limit() -> listener_components_pb2.Filter:

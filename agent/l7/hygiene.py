@@ -8,6 +8,8 @@ taken away by the connection manager (`forward_client_cert_details`, SANITIZE is
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from envoy.config.common.mutation_rules.v3 import mutation_rules_pb2
 from envoy.config.core.v3 import extension_pb2
 from envoy.extensions.http.early_header_mutation.header_mutation.v3 import header_mutation_pb2
@@ -22,8 +24,13 @@ HEADERS_S = 30
 
 def clean() -> extension_pb2.TypedExtensionConfig:
     """Remove every reserved header of a request, before routing and before Envoy's own look at it."""
+    return without(RESERVED)
+
+
+def without(prefixes: Iterable[str]) -> extension_pb2.TypedExtensionConfig:
+    """Remove a request's headers whose names begin so, just as early."""
     mutation = header_mutation_pb2.HeaderMutation()
-    for prefix in RESERVED:
+    for prefix in prefixes:
         match = mutation_rules_pb2.HeaderMutation.RemoveOnMatch()
         match.key_matcher.prefix = prefix
         mutation.mutations.append(mutation_rules_pb2.HeaderMutation(remove_on_match=match))

@@ -28,7 +28,22 @@ from envoy.extensions.http.early_header_mutation.header_mutation.v3 import heade
 from google.protobuf.duration_pb2 import Duration
 
 from agent.config import INBOUND_PORT, OUTBOUND_PORT
-from agent.l7 import access_log, call_log, claims, fairness, filters, hygiene, jwt, limits, metrics, names, request_log, sessions, spans
+from agent.l7 import (
+    access_log,
+    call_log,
+    claims,
+    fairness,
+    filters,
+    hygiene,
+    jwt,
+    limits,
+    metrics,
+    names,
+    parting,
+    request_log,
+    sessions,
+    spans,
+)
 from agent.l7.clusters import ads, socket_address
 from agent.l7.resources import packed
 from agent.l7.telling import NOTHING, Telling
@@ -220,10 +235,11 @@ def manager(workload: str, log_name: str, side: str, told: Telling = NOTHING) ->
 
 
 def http_filters() -> list[hcm_pb2.HttpFilter]:
-    """CORS, tokens, authorization, limits and faults, session persistence, then the router."""
+    """Parting, CORS, tokens, authorization, limits and faults, session persistence, then the router."""
     router = router_pb2.Router(suppress_envoy_headers=True)
     return [
         # Disabled = not even made, until a route, virtual host or weighted cluster carries a configuration for it.
+        parting.http_filter(),
         claims.http_filter(),
         *filters.http_filters(),
         jwt.http_filter(),

@@ -35,6 +35,7 @@ from agent.l7 import (
     listeners,
     mirrors,
     names,
+    parting,
     peer_log,
     rbac,
     routes,
@@ -144,6 +145,7 @@ class Builder:
         """RouteConfigurations by destination and by who wants the destination for it."""
         self._claimed: dict[Owner, set[str]] = {}
         self._readers = Readers(node)
+        self._partings = parting.Partings()
         self._loopback: Loopback | None = None
         self._distrusted = peer_log.Distrusted()
         self._peers: tuple[Snapshot, frozenset[str], Peers] | None = None
@@ -179,6 +181,11 @@ class Builder:
         self._view = self._view.after(snapshot)
         return self._view.left_to_receivers
 
+    def reading(self, snapshot: Snapshot) -> frozenset[str]:
+        """Of the workloads that the last result was built for: those whose requests are read where they arrive, by `snapshot`."""
+        self._view = self._view.after(snapshot)
+        return frozenset(self._by_name).intersection(self._view.asking.keys() | self._view.left_to_receivers)
+
     @property
     def shown(self) -> View | None:
         """What the last result was built from."""
@@ -194,6 +201,21 @@ class Builder:
     def settle_again(self) -> bool:
         """The same once more, for nodes that begin later than they were given time for; to be said every few seconds."""
         return self._readers.settle_again(self._view)
+
+    @property
+    def parts(self) -> bool:
+        """Is there anything that needs the waypoint no more, but may still be called through it?"""
+        return self._view.parting != parting.NOTHING
+
+    def look(self, called: parting.Dialled) -> bool:
+        """Say what living connections through the waypoint were dialled to; True if another result is due.
+
+        What needs the waypoint no more is let go of when nobody is connected to it, and else has its callers connect anew.
+        """
+        before = self._view.parting
+        over = self._partings.over(before, called)
+        self._view = self._view.called_as(self._view.called.either(called).without(over))
+        return self._partings.look(self._view.parting, called) or self._view.parting != before
 
     @property
     def identities(self) -> frozenset[str]:
@@ -218,7 +240,7 @@ class Builder:
         (`agent.wireguard`).
         """
         if (loopback is None) is not (self._view.accounts is None):
-            self._view = View.of(snapshot, tunnels=loopback is not None)
+            self._view = View.of(snapshot, tunnels=loopback is not None, called=self._view.called)
         view = self._view = self._view.after(snapshot)
         self._loopback, self._distrusted, self._direct = loopback, distrusted, direct
         self._observability = Observability(snapshot.telemetry)
@@ -265,6 +287,7 @@ class Builder:
         snapshot = view.snapshot
         callers = self._take_local(local)
         undecided = self._undecided = view.left_to_receivers
+        unsaid = self._partings.say(view.parting)
         unsettled = self._readers.begin(Reading(view, self._node, undecided))
         received, self._receiving = self._receiving, frozenset(n for n in self._by_name if n in view.asking or n in undecided)
         if before is None or before.snapshot.traffic is not snapshot.traffic:
@@ -272,7 +295,7 @@ class Builder:
         if not local:
             return _Dirty()
         if before is None:
-            dirty = _Dirty(set(view.used), set(view.asking), set(self._by_name), tunnels=True)
+            dirty = _Dirty(set(view.used), set(view.dialled), set(self._by_name), tunnels=True)
         else:
             protected = _Protection.between(before.snapshot, snapshot)
             dirty = _Dirty(local=self._moved | (received ^ self._receiving))
@@ -284,7 +307,9 @@ class Builder:
             if protected:
                 dirty.local |= {name for name, one in self._by_name.items() if protected.of(one.workload)}
                 self._verdicts = {key: found for key, found in self._verdicts.items() if protected.policies.isdisjoint(key[0])}
-            dirty.addresses |= unsettled & view.asking.keys()
+            dirty.addresses |= unsettled & view.dialled.keys()
+            dirty.services |= (before.former ^ view.former) | unsaid.services
+            dirty.addresses |= unsaid.workloads
             dirty.services |= _backed(unsettled, view)
             self._differing_services(before, view, protected, dirty, callers=callers)
             self._differing_addresses(before, view, protected, dirty, callers=callers)
@@ -317,7 +342,7 @@ class Builder:
             authorized.update(key for key in old.keys() | new.keys() if old.get(key) is not new.get(key))
         if moved := before.left_to_receivers ^ self._undecided:  # whose tokens are kept, or not any more
             authorized.update(key for key, found in view.endpoints.items() if any(one.name in moved for one, _ in found))
-            dirty.addresses |= moved & view.asking.keys()
+            dirty.addresses |= moved & view.dialled.keys()
         if protected or callers:
             here = view.who_is_here if callers else frozenset()
             first = ((key, found[0][0]) for key, found in view.endpoints.items())
@@ -339,11 +364,11 @@ class Builder:
     def _differing_addresses(before: View, view: View, protected: _Protection, dirty: _Dirty, *, callers: bool) -> None:
         """Workloads' own addresses."""
         services = differing(before.snapshot.services, view.snapshot.services)
-        if before.asking is view.asking and not (services or protected or callers):
+        if before.dialled is view.dialled and not (services or protected or callers):
             return
         here = view.who_is_here if callers else frozenset()
-        for name in before.asking.keys() | view.asking.keys():
-            old, one = before.asking.get(name), view.asking.get(name)
+        for name in before.dialled.keys() | view.dialled.keys():
+            old, one = before.dialled.get(name), view.dialled.get(name)
             if (
                 one is None
                 or one is not old
@@ -411,6 +436,7 @@ class Builder:
 
     def _services(self, keys: Iterable[Key], zone: str) -> None:
         view = self._view
+        anew = self._partings.anew.both(view.parting)
         for key in self._each(_SERVICE, keys, view.used):
             name, port = key
             service, service_port = view.snapshot.services[name], view.port(name, port)
@@ -427,7 +453,7 @@ class Builder:
                 self._add(names.ENDPOINTS, cluster, clusters.service_endpoints, name, port, endpoints)
             else:
                 self._governed(key, policy, zone)
-            if not service_port.waypoint:
+            if not service_port.waypoint and key not in view.former:
                 continue
             attached, consumers = view.attached.get(key, ()), view.consumers.get(key, ())
             if attached or consumers:
@@ -436,7 +462,8 @@ class Builder:
             else:
                 inputs = (policy, routes.direct, cluster, cluster, f"{name} default", self._authorization(name, port))
             marks = self._observability.marks(name, port)
-            self._add(names.ROUTES, cluster, telling.routes, marks, shares.routes, *self._shared, limits.guarded, *inputs)
+            inputs = (parting.routes, key in anew.services, shares.routes, *self._shared, limits.guarded, *inputs)
+            self._add(names.ROUTES, cluster, telling.routes, marks, *inputs)
             for address in service.addresses:
                 self._scope(address, port, cluster)
 
@@ -553,14 +580,15 @@ class Builder:
         return self._kept(place, jwt.authenticated, authorization, found, keep) if found else authorization
 
     def _workload_addresses(self, workloads: Iterable[str]) -> None:
-        """Give every address of a workload with an L7 policy its own scope. Two workloads on one address and port: the first by name."""
-        for name in self._each(_ADDRESS, workloads, self._view.asking):
-            workload = self._view.asking[name]
+        """Give every address of a workload with an L7 policy, or that had one, its own scope. Two workloads on one address and port: the first by name."""
+        anew = self._partings.anew.both(self._view.parting)
+        for name in self._each(_ADDRESS, workloads, self._view.dialled):
+            workload, asks = self._view.dialled[name], name in anew.workloads
             for target, app_protocol in _targets(self._view, workload) if workload.addresses else ():
                 cluster = names.workload(name, target)
                 self._add(names.CLUSTER, cluster, clusters.workload_cluster, name, target, app_protocol, self._target(workload, target))
-                inputs = (cluster, cluster, f"{name} address", self._at_caller(workload, target))
-                self._add(names.ROUTES, cluster, telling.routes, self._received_by(workload), routes.direct, *inputs)
+                inputs = (parting.routes, asks, routes.direct, cluster, cluster, f"{name} address", self._at_caller(workload, target))
+                self._add(names.ROUTES, cluster, telling.routes, self._received_by(workload), *inputs)
                 for address in workload.addresses:
                     self._scope(address, target, cluster)
 
@@ -687,13 +715,12 @@ class Builder:
             self._peers = None
             return self._kept(Peers, Peers, (), self._trust_domain)
         snapshot, bound = self._view.snapshot, frozenset(self._callers.known)
-        delta = snapshot.since(self._peers[0]) if self._peers else None
-        if self._peers is None or delta is None:
+        if self._peers is None:
             peers = Peers(self._standing(bound), self._trust_domain)
         else:
             before, was_bound, peers = self._peers
             old, new = self._believed(before, was_bound), self._believed(snapshot, bound)
-            peers = peers.after([(old(name), new(name)) for name in delta.workloads | (was_bound ^ bound)])
+            peers = peers.after([(old(name), new(name)) for name in snapshot.since(before).workloads | (was_bound ^ bound)])
         self._peers = (snapshot, bound, peers)
         return peers
 

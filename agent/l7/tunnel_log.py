@@ -60,6 +60,8 @@ class TunnelRecord:
     duration_ns: int
     sent_bytes: int
     received_bytes: int
+    stream: str = ""
+    """At the receiver: Envoy's own end of its connection to the application."""
 
 
 def of_receiver(workload: str) -> accesslog_pb2.AccessLog:
@@ -215,4 +217,5 @@ def _record(  # noqa: PLR0913  what the two protocols spell differently
         duration_ns=access_log.nanoseconds(common.duration),
         sent_bytes=sent,
         received_bytes=received,
+        stream=access_log.endpoint(common.upstream_local_address) if receiver else "",
     )

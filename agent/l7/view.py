@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from agent.compact import differing
 from agent.l7 import gateways, jwt, rbac
+from agent.l7.parting import NOTHING, Dialled
 from agent.l7.rbac import Authorization
 from agent.model import Delta, HeaderEdit, Policy, Route, RouteRule, Service, ServicePort, Snapshot, Workload
 from agent.observability import Observability
@@ -96,7 +97,11 @@ class View:
     consumers: Mapping[Key, tuple[tuple[str, tuple[Route, ...]], ...]]
     """Consumer routes of each service port with a waypoint that has any, by the namespace of the callers that they are for."""
     used: frozenset[Key]
-    """Service ports that need a cluster: those with a waypoint, every backend, or mirror, of a route attached to one, and collectors of spans."""
+    """Service ports that need a cluster: those with a waypoint, every backend, or mirror, of a route attached to one, collectors of spans, and `former`."""
+    waypoints: frozenset[Key]
+    """Of those, the ones with a waypoint."""
+    former: frozenset[Key]
+    """Those that had one, and may still be called through it: see `agent.l7.parting`."""
     changed: frozenset[Key]
     """Service ports that get requests with another path or other headers than the caller sent, or copies of requests: what the caller's side decides with the
     original in hand does not hold for them."""
@@ -110,9 +115,11 @@ class View:
     """Of `used`, as far as there are any, sorted by name."""
     undecided: Mapping[Key, frozenset[str]]
     """Service ports whose endpoints are not protected alike, or that are `changed` and need the request, and which endpoints have policies: only the
-    receiver can decide. The same on every node."""
+    receiver can decide. The same on every node, but for `former`."""
     asking: Mapping[str, Workload]
     """Workloads with a policy that needs the request, as they are to who dials their own addresses: in all else they may be as they were once."""
+    dialled: Mapping[str, Workload]
+    """`asking`, and those that did ask and may still be called through the waypoint: see `agent.l7.parting`."""
     accounts: Mapping[Account, int] | None
     """Service accounts of workloads that are reached through tunnels from other nodes, and how many there are of each; None: not asked for."""
     standings: object
@@ -121,18 +128,20 @@ class View:
     _index: _Index = field(repr=False)
 
     @staticmethod
-    def of(snapshot: Snapshot, *, tunnels: bool = False) -> View:
-        """Look at all of it; with `tunnels`, also at `accounts`."""
+    def of(snapshot: Snapshot, *, tunnels: bool = False, called: Dialled = NOTHING) -> View:
+        """Look at all of it; with `tunnels`, also at `accounts`. `called` is what may be called through the waypoint, whether it needs that or not."""
         workloads = snapshot.workloads.values()
         policies, index = _Policies(snapshot), _Index()
-        routed = index.attachments(snapshot)
+        routed = index.attachments(snapshot, called.services)
         endpoints = {key: _sorted(found) for key, found in _behind(workloads, routed.used).items()} if routed.used else {}
+        asking = {workload.name: workload for workload in workloads if policies.asks(workload)} if policies.l7 else {}
         return View(
             snapshot=snapshot,
             **routed._asdict(),
             endpoints=endpoints,
             undecided={key: names for key, found in endpoints.items() if (names := policies.undecided(found, key in routed.changed))},
-            asking={workload.name: workload for workload in workloads if policies.asks(workload)} if policies.l7 else {},
+            asking=asking,
+            dialled=_with(asking, called.workloads, snapshot),
             accounts=Counter(_account(workload) for workload in workloads if workload.tunnelled) if tunnels else None,
             standings=object(),
             _policies=policies,
@@ -140,19 +149,27 @@ class View:
         )
 
     def after(self, snapshot: Snapshot) -> View:
-        """The view of another snapshot. Costs what differs, if that is known; service ports that become L7 cost one pass over the workloads."""
+        """The view of another snapshot. Costs what differs; service ports that become L7 cost one pass over the workloads."""
         if snapshot is self.snapshot:
             return self
         before = self.snapshot
-        delta = snapshot.since(before)
-        if delta is None:
-            return View.of(snapshot, tunnels=self.accounts is not None)
-        view = self
+        if not before.workloads:
+            return View.of(snapshot, tunnels=self.accounts is not None, called=self.called)
+        delta, view = snapshot.since(before), self
         if snapshot.policies is not before.policies or snapshot.authentications is not before.authentications:
             view = view.protected_as(snapshot)
         if any(getattr(snapshot, name) is not getattr(before, name) for name in ("services", "routes", "telemetry")):
-            view = view.routed_as(self._index.attachments(snapshot))
-        return replace(view.moved_as(delta, snapshot), snapshot=snapshot)
+            view = view.routed_as(self._index.attachments(snapshot, self.called.services))
+        view = view.moved_as(delta, snapshot)
+        dialled = self.dialled
+        if view.asking is not self.asking or (len(dialled) > len(self.asking) and not delta.workloads.isdisjoint(dialled)):
+            dialled = _with(view.asking, dialled.keys() - view.asking.keys(), snapshot)
+        return replace(view, snapshot=snapshot, dialled=dialled)
+
+    def called_as(self, called: Dialled) -> View:
+        """This one with something else that may be called through the waypoint."""
+        routed = self._index.attachments(self.snapshot, called.services)
+        return replace(self.routed_as(routed), dialled=_with(self.asking, called.workloads - self.asking.keys(), self.snapshot))
 
     def protected_as(self, snapshot: Snapshot) -> View:
         """This one with the policies of a snapshot."""
@@ -217,6 +234,16 @@ class View:
             result = replace(result, standings=object())
         return result
 
+    @property
+    def called(self) -> Dialled:
+        """What may be called through the waypoint."""
+        return Dialled(self.waypoints | self.former, frozenset(self.dialled))
+
+    @property
+    def parting(self) -> Dialled:
+        """What of that does not need it."""
+        return Dialled(self.former, frozenset(() if self.dialled is self.asking else self.dialled.keys() - self.asking.keys()))
+
     def request_ports(self, workload: Workload) -> tuple[int, ...] | None:
         """Ports of a workload where a policy can only be decided with the request in hand; None: all."""
         return self._policies.ports(workload)
@@ -267,6 +294,8 @@ class _Routed(NamedTuple):
     attached: Mapping[Key, tuple[Route, ...]]
     consumers: Mapping[Key, tuple[tuple[str, tuple[Route, ...]], ...]]
     used: frozenset[Key]
+    waypoints: frozenset[Key]
+    former: frozenset[Key]
     changed: frozenset[Key]
     senders: Mapping[Key, frozenset[Key]]
     by_caller: frozenset[Key]
@@ -290,15 +319,16 @@ class _Index:
         self._ports: dict[str, tuple[Service, dict[int, ServicePort]]] = {}
         self._facts: dict[str, _Facts] = {}
 
-    def attachments(self, snapshot: Snapshot) -> _Routed:
-        """Look at all services and routes."""
+    def attachments(self, snapshot: Snapshot, called: frozenset[Key]) -> _Routed:
+        """Look at all services and routes; `called` may be called through the waypoint."""
         services, known = snapshot.services, self._ports
         self._ports = {
             name: found if (found := known.get(name)) is not None and found[0] is service else (service, _ports(service))
             for name, service in services.items()
         }
         ports = self._ports
-        waypoints = {(name, port) for name, (_, found) in ports.items() for port, one in found.items() if one.waypoint}
+        waypoints = frozenset((name, port) for name, (_, found) in ports.items() for port, one in found.items() if one.waypoint)
+        former = frozenset((name, port) for name, port in called - waypoints if name in ports and port in ports[name][1])
         attached: dict[Key, dict[str, Route]] = {}
         consumers: dict[Key, dict[str, dict[str, Route]]] = {}
         for route in snapshot.routes.values() if waypoints else ():
@@ -326,7 +356,9 @@ class _Index:
         return _Routed(
             {key: tuple(routes.values()) for key, routes in attached.items()},
             {key: tuple((name, tuple(group.values())) for name, group in sorted(found.items())) for key, found in consumers.items()},
-            frozenset(waypoints | existing),
+            waypoints | existing | former,
+            waypoints,
+            former,
             frozenset(changed & existing),
             {key: frozenset(found) for key, found in senders.items()},
             frozenset(key for key, group in groups if any(facts[name].by_caller for name in group)),
@@ -371,6 +403,12 @@ def _behind(workloads: Iterable[Workload], used: frozenset[Key]) -> dict[Key, li
                     if (backing.service, port) in used:
                         found.setdefault((backing.service, port), []).append((workload, target))
     return found
+
+
+def _with(asking: Mapping[str, Workload], more: Iterable[str], snapshot: Snapshot) -> Mapping[str, Workload]:
+    """Those who ask, and the others of these names that there are."""
+    found = {name: workload for name in more if name not in asking and (workload := snapshot.workloads.get(name))}
+    return {**asking, **found} if found else asking
 
 
 def _sorted(endpoints: Iterable[Endpoint]) -> tuple[Endpoint, ...]:

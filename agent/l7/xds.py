@@ -4,11 +4,13 @@ Owned by the supervisor: it calls `set` with what `agent.l7.snapshot` built and 
 except in which order the types may change.
 
 Protocol: https://www.envoyproxy.io/docs/envoy/v1.37.0/api-docs/xds_protocol#incremental-xds. What this server adds to it:
-- make before break: changes go out as clusters, endpoints, listeners, scopes, routes, each after Envoy acknowledged the one before, and
-  routes only when Envoy has the endpoints of every cluster; removals follow in the opposite direction;
+- make before break: changes go out as clusters, endpoints, listeners, scopes, routes; what may name a cluster waits until Envoy has acknowledged some
+  version of every one, and scopes and routes also until it had the endpoints. A cluster that Envoy has, and that changes, holds up nobody: it is in use until
+  the new one is complete, and may change more often than Envoy answers. Removals follow in the opposite direction;
 - a cluster that no route names any more stays for LINGER_S: a request keeps the route that it was given, and looks for the cluster only when the filters are
   done with it, which for HTTP/2 may be many turns later (`max_requests_per_io_cycle`), and once more for each retry. Without its cluster it would fail;
-- so do scopes and routes when the last workload of the node leaves the mesh: its listener goes, and has connections until it is drained;
+- so do scopes and routes when the last workload of the node leaves the mesh: its listener goes, and has connections until it is drained. The time of
+  clusters begins when Envoy has let go of these;
 - a cluster that changes gets its endpoints once more: Envoy 1.40 makes it anew and waits for them, but does not ask for what it has subscribed to already
   (15 s, https://www.envoyproxy.io/docs/envoy/v1.40.0/intro/arch_overview/upstream/cluster_manager#cluster-warming). So it does when they are under way
   already, and when nobody wants the cluster any more: until Envoy has them it takes no other cluster, and then goes on without any;
@@ -23,13 +25,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
 import grpc.aio
@@ -41,19 +44,14 @@ from agent.errors import EnvironmentUnfit
 from agent.l7 import call_log, names, peer_log, tunnel_log
 from agent.l7.access_log import RequestRecord, records
 from agent.l7.resources import Resource, Resources
+from agent.patience import until_one_ends
 
 log = logging.getLogger(__name__)
 
 ORDER = (names.CLUSTER, names.ENDPOINTS, names.LISTENER, names.SCOPE, names.ROUTES)
 """Make before break: what is referred to goes first."""
-WAITS_FOR = {
-    names.CLUSTER: frozenset[str](),
-    names.ENDPOINTS: frozenset[str](),  # Envoy answers for clusters only when it has their endpoints (seen with 1.40)
-    names.LISTENER: frozenset({names.CLUSTER}),
-    names.SCOPE: frozenset({names.CLUSTER}),  # a listener is not active before it has its routes
-    names.ROUTES: frozenset({names.CLUSTER}),
-}
-"""What must be answered before a type goes out. Not endpoints, which may change all the time: `_Stream._warm` says whether any are lacking."""
+NAMING = frozenset({names.LISTENER, names.SCOPE, names.ROUTES})
+"""What leads to clusters. A listener does not wait for scopes and routes: it is not active before it has them."""
 ON_DEMAND = (names.SECRET, names.BUCKET)
 """Asked for by name, by what needs them; perhaps nothing does."""
 REMOVAL_ORDER = (names.SCOPE, names.LISTENER, names.ROUTES, names.CLUSTER, names.ENDPOINTS)
@@ -110,6 +108,10 @@ class _Type:
 
     def wants(self, name: str) -> bool:
         return self.wildcard or name in self.names
+
+    def has_some(self, name: str) -> bool:
+        """Has Envoy certainly some version of this, which it is not about to remove?"""
+        return name not in self.removed and not self.known.get(name, NEW).startswith(NEW)
 
     def lose(self, name: str) -> bool:
         """Envoy is to get this again, also if it is on its way: what comes before its reason does not count. True if Envoy had it, or was about to."""
@@ -414,8 +416,10 @@ class _Stream:
         self._nonces = 0
         self._cold: dict[str, float | None] = {}
         """Clusters that Envoy may have taken, without having their endpoints: since when it was seen to lack them (seconds, the loop's time)."""
+        self._served: set[str] = set()
+        """Clusters that Envoy has had with their endpoints: it goes on with these while it has none for a version that is new."""
         self._unnamed: dict[str, dict[str, float]] = {names.CLUSTER: {}, names.SCOPE: {}, names.ROUTES: {}}
-        """What is to go, by type and name, and when that is: seconds, the loop's time."""
+        """What is to go, by type and name, and when that is: seconds, the loop's time; infinity while Envoy has something that may name it."""
         self._leaving: dict[str, Resource] = {}
         """Endpoints of clusters that are to go: Envoy may still wait for them."""
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -546,30 +550,48 @@ class _Stream:
             state = self.types.get(kind)
             if state is not None and not state.nonce and (response := self._update(kind, state)) is not None:
                 return response
-        warm = self._warm()
+        warm, complete = self._warm(), self._complete()
         unanswered = {kind for kind in ORDER if (state := self.types.get(kind)) is not None and state.nonce}
         for kind in ORDER:
             state = self.types.get(kind)
-            if state is None or kind in unanswered or unanswered & WAITS_FOR[kind]:
+            if state is None or kind in unanswered or (kind in NAMING and not complete):
                 continue
             if kind in {names.SCOPE, names.ROUTES} and not warm:
                 continue
             if (response := self._update(kind, state)) is not None:
                 return response
-        if unanswered or not warm:
-            return None
+        return None if unanswered or not warm else self._removals()
+
+    def _complete(self) -> bool:
+        """Return True if Envoy has acknowledged some version of every cluster."""
+        state = self.types.get(names.CLUSTER)
+        if state is None:
+            return True
+        return all(state.has_some(name) or not state.wants(name) or self._offered(names.CLUSTER, name) is None for name in state.dirty)
+
+    def _removals(self) -> discovery_pb2.DeltaDiscoveryResponse | None:
+        named = False
         for kind in REMOVAL_ORDER:
             state = self.types.get(kind)
-            held = kind in HELD and self._server.behind()
-            if state is not None and not held and (response := self._removal(kind, state)) is not None:
-                return response
+            if state is None or (kind in HELD and self._server.behind()):
+                continue
+            gone = {name for name in state.dirty if name in state.known and state.wants(name) and not self._server.exists(kind, name)}
+            named = named or (kind in NAMING and bool(gone))
+            if kind == names.CLUSTER or (kind in self._unnamed and not self._server.leads_anything()):
+                gone = self._lingered(kind, gone, named=kind == names.CLUSTER and named)
+            elif kind == names.ENDPOINTS:
+                gone -= self._unnamed[names.CLUSTER].keys()
+            if gone:
+                return self._respond(kind, state, {}, tuple(sorted(gone)))
         return None
 
     def _warm(self) -> bool:
-        """Return True if Envoy has the endpoints of every cluster it took, but for those that have lacked them for WARM_PATIENCE_S."""
+        """Return True if Envoy has had the endpoints of every cluster it took, but for those that have lacked them for WARM_PATIENCE_S."""
         taken, has = (state.known if (state := self.types.get(kind)) else {} for kind in (names.CLUSTER, names.ENDPOINTS))
         now = asyncio.get_running_loop().time()
-        lacking = (name for name in self._cold if name in taken and name not in has and self._offered(names.ENDPOINTS, name))
+        cold = [name for name in self._cold if name in taken]
+        self._served.update(name for name in cold if name in has)
+        lacking = (name for name in cold if name not in self._served and self._offered(names.ENDPOINTS, name))
         refused = {
             name for name in self._cold if self._server.exists(names.CLUSTER, name) and self._server.offered(names.CLUSTER, name) is None
         }
@@ -600,20 +622,12 @@ class _Stream:
             return None
         return self._respond(kind, state, changed, missing)
 
-    def _removal(self, kind: str, state: _Type) -> discovery_pb2.DeltaDiscoveryResponse | None:
-        gone = {name for name in state.dirty if name in state.known and state.wants(name) and not self._server.exists(kind, name)}
-        if kind == names.CLUSTER or (kind in self._unnamed and not self._server.leads_anything()):
-            gone = self._lingered(kind, gone)
-        elif kind == names.ENDPOINTS:
-            gone -= self._unnamed[names.CLUSTER].keys()
-        return self._respond(kind, state, {}, tuple(sorted(gone))) if gone else None
-
-    def _lingered(self, kind: str, gone: set[str]) -> set[str]:
-        """Which of those that nothing names any more may go now; the others get a time for it."""
+    def _lingered(self, kind: str, gone: set[str], *, named: bool) -> set[str]:
+        """Which of those that nothing names any more may go now; the others get a time for it, when nothing may be `named` by what Envoy still has."""
         now = asyncio.get_running_loop().time()
-        before = self._unnamed[kind]
-        unnamed = self._unnamed[kind] = {name: before.get(name, now + LINGER_S) for name in gone}
-        later = [at for at in unnamed.values() if at > now]
+        before, at_last = self._unnamed[kind], math.inf if named else now + LINGER_S
+        unnamed = self._unnamed[kind] = {name: min(before.get(name, at_last), at_last) for name in gone}
+        later = [at for at in unnamed.values() if now < at < math.inf]
         if later:
             self._wake_in(f"linger {kind}", min(later) - now)
         return {name for name, at in unnamed.items() if at <= now}
@@ -650,6 +664,8 @@ class _Stream:
         if kind == names.ENDPOINTS:
             for name in removed:
                 self._leaving.pop(name, None)
+        if kind == names.CLUSTER:
+            self._served.difference_update(removed)
         self._server.count(kind, len(changed))
         if kind == names.CLUSTER and (endpoints := self.types.get(names.ENDPOINTS)) is not None:
             again = [name for name in changed if endpoints.lose(name)]
@@ -683,23 +699,9 @@ class _Discovery(ads_pb2_grpc.AggregatedDiscoveryServiceServicer):  # type: igno
         stream = _Stream(self._server)
         self._server.connected(stream)
         try:
-            await _first(stream.read(request_iterator), _write(stream, context), self._server.stopping.wait())
+            await until_one_ends(stream.read(request_iterator), _write(stream, context), self._server.stopping.wait())
         finally:
             self._server.disconnected(stream)
-
-
-async def _first(*work: Coroutine[Any, Any, object]) -> None:
-    """Run all until one ends, then cancel the others; what the first one raised is raised."""
-    tasks = [asyncio.create_task(one) for one in work]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        if not task.cancelled():
-            task.result()
 
 
 async def _write(
@@ -720,7 +722,7 @@ class _AccessLog(als_pb2_grpc.AccessLogServiceServicer):  # type: ignore[misc]  
         request_iterator: AsyncIterator[als_pb2.StreamAccessLogsMessage],
         context: grpc.aio.ServicerContext[als_pb2.StreamAccessLogsMessage, als_pb2.StreamAccessLogsResponse],  # noqa: ARG002
     ) -> als_pb2.StreamAccessLogsResponse:
-        await _first(self._read(request_iterator), self._server.stopping.wait())
+        await until_one_ends(self._read(request_iterator), self._server.stopping.wait())
         return als_pb2.StreamAccessLogsResponse()
 
     async def _read(self, messages: AsyncIterator[als_pb2.StreamAccessLogsMessage]) -> None:

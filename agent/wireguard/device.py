@@ -82,12 +82,9 @@ def unavailable() -> str:
 
 
 def _try() -> None:
-    def attribute(kind: int, content: bytes) -> bytes:
-        return struct.pack("=HH", 4 + len(content), kind) + content + bytes(-len(content) % 4)
-
     request = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, 0, 0, 0)  # struct ifinfomsg
-    request += attribute(_IFLA_IFNAME, b"probe\0")
-    request += attribute(_IFLA_LINKINFO, attribute(_IFLA_INFO_KIND, b"wireguard"))
+    request += netlink.attribute(_IFLA_IFNAME, b"probe\0")
+    request += netlink.attribute(_IFLA_LINKINFO, netlink.attribute(_IFLA_INFO_KIND, b"wireguard"))
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as route:
         route.settimeout(60)  # the kernel may have to load the module
         route.bind((0, 0))

@@ -201,10 +201,10 @@ class WireGuard:
 
     def _same(self, snapshot: Snapshot) -> bool:
         """Is what `_desired` was made of still so?"""
-        if self._snapshot is None:
+        if self._snapshot is None or snapshot is self._snapshot:
             return False
         delta = snapshot.since(self._snapshot)
-        return delta is not None and snapshot is not self._snapshot and not delta.workloads and not delta.nodes
+        return not delta.workloads and not delta.nodes
 
     def _add(self, snapshot: Snapshot) -> None:
         own = snapshot.nodes.get(self._config.node)

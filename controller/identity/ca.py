@@ -352,6 +352,7 @@ class CertificateAuthority:
             self._rotate,
             self._turn_jwt,
             self._share_jwt,
+            self._check_end,
         ]
         if self._monotonic() - self._pruned >= min(PRUNE_S, self.settings.hold_s):
             self._pruned = self._monotonic()
@@ -515,6 +516,27 @@ class CertificateAuthority:
         """Make sure that this controller belongs to the others. Raises ControllerError."""
         about.agree(self.store, About(self.trust_domain, self._keys.longest_s))
         self._share_jwt()
+
+    def _check_end(self) -> None:
+        """Say so when what signs ends before what it signs should, except of one that is made for so short a time: of that when its last quarter has begun.
+
+        Who renews such certificates has done so before that: cert-manager, at two thirds of their life
+        (https://cert-manager.io/docs/usage/certificate/#reissuance-triggered-by-expiry-renewal). Raises ControllerError.
+        """
+        issuer = self._signer.issuer.certificate if isinstance(self._signer, LocalSigner) else None
+        if issuer is None:
+            return
+        life_s = (issuer.not_valid_after_utc - issuer.not_valid_before_utc).total_seconds()
+        if issuer.not_valid_after_utc.timestamp() - self.clock() >= min(self.settings.lifetime_s, life_s / 4):
+            return
+        step = (
+            "put the next one in place of --ca-cert and --ca-key"
+            if self.settings.intermediate
+            else "begin with `mesh-controller ca rotate`"
+        )
+        raise ControllerError(
+            f"the signing certificate ends on {issuer.not_valid_after_utc:%Y-%m-%d %H:%M} UTC, and all that it signs no later: {step}"
+        )
 
     def _prune(self) -> None:
         revocations.prune(self.store, self._lapse)

@@ -86,12 +86,12 @@ def _of_authority(command: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
-@click.group()
+@click.group(short_help="Look at the certificate authority; rotate, revoke, restore.")
 def ca() -> None:
     """Look at the certificate authority, replace its root, revoke certificates."""
 
 
-@ca.command()
+@ca.command(short_help="Print roots, the state of a rotation and what is revoked.")
 @_output("pem")
 @_of_authority
 def show(store: AuthorityStore, output: str) -> None:
@@ -128,7 +128,7 @@ def show(store: AuthorityStore, output: str) -> None:
     click.echo(json.dumps(content) if output == "json" else "\n".join(_described(content)))
 
 
-@ca.command()
+@ca.command(short_help="Replace the self-made root, a step at a time.")
 @click.option("--wait", type=Span(0, 7 * 86_400), default=f"{rotation.WAIT_S // 60}m", help="For agents to hand the new root on.")
 @click.option(
     "--now",
@@ -165,7 +165,7 @@ def rotate(store: AuthorityStore, wait: int, at_once: bool, cancel: bool) -> Non
             click.echo(f"waits: {line}")
 
 
-@ca.command()
+@ca.command(short_help="Let nobody believe a certificate any more.")
 @click.option("--with-workloads", is_flag=True, help="With a node's identity: also what its workloads were given there.")
 @click.option("--unknown", is_flag=True, help="A serial number that is not on record: revoke it for as long as certificates live.")
 @click.argument("what", metavar="SERIAL|SPIFFE-ID")
@@ -205,7 +205,7 @@ def revoke(store: AuthorityStore, what: str, with_workloads: bool, unknown: bool
         click.echo(f"node {name} cannot join with its service account until `mesh-controller ca restore {name}`")
 
 
-@ca.command()
+@ca.command(short_help="Let a revoked node join again.")
 @click.argument("node", metavar="NODE")
 @_of_authority
 def restore(store: AuthorityStore, node: str) -> None:

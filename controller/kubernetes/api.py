@@ -1,7 +1,7 @@
 """The connection to an API server: requests, lists by the page, watches by the line. Knows nothing about kinds.
 
-Where it is and who we are to it is lightkube's business (kubeconfig files, service-account tokens that the kubelet replaces). What comes from it is bounded
-here: a page that is too large is asked for again in smaller ones, and a line that is too long ends the watch.
+Where it is and who we are to it `controller.kubernetes.access` knows. What comes from it is bounded here: a page that is too large is asked for again in
+smaller ones, and a line that is too long ends the watch.
 https://kubernetes.io/docs/reference/using-api/api-concepts/.
 """
 
@@ -10,18 +10,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import httpx2
-from lightkube.config.client_adapter import ConnectionParams
-from lightkube.config.kubeconfig import KubeConfig, SingleConfig
 from lightkube.core.exceptions import ConfigError
 
 from controller.errors import ControllerError
+from controller.kubernetes.access import Access, words
 
 logging.getLogger("httpx2").setLevel(logging.WARNING)  # which says each request at INFO
 MAX_PAGE: Final = 64 << 20
@@ -30,15 +28,6 @@ MAX_LINE: Final = 8 << 20
 """Bytes of one event of a watch."""
 MAX_ERROR: Final = 1 << 16
 TIMEOUT_S: Final = 30.0
-CONNECTIONS: Final = 1024
-"""One for each watch, of which Secrets of gateways need one each (`controller.kubernetes.secrets`)."""
-_KEEPALIVE: Final = [  # a server whose machine vanished is noticed within 30 s (tcp(7)); a watch may be silent for minutes
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000),
-]
 
 
 class Unreachable(Exception):
@@ -60,9 +49,9 @@ class ApiError(Exception):
 class Api:
     """See the module. One for all that this controller asks; belongs to the event loop."""
 
-    def __init__(self, client: httpx2.AsyncClient) -> None:
-        self._client = client
-        self.url = str(client.base_url)
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self.url = access.url
 
     @classmethod
     def connect(cls, kubeconfig: Path | None = None, context: str = "") -> Api:
@@ -71,16 +60,7 @@ class Api:
             raise ControllerError(
                 "no API server: KUBERNETES_SERVICE_HOST is not set, so this runs in no pod of Kubernetes; give --kubeconfig"
             )
-        try:
-            settings = ConnectionParams(timeout=httpx2.Timeout(TIMEOUT_S), trust_env=False)
-            parameters = settings.httpx_params(_config(kubeconfig, context))
-            verify = parameters.pop("verify")
-            limits = httpx2.Limits(max_connections=CONNECTIONS)
-            parameters["transport"] = httpx2.AsyncHTTPTransport(verify=verify, limits=limits, socket_options=_KEEPALIVE)
-            return cls(httpx2.AsyncClient(**parameters))
-        except Exception as error:  # what a file of somebody else may raise in a parser of somebody else
-            where = f"--kubeconfig {kubeconfig}" if kubeconfig else "the pod's service account"
-            raise ControllerError(f"cannot use {where}: {_words(error)}") from error
+        return cls(Access(kubeconfig, context))
 
     async def get(self, path: str, params: Mapping[str, str]) -> bytes:
         """Return the body of an answer. Raises ApiError, Unreachable and TooLarge."""
@@ -105,7 +85,7 @@ class Api:
 
     async def close(self) -> None:
         """Give up all connections."""
-        await self._client.aclose()
+        await self._access.close()
 
     @asynccontextmanager
     async def _stream(
@@ -114,22 +94,15 @@ class Api:
         headers = {"Accept": "application/json", "User-Agent": "mesh-controller"} | ({"Content-Type": content_type} if content_type else {})
         try:
             timeout = httpx2.Timeout(TIMEOUT_S, read=read_s)
-            async with self._client.stream(method, path, params=dict(params), content=body, headers=headers, timeout=timeout) as response:
+            async with (
+                self._access.client() as client,
+                client.stream(method, path, params=dict(params), content=body, headers=headers, timeout=timeout) as response,
+            ):
                 if response.is_error:
                     raise await _refusal(response)
                 yield response
         except (httpx2.HTTPError, httpx2.StreamError, ConfigError, OSError) as error:
-            raise Unreachable(f"{self.url}: {_words(error)}") from error
-
-
-def _config(kubeconfig: Path | None, context: str) -> SingleConfig:
-    found = KubeConfig.from_service_account() if kubeconfig is None else KubeConfig.from_file(kubeconfig)
-    config = found.get(context or None)
-    if config is None or config.user is None:
-        raise ConfigError("it names no cluster or no user")
-    if config.user.exec is not None:
-        raise ConfigError("credentials of a plugin (exec) are not supported: give a token, a token file or a client certificate")
-    return config
+            raise Unreachable(f"{self.url}: {words(error)}") from error
 
 
 async def _lines(response: httpx2.Response) -> AsyncIterator[bytes]:
@@ -169,10 +142,3 @@ def _object(body: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise Unreachable("an answer that is no object")
     return found
-
-
-def _words(error: Exception) -> str:
-    """An error's words, except of those that repeat what they were given: that may be a token."""
-    if not isinstance(error, ConfigError | OSError | httpx2.TransportError) or isinstance(error, httpx2.LocalProtocolError):
-        return type(error).__name__
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(": ")

@@ -50,6 +50,7 @@ class Definition:
             found = _decoder.decode(await self._api.get(f"{PATH}/{self._kind.definition}", {})).metadata
         except ApiError as error:
             if error.code == 404:
+                self._tell("")
                 return GOING
             if error.code != 403:
                 raise

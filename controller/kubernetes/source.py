@@ -28,6 +28,8 @@ from controller.source import State
 SETTLE_S: Final = 0.02
 """How long after a change more are waited for: a rollout is many."""
 _NAMES_SHOWN: Final = 10
+_PODS_SHOWN: Final = 3
+"""Of those that are wrong in the same way: usually they are of one Deployment."""
 _PLAIN: Final = frozenset({"Node", "Pod", "Service", "EndpointSlice"})
 """Kubernetes' own kinds, of which nothing is remembered: an API server that lets nonsense in does not exist, and the mesh's own labels and annotations
 on them are as if they were not there where they are nonsense. Namespaces are remembered, because theirs say what is in the mesh, and what is denied."""
@@ -74,6 +76,8 @@ class KubernetesSource:
         """What a restart has to know, and what was written of that when `load` looked: both at once."""
         self._begun = self.last_good is None
         """Are they known, and orphans taken from there?"""
+        self._adopted: tuple[Mapping[Key, Kept], frozenset[str]] = ({}, frozenset())
+        """Last good versions that orphans were taken from, and kinds that the API server did not know then."""
         self._api = api
         self._pods = Pods()
         self._seen = -1
@@ -83,17 +87,27 @@ class KubernetesSource:
         self._news.set()
 
     def _other(self) -> None:
+        self._adopt()
         self._others += 1
         self._changed()
 
     def _restored(self) -> None:
-        """Something was read of the last good versions: orphans are taken from there until this controller is ready, and those that come later are others'."""
-        if self.last_good is not None and self.last_good.reflector.synced and not self.ready:
-            for key, kept in self.last_good.kept.items():
-                if kept.orphan and (reflector := self.reflectors.get(key.kind)) is not None:
-                    reflector.adopt(kept.as_seen())
-            self._begun = True
+        """Something was read of the last good versions."""
         self._other()
+        self._begun = self._begun or (self.last_good is not None and self.last_good.reflector.synced)
+
+    def _adopt(self) -> None:
+        """Take orphans from the last good versions until this controller is ready; those that come later are others', but of a kind that the API server does
+        not know: nobody can have deleted one since, and a controller that began without the kind has never seen what it would write away."""
+        kept_now = self.last_good.kept if self.last_good is not None else {}
+        absent = frozenset(name for name, reflector in self.reflectors.items() if reflector.absent)
+        (before, absent_before), self._adopted = self._adopted, (kept_now, absent)
+        if kept_now is before and absent <= absent_before:
+            return
+        for key, kept in kept_now.items():
+            reflector = self.reflectors.get(key.kind) if kept.orphan else None
+            if reflector is not None and (reflector.absent or not self.ready):
+                reflector.adopt(kept.as_seen())
 
     def start(self) -> State:
         """Nothing is known yet."""
@@ -252,18 +266,17 @@ def _as_it_was(made: Object, before: Object, wrong: Container[str]) -> Object:
 
 
 def _of_pods(found: Iterable[Seen]) -> list[Problem]:
-    """Of pods that are in force with a label that is nonsense: one problem for all of a Deployment, and of a namespace."""
+    """Of pods that are in force with a label that is nonsense: one problem for all of a namespace, whatever they say instead and however many they are."""
     alike: dict[tuple[str, str, str], list[str]] = {}
     for seen in found:
         for one in seen.problems if seen.object is not None else ():
-            alike.setdefault((seen.key.namespace, one.field, one.message), []).append(seen.key.name)
+            rule, _, value = one.message.partition(", not ")
+            alike.setdefault((seen.key.namespace, one.field, rule), []).append(f"{seen.key.name} has {value}" if value else seen.key.name)
     problems = []
-    for (space, path, message), names in alike.items():
-        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-        which = f"{', '.join(sorted(names)[:_NAMES_SHOWN])}{more}"
-        problems.append(
-            Problem(ORIGIN, 0, f"{message}; it is as if it were not there, and the Namespace decides: {which}", "Pod", space, path)
-        )
+    for (space, path, rule), pods in alike.items():
+        message = f"{rule}; it is as if it were not there, and the Namespace decides"
+        more = f" and {len(pods) - _PODS_SHOWN} more" if len(pods) > _PODS_SHOWN else ""
+        problems.append(Problem(ORIGIN, 0, message, "Pod", space, path, f"{', '.join(sorted(pods)[:_PODS_SHOWN])}{more}"))
     return problems
 
 

@@ -11,7 +11,13 @@ from deploy.grafana.panels import BAD_IF_ANY, DAYS_LEFT, FILL, GOOD_IF_ONE, RATI
 _I = "$__rate_interval"
 _OUT = 'direction="outbound"'
 """Each call is counted where it leaves; where it arrives it may be counted once more."""
-_DENIED = 'verdict="deny"'
+_DENIED = 'verdict="deny",reason!~"no_port|no_backend|no_listener",rule!~"meshagent/probe:.*"'
+"""Somebody was not allowed to. Not that nobody is there to answer: a name with addresses of both families is looked up with two connected datagram sockets,
+which no service has a port for (RFC 6724, getaddrinfo(3)). Nor the agents' own probe. Services without a ready endpoint have a panel and an alert of their own
+(`_DESERTED`), and a waypoint that does not listen is one that is not ready.
+"""
+_DESERTED = 'verdict="deny",reason="no_backend",source_namespace!="meshagent"'
+"""The agents' own probe calls a service that never has endpoints (agent/probe.py)."""
 _FLAGGED = 'response_flags!=""'
 _REFUSED = 'response_code=~"401|403"'
 _FAILED = 'response_code=~"5..|0"'
@@ -123,6 +129,15 @@ def mesh() -> dashboard.Dashboard:
                         "cps",
                         Query(rate("mesh_policy_verdicts_total", _DENIED, by="rule"), "{{rule}}"),
                         about="Connections and UDP flows that L4 policy refused, by rule.",
+                    ),
+                    graph(
+                        "Calls of services without a ready endpoint",
+                        "cps",
+                        Query(
+                            rate("mesh_policy_verdicts_total", _DESERTED, by="source_namespace,source_workload"),
+                            "{{source_namespace}}/{{source_workload}}",
+                        ),
+                        about="Connections and UDP flows that were refused because nobody is there to answer, by caller.",
                     ),
                     graph(
                         "Throughput",

@@ -70,6 +70,38 @@ def test_a_table_that_is_too_small_keeps_the_previous_state_in_force(node: DataN
     assert node.in_force()
 
 
+DECIDING = ("mesh_block", "mesh_address", "mesh_workload", "mesh_service")
+
+
+@pytest.mark.parametrize("name", ["mesh_service", "mesh_block"])
+def test_a_table_with_room_for_one_state_only_is_found_out_before_anything_is_switched(node: DataNode, name: str) -> None:
+    """Also who leaves the mesh with the refused state is not without the receiver's check for a moment: it would have to be linked anew."""
+    resize(node)
+    before = replace(FEW, policies={CALLERS.name: BLOCKS})
+    node.enforce(before)
+    rows = len(node.enrolment.tables.mirrors[name].read())
+    resize(node, **{name: rows})
+    node.enforce(before)
+    held = {n: node.enrolment.tables.mirrors[n].read() for n in DECIDING}
+    epoch = node.datapath.maps["mesh_epoch"].get(bytes(4))
+    links = {pin.name: pin.stat().st_ino for pin in (node.config.pin_dir / "links").glob("netns-*")}
+    service = replace(FEW.services["default/echo"], addresses=("10.96.0.78", "fd96::78"))
+    elsewhere = PolicyRule((Source(ip_blocks=("203.0.113.0/24",)), Source(ip_blocks=("198.18.0.0/15",))))
+    after = {
+        "mesh_service": replace(OTHERS, name=CALLERS.name),
+        "mesh_block": replace(CALLERS, rules=(*OTHERS.rules, elsewhere)),
+    }[name]
+    model = snapshot(workload("caller"), workload("other"), policies=(after,))
+    model = replace(model, services={service.name: service} if name == "mesh_service" else FEW.services)
+    with pytest.raises(KernelRefused, match=rf"map {name} holds at most {rows} rows, .* the previous state stays in force"):
+        node.enrolment.enforce(model, frozenset())
+    assert {n: node.enrolment.tables.mirrors[n].read() for n in DECIDING} == held
+    assert node.datapath.maps["mesh_epoch"].get(bytes(4)) == epoch
+    assert len(links) == 3
+    assert {pin.name: pin.stat().st_ino for pin in (node.config.pin_dir / "links").glob("netns-*")} == links
+    assert node.in_force()
+
+
 def test_a_start_with_a_table_too_small_for_what_is_in_force_changes_nothing(node: DataNode) -> None:
     resize(node)
     programs = running(node.config.pin_dir)

@@ -397,7 +397,7 @@ def test_a_pod_is_linked_soon_after_its_namespace_is_made(empty: DataNode, space
 
 def test_a_change_that_concerns_no_pod_here_costs_little_besides_the_tables(node: DataNode, monkeypatch: pytest.MonkeyPatch) -> None:
     enrolled(node, SERVER)
-    monkeypatch.setattr(node.enrolment.tables, "sync", lambda *_: 0)
+    monkeypatch.setattr(node.enrolment.tables, "sync", lambda *_, **__: 0)
     best = 1.0
     for i in range(20):
         model = replace(SERVER, version=f"v{i}")

@@ -81,6 +81,15 @@ spec:
   action: DENY
   rules: [{{to: [{{operation: {{ports: ["{ECHO}"]}}}}]}}]
 """
+FRONTEND_NOT_ON_ECHO = f"""
+apiVersion: meshagent.io/v1alpha1
+kind: AuthorizationPolicy
+metadata: {{name: frontend-not-on-echo}}
+spec:
+  selector: {{matchLabels: {{app: other}}}}
+  action: DENY
+  rules: [{{from: [{{source: {{serviceAccounts: [default/frontend]}}}}], to: [{{operation: {{ports: ["{ECHO}"]}}}}]}}]
+"""
 NO_SECRETS_ON_ECHO = f"""
 apiVersion: meshagent.io/v1alpha1
 kind: AuthorizationPolicy
@@ -974,6 +983,41 @@ def test_a_revoked_peer_loses_its_tunnels_with_their_streams_and_nobody_else(pee
     calls = peer.calls()
     assert peer.handshake(revoked) == "CERTIFICATE_REVOKED"
     assert peer.calls() == calls
+
+
+def test_a_new_denial_ends_the_streams_that_it_forbids_whatever_the_callers_node_does_and_no_others(peer: Peer) -> None:
+    """The peer is the caller's node, and does nothing. Its tunnel, and a stream of it to another port, go on."""
+
+    async def scenario() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            denied, other = [
+                await stack.enter_async_context(hbone.Tunnel.connect((OTHER, HBONE_PORT), peer.svid(name), (), peer.place))
+                for name in ("frontend", "other")
+            ]
+            streams = [await denied.open(f"{OTHER}:{ECHO}") for _ in range(3)]
+            elsewhere, spared = await denied.open(f"{OTHER}:{FIRST}"), await other.open(f"{OTHER}:{ECHO}")
+            assert await elsewhere.read() == GREETING
+            for stream in (*streams, elsewhere, spared):
+                await stream.write(b"before")
+                assert await stream.read() == b"before"
+            calls = peer.calls()
+            peer.lab.apply(FRONTEND_NOT_ON_ECHO)
+            try:
+                began = time.monotonic()
+                for stream in streams:
+                    with contextlib.suppress(hbone.Reset):
+                        assert await asyncio.wait_for(stream.read_all(), 5) == b""
+                assert time.monotonic() - began < 4
+                assert (await denied.open(f"{OTHER}:{ECHO}")).status == 403
+                await asyncio.sleep(5)
+                for stream in (elsewhere, spared):
+                    await stream.write(b"after")
+                    assert await stream.read() == b"after"
+                assert peer.calls() == calls
+            finally:
+                shop.delete(peer.lab, FRONTEND_NOT_ON_ECHO)
+
+    asyncio.run(scenario())
 
 
 def test_a_caller_loses_its_connections_to_a_revoked_peer_and_no_others(peer: Peer, far: dict[int, Application]) -> None:

@@ -275,6 +275,7 @@ def test_conditions_say_what_is_served(edge: Lab) -> None:
 
 def test_an_agent_that_is_killed_and_starts_without_a_controller_loses_nothing(edge: Lab) -> None:
     with shop.loads(edge, ("client", OPEN), ("client", f"{OPEN}/two")) as found:
+        time.sleep(0.5)  # ten calls before
         edge.controller_stop()
         try:
             killed = time.monotonic()

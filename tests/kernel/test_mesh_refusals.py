@@ -78,7 +78,7 @@ def test_a_pin_directory_outside_a_bpf_file_system_is_refused(places: dict[str, 
 
 def test_an_agent_without_root_is_refused(places: dict[str, Path]) -> None:
     said = complaint(run(*options(places), prefix=("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")))
-    assert said == "this needs root: run it with sudo, or give the container privileged: true"
+    assert said == "this needs root: run it with sudo, or as user 0 in a container"
 
 
 @pytest.mark.parametrize("envoy", ["/nonexistent/envoy", "/etc/passwd"])

@@ -21,9 +21,14 @@ pytestmark = pytest.mark.kernel
 
 FRONTEND = "spiffe://mesh.local/ns/default/sa/frontend"
 MAX_CLOCK_ERROR_NS = 1_000_000_000
-# On 8080 HTTP, always with the status of its path's last part; on 9999 nobody is let in any more: the queue of its listener is full.
+# On 8080 HTTP, always with the status of its path's last part; on 9998 something that greets whoever comes; on 9999 nobody is let in any more: the queue of
+# its listener is full.
 FAR = """
-import http.server, socket
+import http.server, socket, socketserver, threading
+class Greeter(socketserver.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(b"220 at your service\\r\\n"); self.request.recv(1000)
+threading.Thread(target=socketserver.ThreadingTCPServer(("", 9998), Greeter).serve_forever, daemon=True).start()
 full = socket.socket(); full.bind(("0.0.0.0", 9999)); full.listen(0)
 others = [socket.socket() for _ in range(4)]
 for one in others:
@@ -47,7 +52,7 @@ metadata: {name: far}
 spec: {clusterIP: 10.96.0.80, selector: {app: far}, ports: [{name: http, port: 80, targetPort: 8080, appProtocol: http},
   {name: tcp-raw, port: 81, targetPort: 8080},
   {name: tcp-none, port: 82, targetPort: 8082}, {name: http-none, port: 83, targetPort: 8082, appProtocol: http}, {name: tcp-full, port: 84, targetPort: 9999},
-  {name: http-full, port: 85, targetPort: 9999, appProtocol: http}]}
+  {name: http-full, port: 85, targetPort: 9999, appProtocol: http}, {name: http-greeter, port: 86, targetPort: 9998, appProtocol: http}]}
 ---
 apiVersion: v1
 kind: Service
@@ -195,6 +200,34 @@ def test_a_waypoint_that_is_away_is_named(lab: Lab) -> None:
     assert seen["nextStep"] == "the waypoint does not listen: see 'meshagent status'"
     shop.takes(in_force, 30)
     shop.takes(lambda: shop.codes(lab, "frontend", "http://cart/items") == {"200": 1}, 10)
+
+
+def test_a_waypoint_that_takes_nothing_is_a_problem_of_the_plan(lab: Lab) -> None:
+    pid = shop.status("node-1")["waypoint"]["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        run = lab.ask("node-1", "trace", "frontend", "cart", "-o", "json", "--duration", "0.1", "--probe")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    (problem,) = json.loads(run.stdout.splitlines()[0])["problems"]
+    assert "the waypoint of node node-1 does not take what it is told" in problem
+    assert (run.returncode, "nothing answered the probe" in run.stderr) == (1, True)
+    shop.takes(in_force, 30)
+
+
+def test_a_backend_that_does_not_speak_http_is_named(lab: Lab) -> None:
+    with shop.applied(lab, L7.format(service="far", port="http-greeter", spec="  loadBalancing: {type: Random}")):
+        seen = one(lab, "frontend", "far:86", "http://10.96.0.80:86/", status="502")
+    assert seen["nextStep"] == "what the backend said is not HTTP: see targetPort, appProtocol and name of the service's port"
+
+
+def test_a_caller_that_does_not_speak_http_is_named(lab: Lab) -> None:
+    say = 'import socket; s = socket.create_connection(("10.96.0.10", 80)); s.sendall(b"PING\\r\\n"); print(s.recv(12))'
+    with shop.tracing("node-1", "frontend", "cart", "--count", "1", "--duration", "20") as running:
+        assert lab.exec("frontend", ["python3", "-c", say]).stdout == "b'HTTP/1.1 400'\n"
+        (seen,) = shop.connections(running)
+    assert (seen["outcome"], hop(seen, "waypoint")["details"]) == ("400", "http1.codec_error")
+    assert "what the caller said is not HTTP" in seen["nextStep"]
 
 
 def test_a_backend_that_lets_nobody_in_is_a_time_out_that_says_so(lab: Lab) -> None:

@@ -251,7 +251,7 @@ def test_a_change_that_concerns_no_pod_walks_no_cgroup_tree(node: DataNode, kube
         kubelet.process(number, kubelet.namespace(str(number)), kubelet.start(number))
     model = snapshot(*map(pod, range(PODS)))
     node.enforce(model)
-    monkeypatch.setattr(node.enrolment.tables, "sync", lambda *_: 0)
+    monkeypatch.setattr(node.enrolment.tables, "sync", lambda *_, **__: 0)
     monkeypatch.setattr(os, "scandir", lambda *_: pytest.fail("a directory was listed"))
     monkeypatch.setattr(os, "listdir", lambda *_: pytest.fail("a directory was listed"))
     change, poll = [], []

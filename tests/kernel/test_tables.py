@@ -219,6 +219,27 @@ def test_a_difference_leads_where_everything_leads(tables: Tables, changes: list
         event(type(step).__name__)
 
 
+def test_who_asks_is_told_once_before_the_first_row_says_something_else(tables: Tables) -> None:
+    world = World()
+    deciding = ("mesh_block", "mesh_address", "mesh_workload", "mesh_service")
+    steps = (  # everything at first, then differences
+        Workload("shop/w0", "one", "here", {}, ("10.0.0.1",), "netns", True, True, (Backing("shop/s0", {80: 8080}),)),
+        Moved("shop/w0", 1, ("10.0.0.1",)),
+        Service("shop/s0", ("10.96.0.1",), (ServicePort(80, "", "TCP", "", False, ""),)),
+        Moved("shop/w0", 2, ("10.0.0.1",)),
+    )
+
+    def rows() -> dict[str, dict[bytes, bytes]]:
+        return {name: tables.mirrors[name].read() for name in deciding}
+
+    for step in steps:
+        world.take(step)
+        before, seen = rows(), []
+        tables.sync(world.snapshot, world.local(), frozenset(), switching=lambda: seen.append(rows()))  # noqa: B023  called at once
+        assert seen == [before]
+        assert rows() != before
+
+
 def test_a_small_change_is_a_difference(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
     for number in range(5):
@@ -353,9 +374,15 @@ def test_a_difference_that_does_not_fit_leaves_the_previous_state_in_force(
         tables.sync(world.snapshot, world.local(), frozenset(), tunnels=world.tunnels)
     before = {n: mirror.read() for n, mirror in tables.mirrors.items()}
     world.take(steps[name])
+    seen: list[object] = []
+
+    def switching() -> None:
+        seen.append({n: mirror.read() for n, mirror in tables.mirrors.items()} == before)
+
     with pytest.raises(KernelRefused, match=rf"map {name} holds at most \d+ rows.*--map-capacity {name}=N"):
-        tables.sync(world.snapshot, world.local(), frozenset(), tunnels=world.tunnels)
+        tables.sync(world.snapshot, world.local(), frozenset(), tunnels=world.tunnels, switching=switching)
     assert {n: mirror.read() for n, mirror in tables.mirrors.items()} == before
+    assert not seen
     monkeypatch.undo()
     tables.sync(world.snapshot, world.local(), frozenset(), tunnels=world.tunnels)
     assert tables.mirrors[name].count > len(before[name])

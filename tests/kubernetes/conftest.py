@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from controller.kubernetes import lastgood, lease, reflector, status
 from lab import cgroup
 from tests.kubernetes import controlplane, mesh, node
 from tests.kubernetes.controlplane import ControlPlane, Failed
 from tests.kubernetes.install import ASSETS, NEEDED, own_network
+from tests.kubernetes.installed import installing
 
 __all__ = ["ASSETS"]  # of tests that have no node
 
@@ -33,6 +35,26 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
         pytest.skip(f"no control plane: `make test-kubernetes` builds one and says so in {ASSETS}")
     with controlplane.running(Path(assets), tmp_path_factory.mktemp("control-plane")) as found:
         found.install_crds()
+        yield found
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases turn in seconds, and nobody waits long to ask or to write again."""
+    monkeypatch.setattr(lease, "DURATION_S", 3)
+    monkeypatch.setattr(lease, "RENEW_S", 0.5)
+    monkeypatch.setattr(lease, "GRACE_S", 2.0)
+    monkeypatch.setattr(reflector, "MAX_BACKOFF_S", 1.0)
+    monkeypatch.setattr(reflector, "ABSENT_S", 0.5)
+    monkeypatch.setattr(status, "AGAIN_S", 0.5)
+    monkeypatch.setattr(status, "LOOK_S", 1.0)
+    monkeypatch.setattr(lastgood, "AGAIN_S", 0.5)
+
+
+@pytest.fixture(scope="module")
+def installed(plane: ControlPlane) -> Iterator[ControlPlane]:
+    """An API server with the mesh installed in it, on two nodes that are none."""
+    with installing(plane) as found:
         yield found
 
 

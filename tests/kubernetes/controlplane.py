@@ -239,14 +239,9 @@ class ControlPlane:
         """Make keys and certificates, and choose ports."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.port, self.etcd_port, self.peer_port = free_ports(3)
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test-ca")])
-        authority = _certificate(name, name, key.public_key(), key, ca=True)
-        self._ca = authority, key
-        (self.directory / "ca.crt").write_bytes(authority.public_bytes(serialization.Encoding.PEM))
-        certificate, server_key = self._sign("kube-apiserver", (), server=True)
-        (self.directory / "server.crt").write_bytes(certificate)
-        (self.directory / "server.key").write_bytes(server_key)
+        self._ca = _authority("test-ca")
+        (self.directory / "ca.crt").write_bytes(self._ca[0].public_bytes(serialization.Encoding.PEM))
+        self._sign_server()
         certificate, client_key = self._sign("kube-apiserver-kubelet-client", ("system:masters",))
         (self.directory / "kubelet-client.crt").write_bytes(certificate)
         (self.directory / "kubelet-client.key").write_bytes(client_key)
@@ -255,6 +250,23 @@ class ControlPlane:
         (self.directory / "accounts.pub").write_bytes(
             accounts.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
         )
+
+    def rotate(self) -> bytes:
+        """Have another authority sign from now on, the certificate of the API server too, when it is started again; return its certificate.
+
+        Those before are believed besides: by the API server, and by who reads ca.crt anew.
+        """
+        self._ca = _authority(f"test-ca-{time.monotonic_ns()}")
+        authority = self._ca[0].public_bytes(serialization.Encoding.PEM)
+        with (self.directory / "ca.crt").open("ab") as file:
+            file.write(authority)
+        self._sign_server()
+        return authority
+
+    def _sign_server(self) -> None:
+        certificate, key = self._sign("kube-apiserver", (), server=True)
+        (self.directory / "server.crt").write_bytes(certificate)
+        (self.directory / "server.key").write_bytes(key)
 
     def _sign(self, user: str, groups: tuple[str, ...], *, server: bool = False) -> tuple[bytes, bytes]:
         if self._ca is None:
@@ -266,6 +278,12 @@ class ControlPlane:
         )
         certificate = _certificate(subject, authority.subject, key.public_key(), signer, server=server)
         return certificate.public_bytes(serialization.Encoding.PEM), _pem(key)
+
+
+def _authority(name: str) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    return _certificate(subject, subject, key.public_key(), key, ca=True), key
 
 
 def _certificate(

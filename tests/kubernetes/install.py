@@ -21,15 +21,14 @@ from lab import cgroup, mounts
 from tests.kernel import shop
 from tests.kubernetes import controlplane, node
 from tests.kubernetes.controlplane import ControlPlane
+from tests.kubernetes.manifest import MANIFEST, OWN
 from tests.kubernetes.node import RUN, Node
 
 ROOT = Path(__file__).parents[2]
-MANIFEST = ROOT / "deploy/kubernetes/meshagent.yaml"
 CHART = ROOT / "deploy/helm/meshagent"
 BUILT = ROOT / "build/helm/helm"
 HELM = os.environ.get("HELM") or shutil.which("helm") or (str(BUILT) if BUILT.exists() else None)
 """As scripts/render finds it, which also builds one."""
-OWN = "meshagent-system"
 NEEDED = ("kube-controller-manager", "kube-scheduler", "kube-proxy")
 READY_S = 120.0
 BPF = Path("/sys/fs/bpf")

@@ -207,7 +207,8 @@ class Node:
     def _start_network(self) -> None:
         """Services by address and by name."""
         (port,) = free_ports(1)
-        self._run("kube-proxy", [*self._proxy(), "--conntrack-max-per-core", "0", "--conntrack-tcp-timeout-established", "0s",
+        # By the machine's own name it would wait half a minute for its Node, and translate nothing meanwhile (cmd/kube-proxy/app/server.go).
+        self._run("kube-proxy", [*self._proxy(), "--hostname-override", self.name, "--conntrack-max-per-core", "0", "--conntrack-tcp-timeout-established", "0s",
             "--conntrack-tcp-timeout-close-wait", "0s", "--metrics-bind-address", f"127.0.0.1:{port}", "--healthz-bind-address", ""])  # fmt: skip
         subprocess.run(["ip", "address", "replace", f"{DNS}/32", "dev", "lo"], check=True)
         (self.directory / "names").mkdir(exist_ok=True)

@@ -20,7 +20,7 @@ from tests.kernel.test_cluster_dns import ASK
 from tests.kubernetes.conftest import whole_mesh
 from tests.kubernetes.mesh import Cluster, takes
 from tests.kubernetes.node import APPLETS, image, libraries
-from tests.kubernetes.test_pods import admits
+from tests.kubernetes.podshop import admits
 
 SYSTEM, SPACE, OUTSIDE = "kube-system", "shop", "plain"
 NAMES = "registry.test/names:1"

@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.test_manifest import HOLDING, objects
-from tests.kubernetes.test_source import namespace
-
-RESERVED, MARK, LABEL = "net.ipv4.ip_local_reserved_ports", "15001-15008", "meshagent.io/mode"
+from tests.kubernetes.manifest import HOLDING, LABEL, MARK, RESERVED, objects
+from tests.kubernetes.samples import namespace
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from lab import cgroup
-from tests.kubernetes import shop, test_check
-from tests.kubernetes.install import MANIFEST, OWN, ROOT, Cluster, cluster, envoy, left, pinned, takes
+from tests.kubernetes import shop
+from tests.kubernetes.install import ROOT, Cluster, cluster, envoy, left, pinned, takes
+from tests.kubernetes.installed import check
+from tests.kubernetes.manifest import MANIFEST, OWN
 from tests.kubernetes.shop import PYTHON, REDIS, SERVER, SHOP, ask, tail
 
 pytestmark = pytest.mark.timeout(600)
@@ -41,7 +43,7 @@ def installed(bare: Cluster) -> Cluster:
 
 
 def test_before_the_mesh_is_there_checks_of_cluster_and_node_find_no_error(bare: Cluster) -> None:
-    code, found = test_check.check(bare.plane)
+    code, found = check(bare.plane)
     assert "is not installed" in found["installed"][0]["what"]
     assert (code, severities(found)) == (0, {"ok", "warning"}), found
     argv = [sys.executable, "-m", "agent.cli.main", "check", "--cgroup", str(bare.machine.cgroup2), "-o", "json"]
@@ -70,8 +72,8 @@ def plugin(found: Cluster, *argv: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_check_of_the_installed_mesh_finds_nothing_wrong_from_outside_and_in_the_agents_pod(installed: Cluster) -> None:
-    takes(lambda: test_check.check(installed.plane)[0] == 0)
-    code, found = test_check.check(installed.plane)
+    takes(lambda: check(installed.plane)[0] == 0)
+    code, found = check(installed.plane)
     assert (code, severities(found)) == (0, {"ok"}), found
     assert "nodes" in found
     run = plugin(installed, "check", "--node", "node-1", "-o", "json")

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.test_check import installed
-from tests.kubernetes.test_status import OWN
-
-__all__ = ["installed"]  # a fixture
+from tests.kubernetes.installed import with_plugin
+from tests.kubernetes.manifest import OWN
 
 RECORDER = """#!/bin/sh
 # kubectl, but for exec, which needs a kubelet: that is written down
@@ -32,23 +28,7 @@ exec "$KUBECTL" "$@"
 @pytest.fixture
 def kubectl(installed: ControlPlane, tmp_path: Path) -> dict[str, str]:
     """An environment whose PATH has the real kubectl behind a recorder of exec, and the plugin."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, text in {
-        "kubectl": RECORDER,
-        "kubectl-meshagent": f"#!{sys.executable}\nfrom agent.cli.kubectl import main\nmain()\n",
-        "kubectl_complete-meshagent": f"#!{sys.executable}\nfrom agent.cli.kubectl import complete\ncomplete()\n",
-    }.items():
-        (programs / name).write_text(text)
-        (programs / name).chmod(0o755)
-    return {
-        "PATH": f"{programs}:{os.environ['PATH']}",
-        "HOME": str(tmp_path),
-        "KUBECONFIG": str(installed.kubeconfig()),
-        "KUBECTL": str(installed.assets / "kubectl"),
-        "RECORD": str(tmp_path / "argv"),
-        "EXIT_STATUS": "0",
-    }
+    return with_plugin(installed, tmp_path, RECORDER) | {"RECORD": str(tmp_path / "argv"), "EXIT_STATUS": "0"}
 
 
 def plugin(environment: dict[str, str], *argv: str, **changes: str) -> subprocess.CompletedProcess[str]:
@@ -109,6 +89,28 @@ def test_check_looks_at_the_cluster_from_here(kubectl: dict[str, str]) -> None:
     assert (run.returncode, json.loads(run.stdout)["scope"]) == (0, "cluster"), run.stderr
     assert not Path(kubectl["RECORD"]).exists()
     assert plugin(kubectl, "check", "--context", "none").returncode == 1
+
+
+def test_a_node_whose_agent_does_not_answer_is_an_error_of_that_node_and_the_others_are_checked(kubectl: dict[str, str]) -> None:
+    run = plugin(kubectl, "check", "--all-nodes", "-o", "json", EXIT_STATUS="7")
+    said = json.loads(run.stdout)
+    assert (run.returncode, said["worst"], [one["scope"] for one in said["reports"]]) == (1, "error", ["cluster", "node", "node"]), (
+        run.stderr
+    )
+    assert [one["worst"] for one in said["reports"]] == ["ok", "error", "error"]
+    (finding,) = said["reports"][2]["findings"]
+    assert (finding["where"], finding["cause"]) == (f"pod {OWN}/agent-2", "exit status 7, and no report")
+    assert "kubectl meshagent check --node check-2" in finding["nextStep"]
+    run = plugin(kubectl, "check", "--all-nodes", "--node", "check-1")
+    assert (run.returncode, "--node and --all-nodes exclude each other" in run.stderr) == (2, True)
+
+
+def test_what_was_found_of_the_cluster_is_said_where_no_agent_is_found(kubectl: dict[str, str]) -> None:
+    run = plugin(kubectl, "--all-nodes", "check", "-o", "json", "--mesh-namespace", "default")
+    cluster, none = json.loads(run.stdout)["reports"]
+    assert (run.returncode, cluster["scope"], len(cluster["findings"]) > 1) == (1, "cluster", True), run.stderr
+    (finding,) = none["findings"]
+    assert (finding["what"], "no agent runs in namespace default" in finding["cause"]) == ("no node was checked", True)
 
 
 def test_a_mesh_that_is_installed_elsewhere_is_not_found(kubectl: dict[str, str]) -> None:

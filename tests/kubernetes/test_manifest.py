@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import subprocess
 
 import pytest
 
 from controller.documents import parse
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.test_source import namespace, policy, until
-from tests.kubernetes.test_status import OWN, conditions, writing
-
-MANIFEST = Path(__file__).parents[2] / "deploy" / "kubernetes" / "meshagent.yaml"
-FULL = Path(__file__).parent / "rendered" / "full.yaml"
-"""The chart with everything on, and Secrets shop/shop-tls, shop/api-tls and blog/blog-tls in controller.gatewaySecrets."""
-HOLDING = 36
-"""The minor version of Kubernetes that knows MutatingAdmissionPolicies of admissionregistration.k8s.io/v1."""
-ACCOUNT = f"system:serviceaccount:{OWN}:meshagent-controller"
-
-
-def objects(*kinds: str) -> list[dict[str, Any]]:
-    """Those of the manifest, of these kinds or of all."""
-    return [one.value for one in parse(MANIFEST.read_bytes(), str(MANIFEST)) if not kinds or one.value["kind"] in kinds]
-
-
-def grant(plane: ControlPlane) -> None:
-    """Give the controller's service account the rights of the manifest, and no others."""
-    plane.apply(*objects("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding"))
+from tests.kubernetes.following import conditions, until, writing
+from tests.kubernetes.install import CHART, HELM
+from tests.kubernetes.manifest import ACCOUNT, FULL, HOLDING, MANIFEST, OWN, grant, objects
+from tests.kubernetes.samples import namespace, policy
 
 
 def test_the_manifest_is_accepted(plane: ControlPlane) -> None:
@@ -75,3 +59,13 @@ def test_with_every_value_turned_on_it_is_accepted_too(plane: ControlPlane) -> N
     )
     known = [kind for kind in kinds if plane.minor >= HOLDING or not kind.startswith("MutatingAdmissionPolicy")]
     assert said.count("serverside-applied") == len(known), said
+
+
+@pytest.mark.skipif(not HELM, reason="no Helm: scripts/render builds one")
+@pytest.mark.parametrize("size", ["100Mi", "5", "1Ti"])
+def test_helm_names_a_size_that_the_agent_would_refuse(size: str) -> None:
+    argv = [str(HELM), "template", "meshagent", str(CHART), "--set-string", f"agent.envoyMemory={size}"]
+    run = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 1
+    assert f"at '/agent/envoyMemory': '{size}' does not match pattern" in run.stderr
+    assert not run.stdout

@@ -18,10 +18,9 @@ import pytest
 from lab import cgroup
 from tests.kubernetes import mesh, node
 from tests.kubernetes.controlplane import ControlPlane, Failed
+from tests.kubernetes.manifest import MARK, objects
 from tests.kubernetes.mesh import Cluster, takes
 from tests.kubernetes.node import BOX
-from tests.kubernetes.test_hold import MARK
-from tests.kubernetes.test_manifest import objects
 
 
 @pytest.fixture(scope="module")

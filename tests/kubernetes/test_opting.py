@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.kubernetes.mesh import Cluster, takes
-from tests.kubernetes.test_pods import KEPT, SPACE, WEB, admits, answers, open_shop, seen
+from tests.kubernetes.podshop import KEPT, SPACE, WEB, admits, answers, open_shop, seen
 
 LABEL = "meshagent.io/mode"
 PODS = ("web", "friend", "stranger")
@@ -163,6 +163,24 @@ def keep(found: Cluster) -> None:
 def kept(found: Cluster) -> str:
     """What has become of it."""
     return found.exec(SPACE, "friend", "cat", "/run/kept").strip()
+
+
+def test_a_caller_that_comes_in_may_use_the_ports_of_its_connections_to_services_from_before(shop: Cluster) -> None:
+    """The node remembers how it translated those, and would give new ones to the same endpoint other ports."""
+    ports = (40001, 40003, 40005)
+    label(shop, "pod", "friend", "none")
+    label(shop, "pod", "web", "none")
+    takes(lambda: anything(shop, "friend", "web") == {})
+    assert [from_port(shop, port) for port in ports] == ["200"] * 3
+    label(shop, "pod", "friend", "")
+    label(shop, "pod", "web", "")
+    takes(lambda: answers(shop, WEB))
+    assert [from_port(shop, port) for port in ports] == ["200"] * 3
+
+
+def from_port(found: Cluster, port: int) -> str:
+    """What the friend gets from a port of its own."""
+    return found.exec(SPACE, "friend", "curl", "-s", "-m", "5", "-o", "/dev/null", "-w", "%{http_code}", "--local-port", str(port), WEB)[:3]
 
 
 def test_a_caller_that_is_out_of_the_mesh_is_not_who_policy_admits(shop: Cluster) -> None:

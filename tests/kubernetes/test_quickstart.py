@@ -17,10 +17,9 @@ import pytest
 from controller.documents import parse
 from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
+from tests.kubernetes.following import following, until
 from tests.kubernetes.install import HELM
-from tests.kubernetes.test_manifest import HOLDING, MANIFEST
-from tests.kubernetes.test_source import following, until
-from tests.kubernetes.test_status import OWN
+from tests.kubernetes.manifest import HOLDING, MANIFEST, OWN
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "quickstart.md"

@@ -13,7 +13,8 @@ import pytest
 from tests.kernel.test_upgrade import LARGER, NEWER, version
 from tests.kubernetes import shop
 from tests.kubernetes.controlplane import CRDS
-from tests.kubernetes.install import CHART, HELM, OWN, Cluster, cluster, envoy, left, pinned, takes
+from tests.kubernetes.install import CHART, HELM, Cluster, cluster, envoy, left, pinned, takes
+from tests.kubernetes.manifest import OWN
 from tests.kubernetes.shop import PYTHON, SHOP, ask
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.skipif(HELM is None, reason="no Helm: HELM names it, or it is in PATH")]

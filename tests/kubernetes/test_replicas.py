@@ -35,9 +35,9 @@ from meshapi import agent_pb2, discovery_pb2, relay_pb2_grpc
 from meshapi import identity_pb2 as pb
 from meshapi.relay_pb2 import AskRequest
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.replicas import OWN, Joined, Replica, Replicas, replicas, workload
-from tests.kubernetes.test_manifest import ACCOUNT, grant
-from tests.kubernetes.test_source import namespace
+from tests.kubernetes.manifest import ACCOUNT, OWN, grant
+from tests.kubernetes.replicas import Joined, Replica, Replicas, replicas, workload
+from tests.kubernetes.samples import namespace
 from tests.tasks import beside
 from tests.unit.test_relay import Place
 

@@ -25,12 +25,10 @@ from meshapi.join import AUDIENCE
 from tests.kubernetes import controlplane
 from tests.kubernetes.conftest import ASSETS
 from tests.kubernetes.controlplane import CRDS, ControlPlane
-from tests.kubernetes.replicas import OVERRIDE, OWN, Replica, replicas
-from tests.kubernetes.test_manifest import ACCOUNT, FULL
-from tests.kubernetes.test_source import namespace, pod, policy, service
-from tests.kubernetes.test_source_secrets import RIGHTS, SIGNER, secret
-from tests.kubernetes.test_status_gateways import API, listener
-from tests.kubernetes.test_store import issued, soon
+from tests.kubernetes.manifest import ACCOUNT, FULL, OWN, RIGHTS
+from tests.kubernetes.remembered import issued, soon
+from tests.kubernetes.replicas import OVERRIDE, Replica, replicas
+from tests.kubernetes.samples import API, SIGNER, listener, namespace, pod, policy, secret, service
 from tests.unit.controller.identity.harness import new_key, request
 from tests.unit.controller.test_crds import documents
 

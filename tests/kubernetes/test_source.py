@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -15,72 +13,11 @@ from controller.errors import ControllerError
 from controller.kubernetes import reflector
 from controller.kubernetes.api import Api
 from controller.kubernetes.source import KubernetesSource
-from controller.mesh import Mesh
-from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
+from tests.kubernetes.following import following, found, until
+from tests.kubernetes.samples import namespace, pod, policy, running, service
 
 pytestmark = pytest.mark.anyio
-
-
-@asynccontextmanager
-async def following(plane: ControlPlane, user: str = "admin") -> AsyncIterator[Mesh]:
-    """The mesh of a controller that reads the API server as a user."""
-    source = KubernetesSource(Api.connect(plane.kubeconfig(user)))
-    mesh = Mesh(source, authority=False)
-    await mesh.start()
-    task = asyncio.create_task(mesh.watch())
-    try:
-        yield mesh
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        await source.close()
-
-
-async def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    """Wait for what has no event to await."""
-    for _ in range(int(seconds / 0.02)):
-        if condition():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("it did not happen in time")
-
-
-def namespace(name: str, mode: str = "mesh") -> dict[str, Any]:
-    return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": {"meshagent.io/mode": mode}}}
-
-
-def pod(space: str, name: str, node: str = "node-1", **labels: str) -> dict[str, Any]:
-    containers = [{"name": "app", "image": "app", "ports": [{"name": "web", "containerPort": 8080}]}]
-    spec = {"nodeName": node, "serviceAccountName": name, "containers": containers, "terminationGracePeriodSeconds": 0}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": space, "labels": labels}, "spec": spec}
-
-
-def service(space: str, name: str) -> dict[str, Any]:
-    spec = {"selector": {"app": name}, "ports": [{"port": 80, "targetPort": "web"}]}
-    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": space}, "spec": spec}
-
-
-def policy(space: str, name: str) -> dict[str, Any]:
-    spec = {"action": "DENY", "rules": [{"from": [{"source": {"namespaces": ["elsewhere"]}}]}]}
-    metadata = {"name": name, "namespace": space}
-    return {"apiVersion": "meshagent.io/v1alpha1", "kind": "AuthorizationPolicy", "metadata": metadata, "spec": spec}
-
-
-def running(plane: ControlPlane, space: str, name: str, *addresses: str) -> None:
-    """Say of a pod what a kubelet says of one that runs."""
-    status = {
-        "phase": "Running",
-        "podIP": addresses[0],
-        "podIPs": [{"ip": address} for address in addresses],
-        "conditions": [{"type": "Ready", "status": "True"}],
-    }
-    plane.set_status("pod", space, name, status)
-
-
-def found(mesh: Mesh, name: str) -> pb.Workload | None:
-    entity = mesh.compiled.entities.get(f"workload/{name}")
-    return entity.workload if entity is not None else None
 
 
 async def test_what_is_applied_is_in_force(plane: ControlPlane) -> None:

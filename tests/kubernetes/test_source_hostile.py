@@ -8,27 +8,20 @@ from typing import Any
 
 import pytest
 
-from controller.kubernetes import lastgood, lease, reflector
 from controller.mesh import Mesh
 from tests import tokens
 from tests.kubernetes.controlplane import ControlPlane, Failed
-from tests.kubernetes.test_manifest import ACCOUNT, grant
-from tests.kubernetes.test_source import following, found, namespace, pod, policy, running, service, until
-from tests.kubernetes.test_source_definitions import told
-from tests.kubernetes.test_source_lastgood import started
-from tests.kubernetes.test_status import OWN, conditions, writing
+from tests.kubernetes.following import conditions, following, found, started, told, until, writing
+from tests.kubernetes.manifest import ACCOUNT, OWN, grant
+from tests.kubernetes.samples import namespace, pod, policy, running, service
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quick")]
 MODE, DEFAULT = "meshagent.io/mode", "meshagent.io/default-policy"
 
 
 @pytest.fixture(autouse=True)
-def own(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own(plane: ControlPlane) -> Iterator[None]:
     """A bank, whose vault nobody may call, a stranger, and the controller's rights as the manifest gives them."""
-    monkeypatch.setattr(lease, "DURATION_S", 3)
-    monkeypatch.setattr(lease, "RENEW_S", 0.5)
-    monkeypatch.setattr(reflector, "MAX_BACKOFF_S", 1.0)
-    monkeypatch.setattr(lastgood, "AGAIN_S", 0.5)
     plane.apply(namespace(OWN, "none"), namespace("bank"), namespace("stranger"))
     plane.apply(pod("bank", "vault", app="vault"), service("bank", "vault"), policy("bank", "p"))
     running(plane, "bank", "vault", "10.1.0.9")
@@ -116,7 +109,7 @@ async def test_pods_whose_label_is_nonsense_are_what_their_namespace_says_and_on
         said = [str(one) for one in mesh.state.problems if one.kind == "Pod"]
         assert len(said) == 2
         assert said[0].startswith('api-server Pod/bank metadata.labels[\'meshagent.io/mode\']: must be "mesh" or "none"')
-        assert said[0].endswith("p08, p09 and 3 more")
+        assert said[0].endswith('the Namespace decides: p00 has "Mesh", p01 has "Mesh", p02 has "Mesh" and 10 more')
         assert "app.kubernetes.io" not in told(mesh)
     plane.kubectl("delete", "pods", "--all", "-n", "outside", "--force", "--grace-period=0")
 
@@ -204,7 +197,7 @@ async def test_of_two_pods_that_say_to_have_one_address_nobody_has_it_until_one_
         await until(lambda: (now := found(mesh, "bank/vault")) and list(now.addresses) == ["10.1.0.9"])
         await asyncio.to_thread(running, plane, "stranger", "late", "10.1.0.9")
         await until(lambda: "10.1.0.9 is said to be the address of bank/vault, stranger/late: none of them has it" in told(mesh))
-        assert [list(one.addresses) for name in ("bank/vault", "stranger/late") if (one := found(mesh, name))] == [[], []]
+        await until(lambda: [list(one.addresses) for name in ("bank/vault", "stranger/late") if (one := found(mesh, name))] == [[], []])
         await asyncio.to_thread(plane.set_status, "pod", "stranger", "late", {"phase": "Succeeded"})
         await until(lambda: (now := found(mesh, "bank/vault")) and list(now.addresses) == ["10.1.0.9"])
         assert mesh.state.problems == ()

@@ -13,31 +13,22 @@ import pytest
 
 from controller.identity.kubernetes import ApiServer, KubernetesAttestor
 from controller.identity.refusals import Unavailable
-from controller.kubernetes import lease, reflector, status
+from controller.kubernetes import lease
 from controller.kubernetes.api import Api
-from controller.kubernetes.source import KubernetesSource
-from controller.mesh import Mesh
 from meshapi import discovery_pb2 as pb
 from meshapi.join import AUDIENCE
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.test_manifest import ACCOUNT, grant, objects
-from tests.kubernetes.test_source import found, namespace, pod, policy, until
-from tests.kubernetes.test_source_definitions import action, told
-from tests.kubernetes.test_status import OWN, conditions, writing
-from tests.tasks import beside
+from tests.kubernetes.following import action, conditions, found, reading, told, until, writing
+from tests.kubernetes.manifest import ACCOUNT, OWN, grant, objects
+from tests.kubernetes.samples import namespace, pod, policy
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quick")]
 AGENT, CONTROLLER = "meshagent-agent", "meshagent-controller"
 
 
 @pytest.fixture(autouse=True)
-def own(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The controller's rights, as the manifest gives them; leases turn in seconds."""
-    monkeypatch.setattr(lease, "DURATION_S", 3)
-    monkeypatch.setattr(lease, "RENEW_S", 0.5)
-    monkeypatch.setattr(lease, "GRACE_S", 2.0)
-    monkeypatch.setattr(reflector, "MAX_BACKOFF_S", 1.0)
-    monkeypatch.setattr(status, "AGAIN_S", 0.5)
+def own(plane: ControlPlane) -> Iterator[None]:
+    """The controller's rights, as the manifest gives them."""
     plane.apply(namespace(OWN, "none"), namespace("defined"))
     grant(plane)
     yield
@@ -121,24 +112,19 @@ async def test_a_token_that_was_replaced_while_the_api_server_was_away_is_used_w
     token = Token(plane, tmp_path)
     await asyncio.to_thread(token.make, "first")
     await asyncio.to_thread(plane.apply, policy("defined", "p"), pod("defined", "before"))
-    source = KubernetesSource(Api.connect(token.kubeconfig), OWN)
-    mesh = Mesh(source, authority=False)
-    await mesh.start()
-    try:
-        async with beside(mesh.watch()):
-            await until(lambda: action(mesh, "p") == pb.Policy.DENY and found(mesh, "defined/before"))
-            version = mesh.publication.current.version
-            await asyncio.to_thread(token.end)
-            await asyncio.to_thread(plane.stop)
-            await until(lambda: mesh.state.problems)
-            await asyncio.to_thread(plane.start)
-            await until(lambda: "does not let the controller read it (401 Unauthorized" in told(mesh), 60)
-            assert (mesh.publication.current.version, action(mesh, "p")) == (version, pb.Policy.DENY)
-            await asyncio.to_thread(token.make, "second")
-            await asyncio.to_thread(plane.apply, pod("defined", "after"))
-            await until(lambda: found(mesh, "defined/after") and mesh.state.problems == (), 60)
-    finally:
-        await source.close()
+    async with reading(Api.connect(token.kubeconfig), OWN) as mesh:
+        await until(lambda: action(mesh, "p") == pb.Policy.DENY and found(mesh, "defined/before"))
+        await mesh.reload()  # the publication is behind the model
+        version = mesh.publication.current.version
+        await asyncio.to_thread(token.end)
+        await asyncio.to_thread(plane.stop)
+        await until(lambda: mesh.state.problems)
+        await asyncio.to_thread(plane.start)
+        await until(lambda: "does not let the controller read it (401 Unauthorized" in told(mesh), 60)
+        assert (mesh.publication.current.version, action(mesh, "p")) == (version, pb.Policy.DENY)
+        await asyncio.to_thread(token.make, "second")
+        await asyncio.to_thread(plane.apply, pod("defined", "after"))
+        await until(lambda: found(mesh, "defined/after") and mesh.state.problems == (), 60)
 
 
 async def test_a_node_cannot_join_meanwhile_and_joins_afterwards_with_another_token_of_the_controller(

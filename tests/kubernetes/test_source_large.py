@@ -15,11 +15,9 @@ from controller.kubernetes import lastgood, lease, reflector, status
 from controller.objects import Key
 from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.test_manifest import ACCOUNT, grant
-from tests.kubernetes.test_source import following, found, namespace, pod, policy, service, until
-from tests.kubernetes.test_source_definitions import action, told
-from tests.kubernetes.test_source_lastgood import kept, started, written
-from tests.kubernetes.test_status import OWN, got, writing
+from tests.kubernetes.following import action, following, found, got, kept, started, told, until, writing, written
+from tests.kubernetes.manifest import ACCOUNT, OWN, grant
+from tests.kubernetes.samples import namespace, pod, policy, service
 
 pytestmark = pytest.mark.anyio
 BAD = {"meshagent.io/dry-run": "perhaps"}

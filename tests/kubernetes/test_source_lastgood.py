@@ -3,59 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from controller.kubernetes import lastgood, lease, reflector
-from controller.mesh import Mesh
+from controller.kubernetes import lastgood
 from controller.objects import Key
 from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.test_manifest import ACCOUNT, grant, objects
-from tests.kubernetes.test_source import namespace, policy, until
-from tests.kubernetes.test_source_definitions import CRD, action, install, older, soon, told
-from tests.kubernetes.test_status import OWN, Writing, conditions, writing
+from tests.kubernetes.definitions import CRD, install, older, soon
+from tests.kubernetes.following import Writing, action, conditions, kept, started, told, until, writing, written
+from tests.kubernetes.manifest import ACCOUNT, OWN, grant, objects
+from tests.kubernetes.samples import namespace, policy
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quick")]
 BAD = {"meshagent.io/dry-run": "perhaps"}
 
 
 @pytest.fixture(autouse=True)
-def own(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The controller's rights, as the manifest gives them, and no policies; leases turn in seconds."""
-    monkeypatch.setattr(lease, "DURATION_S", 3)
-    monkeypatch.setattr(lease, "RENEW_S", 0.5)
-    monkeypatch.setattr(lease, "GRACE_S", 2.0)
-    monkeypatch.setattr(reflector, "MAX_BACKOFF_S", 1.0)
-    monkeypatch.setattr(reflector, "ABSENT_S", 0.5)
-    monkeypatch.setattr(lastgood, "AGAIN_S", 0.5)
+def own(plane: ControlPlane) -> Iterator[None]:
+    """The controller's rights, as the manifest gives them, and no policies."""
     plane.apply(namespace(OWN, "none"), namespace("defined"))
     grant(plane)
     yield
     plane.kubectl("delete", "crd", CRD, "--ignore-not-found", "--wait")
     plane.kubectl("delete", "controllerstate", lastgood.NAME, "-n", OWN, "--ignore-not-found")
     install(plane)
-
-
-def kept(plane: ControlPlane) -> dict[str, Any]:
-    """What is written of policies, by name."""
-    said = plane.kubectl("get", "controllerstate", lastgood.NAME, "-n", OWN, "-o", "json", "--ignore-not-found")
-    documents = json.loads(said).get("documents", {}) if said.strip() else {}
-    return {row["object"]["metadata"]["name"]: row for row in json.loads(documents.get("AuthorizationPolicy.json", "[]"))}
-
-
-def written(one: Writing, name: str) -> bool:
-    """Is it written, as far as the controller knows?"""
-    last_good = one.part.source.last_good
-    return last_good is not None and name in {key.name for key in last_good.kept}
-
-
-async def started(mesh: Mesh) -> None:
-    await until(lambda: mesh.publication.current.serial)
 
 
 async def test_a_policy_that_was_broken_is_in_force_as_it_was_in_a_controller_that_starts(plane: ControlPlane) -> None:

@@ -8,23 +8,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from controller.kubernetes import lease, reflector, status
 from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.test_manifest import ACCOUNT, grant, objects
-from tests.kubernetes.test_source import following, namespace, policy, until
-from tests.kubernetes.test_source_definitions import action, told
-from tests.kubernetes.test_status import OWN, conditions, writing
+from tests.kubernetes.following import action, conditions, following, until, writing
+from tests.kubernetes.manifest import ACCOUNT, OWN, grant, objects
+from tests.kubernetes.samples import namespace, policy
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quick")]
 
 
 @pytest.fixture(autouse=True)
-def own(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own(plane: ControlPlane) -> Iterator[None]:
     """The controller's rights, as the manifest gives them, before and after."""
-    monkeypatch.setattr(lease, "RENEW_S", 0.5)
-    monkeypatch.setattr(reflector, "MAX_BACKOFF_S", 1.0)
-    monkeypatch.setattr(status, "AGAIN_S", 0.5)
     plane.apply(namespace(OWN, "none"), namespace("defined"))
     grant(plane)
     yield
@@ -48,11 +43,12 @@ async def test_policies_that_may_not_be_read_any_more_stay_in_force_and_are_name
         await asyncio.to_thread(without, plane, "authorizationpolicies")
         await asyncio.to_thread(plane.stop)  # which ends the watch: rights are looked at when one begins
         await asyncio.to_thread(plane.start)
-        await until(lambda: "does not let the controller read it (403 Forbidden" in told(mesh), 60)
+        # Right after its start the API server knows no roles yet, and refuses everything.
+        await until(lambda: [one.kind for one in mesh.state.problems if "403" in one.message] == ["AuthorizationPolicy"], 60)
         await asyncio.to_thread(plane.apply, policy("defined", "q"))
         await asyncio.sleep(2)
         (problem,) = [one for one in mesh.state.problems if "403" in one.message]
-        assert problem.kind == "AuthorizationPolicy"
+        assert "does not let the controller read it (403 Forbidden" in problem.message
         assert "see the ClusterRole of the controller's service account; what was known stays in force" in problem.message
         assert (action(mesh, "p"), action(mesh, "q")) == (pb.Policy.DENY, None)
         assert mesh.publication.current.version == version, "something was taken out of force"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -17,15 +16,12 @@ from controller.kubernetes.source import KubernetesSource
 from controller.mesh import Mesh
 from controller.objects import Key
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.test_manifest import ACCOUNT, FULL
-from tests.kubernetes.test_source import following, namespace, pod, until
-from tests.kubernetes.test_status import OWN
-from tests.unit.controller.test_gateways import Signer
+from tests.kubernetes.following import following, until
+from tests.kubernetes.manifest import ACCOUNT, FULL, OWN, RIGHTS
+from tests.kubernetes.samples import SIGNER, namespace, pod, secret
 
 pytestmark = pytest.mark.anyio
-RIGHTS = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
 GATEWAY_API = "gateway.networking.k8s.io"
-SIGNER = Signer()
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +36,6 @@ def edge(plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     yield
     for space in ("shop", "blog", "vault"):
         plane.kubectl("delete", "gateways,referencegrants,secrets,pods", "--all", "-n", space, "--force", "--grace-period=0")
-
-
-def secret(space: str, name: str, chain: str, key: str, kind: str = "kubernetes.io/tls") -> dict[str, Any]:
-    data = {"tls.crt": base64.b64encode(chain.encode()).decode(), "tls.key": base64.b64encode(key.encode()).decode()}
-    return {"apiVersion": "v1", "kind": "Secret", "type": kind, "metadata": {"name": name, "namespace": space}, "data": data}
 
 
 def gateway(*references: dict[str, str], name: str = "web") -> dict[str, Any]:

@@ -9,7 +9,8 @@ import pytest
 
 from controller.mesh import Mesh
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.test_source import following, found, namespace, pod, running, until
+from tests.kubernetes.following import following, found, until
+from tests.kubernetes.samples import namespace, pod, running
 
 pytestmark = pytest.mark.anyio
 OUTSIDE = "203.0.113.7"

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from lab import cgroup
+from tests.kubernetes.manifest import MARK
 from tests.kubernetes.mesh import Cluster, pod, takes
-from tests.kubernetes.test_hold import MARK
-from tests.kubernetes.test_pods import SERVE, SPACE, admits, at, open_shop
+from tests.kubernetes.podshop import SERVE, SPACE, admits, at, open_shop
 
 LABEL = "meshagent.io/mode"
 ANSWERING = ("connected", "ECONNRESET")

@@ -4,86 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from contextlib import AsyncExitStack
 
 import pytest
 
-from controller.kubernetes import lease, status
-from controller.kubernetes.part import LEASE, KubernetesPart
-from controller.mesh import Mesh
+from controller.kubernetes.part import LEASE
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.test_source import namespace, pod, policy, service, until
+from tests.kubernetes.following import Writing, conditions, got, until, writing
+from tests.kubernetes.manifest import OWN
+from tests.kubernetes.samples import namespace, pod, policy, service
 
-pytestmark = pytest.mark.anyio
-OWN = "meshagent-system"
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leases turn in seconds."""
-    monkeypatch.setattr(lease, "DURATION_S", 3)
-    monkeypatch.setattr(lease, "RENEW_S", 0.5)
-    monkeypatch.setattr(lease, "GRACE_S", 2.0)
-    monkeypatch.setattr(status, "LOOK_S", 1.0)
-
-
-class Writing:
-    """One controller's mesh with what writes back."""
-
-    def __init__(self, plane: ControlPlane, user: str = "admin") -> None:
-        self.part = KubernetesPart(plane.kubeconfig(user), "", OWN)
-        self.mesh = Mesh(self.part.source, authority=False)
-        self.mesh.looked = self.part.looked
-        self.tasks: list[asyncio.Task[None]] = []
-
-    async def start(self) -> None:
-        await self.mesh.start()
-        self.tasks = [asyncio.create_task(self.mesh.watch()), asyncio.create_task(self.part.run())]
-
-    async def stop(self) -> None:
-        """As the server does it."""
-        await self._end()
-        await self.part.stop()
-        await self.part.source.close()
-
-    async def kill(self) -> None:
-        """As a process that ends without a word."""
-        await self._end()
-        await self.part.source.close()
-
-    async def _end(self) -> None:
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-
-    @property
-    def holds(self) -> bool:
-        return self.part._lease.held
-
-    @property
-    def written(self) -> int:
-        return self.part._writer.written
-
-
-@asynccontextmanager
-async def writing(plane: ControlPlane, user: str = "admin") -> AsyncIterator[Writing]:
-    one = Writing(plane, user)
-    await one.start()
-    try:
-        yield one
-    finally:
-        await one.stop()
-
-
-def got(plane: ControlPlane, kind: str, space: str, name: str) -> Any:
-    return json.loads(plane.kubectl("get", kind, name, "-n", space, "-o", "json"))
-
-
-def conditions(plane: ControlPlane, kind: str, space: str, name: str) -> dict[str, tuple[str, str]]:
-    found = got(plane, kind, space, name).get("status", {}).get("conditions", [])
-    return {one["type"]: (one["status"], one["reason"]) for one in found}
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quick")]
 
 
 async def test_conditions_are_written_once_and_follow_changes(plane: ControlPlane) -> None:

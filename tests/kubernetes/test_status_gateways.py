@@ -11,12 +11,11 @@ import pytest
 from controller.gateways import CONTROLLER, LABEL
 from controller.kubernetes import status
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.test_source import namespace, pod, running, service, until
-from tests.kubernetes.test_status import OWN, got, quick, writing
+from tests.kubernetes.following import got, until, writing
+from tests.kubernetes.manifest import OWN
+from tests.kubernetes.samples import API, listener, namespace, pod, running, service
 
-__all__ = ["quick"]
-pytestmark = pytest.mark.anyio
-API = "gateway.networking.k8s.io"
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quick")]
 BEFORE = "2026-01-01T00:00:00Z"
 FOREIGN = {"type": "example.com/Dns", "status": "True", "reason": "Known", "message": "theirs", "lastTransitionTime": BEFORE}
 
@@ -38,10 +37,6 @@ def edge(plane: ControlPlane) -> Iterator[None]:
 def gateway(*listeners: dict[str, Any], name: str = "web", of: str = "meshagent") -> dict[str, Any]:
     meta = {"name": name, "namespace": "edge"}
     return {"apiVersion": f"{API}/v1", "kind": "Gateway", "metadata": meta, "spec": {"gatewayClassName": of, "listeners": list(listeners)}}
-
-
-def listener(name: str, port: int, *, protocol: str = "HTTP", **more: Any) -> dict[str, Any]:
-    return {"name": name, "port": port, "protocol": protocol, **more}
 
 
 def route(kind: str, name: str, *parents: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -14,7 +14,7 @@ from controller import metrics, readiness
 from controller.errors import ControllerError
 from controller.identity import ledger
 from controller.identity.lapse import Lapse
-from controller.identity.ledger import Issued, SharedLedger
+from controller.identity.ledger import SharedLedger
 from controller.kubernetes import store as stores
 from controller.kubernetes.part import opened
 from controller.kubernetes.store import ClusterStore
@@ -23,11 +23,11 @@ from controller.store import Documents, of_node
 from controller.wireguard import NodeKeys
 from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.test_source import namespace
+from tests.kubernetes.remembered import NOW, issued, soon
+from tests.kubernetes.samples import namespace
 from tests.tasks import beside, until
 
 OWN = "remembered"
-NOW = 1_700_000_000
 
 
 @pytest.fixture
@@ -38,18 +38,6 @@ def two(plane: ControlPlane) -> Iterator[tuple[ClusterStore, ClusterStore]]:
         stack.callback(lambda: plane.kubectl("delete", "controllerstates", "--all", "-n", OWN))
         one, other = (stack.enter_context(opened(plane.kubeconfig(), "", OWN)) for _ in range(2))
         yield one, other
-
-
-def soon(condition: Callable[[], object]) -> None:
-    """Wait for a watch."""
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
-
-
-def issued(number: int, node: str = "n1", until_s: int = NOW + 100) -> Issued:
-    return Issued(f"{number:x}", f"spiffe://mesh.local/ns/shop/sa/{node}", node, "", until_s)
 
 
 def test_a_change_that_meets_another_is_done_again_with_what_that_wrote(two: tuple[ClusterStore, ClusterStore]) -> None:

@@ -14,11 +14,11 @@ import pytest
 from tests.kubernetes import controlplane
 from tests.kubernetes.conftest import ASSETS
 from tests.kubernetes.controlplane import ControlPlane
+from tests.kubernetes.following import conditions
 from tests.kubernetes.install import CHART, HELM
-from tests.kubernetes.replicas import OWN, Replica
-from tests.kubernetes.test_manifest import ACCOUNT, MANIFEST, objects
-from tests.kubernetes.test_source import namespace, pod, policy
-from tests.kubernetes.test_status import conditions
+from tests.kubernetes.manifest import ACCOUNT, MANIFEST, OWN, objects
+from tests.kubernetes.replicas import Replica
+from tests.kubernetes.samples import namespace, pod, policy
 from tests.unit.controller.identity.authorities import make
 
 OWN_STATE = {f"Lease/{OWN}/meshagent-controller", f"ControllerState/{OWN}/authority", f"ControllerState/{OWN}/controllers"}

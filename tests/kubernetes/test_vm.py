@@ -24,7 +24,7 @@ from lab.topology import CONTROLLER_ADDRESSES, Node, Pod, Topology
 from tests.kernel import shop
 from tests.kubernetes.conftest import ASSETS
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.test_source import namespace, pod, running
+from tests.kubernetes.samples import namespace, pod, running
 
 CONTROLLER = CONTROLLER_ADDRESSES[0]
 ECHO = (sys.executable, str(Path(__file__).parents[1] / "kernel" / "echo.py"))

@@ -17,8 +17,9 @@ import pytest
 from lab import cgroup
 from tests.kubernetes import controlplane, machine, policing
 from tests.kubernetes import install as installing
-from tests.kubernetes.install import OWN, ROOT, Cluster, takes
+from tests.kubernetes.install import ROOT, Cluster, takes
 from tests.kubernetes.machine import Machine
+from tests.kubernetes.manifest import OWN
 from tests.kubernetes.node import LIMITS
 
 pytestmark = pytest.mark.timeout(300)

@@ -64,6 +64,7 @@ class Node:
         self.tracer = Tracer("node-1", self.asked.append)
         self.direct = NO_DIRECT
         self.lost = 0
+        self.armed = True
         self.calls = Remembered()
 
     def status(self) -> Status:
@@ -76,7 +77,7 @@ class Node:
         return workload in self.snapshot.workloads
 
     async def tracing_armed(self) -> bool:
-        return True
+        return self.armed
 
     def lost_events(self) -> int:
         return self.lost
@@ -158,6 +159,17 @@ def test_a_trace_ends_after_its_count_and_takes_its_filter_away(tmp_path: Path) 
         assert [json.loads((await call.read()).document)["outcome"] for _ in range(3)] == ["closed"] * 3
         assert await call.read() is grpc.aio.EOF
         await until(lambda: node.asked[-1] == frozenset())
+
+    run(tmp_path, scenario)
+
+
+def test_a_waypoint_that_does_not_take_what_it_is_told_is_a_problem_of_the_plan(tmp_path: Path) -> None:
+    async def scenario(node: Node, stub: Any) -> None:
+        node.armed = False
+        call = stub.Trace(request(duration_s=20, count=1))
+        (problem,) = json.loads((await call.read()).document)["problems"]
+        assert "the waypoint of node node-1 does not take what it is told" in problem
+        call.cancel()
 
     run(tmp_path, scenario)
 

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from agent import causes
+from agent.bpf.manifest import Reason
 from tests.unit.agent.test_trace import RECORD
 
 
@@ -25,18 +26,20 @@ from tests.unit.agent.test_trace import RECORD
             "is it listening",
         ),
         (503, "upstream_reset_before_response_started{overflow}", "limits"),
+        (503, "upstream_reset_before_response_started{connection_termination}", "closed the connection before it answered"),
+        (502, "upstream_reset_before_response_started{protocol_error}", "what the backend said is not HTTP"),
+        (400, "http1.codec_error", "what the caller said is not HTTP"),
         (504, "upstream_response_timeout", "timeouts of the route"),
         (418, "fault_filter_abort", "a fault"),
-        (403, "rbac_access_denied_matched_policy[none]", causes.REQUEST),
     ],
 )
 def test_an_answer_of_the_waypoint_has_a_next_step(code: int, details: str, said: str) -> None:
     record = dataclasses.replace(RECORD, response_code=code, response_code_details=details)
-    assert said in str(causes.of_response(record, None))
+    assert said in str(causes.of_response(record, None, None))
 
 
 def test_an_answer_of_the_application_has_none() -> None:
-    assert causes.of_response(dataclasses.replace(RECORD, response_code=503), 1) is None
+    assert causes.of_response(dataclasses.replace(RECORD, response_code=503), 1, None) is None
 
 
 @pytest.mark.parametrize(
@@ -46,7 +49,7 @@ def test_endpoints_that_are_ejected_are_told_from_none(endpoints: int | None, sa
     record = dataclasses.replace(
         RECORD, response_code=503, response_code_details="no_healthy_upstream", response_flags=("no healthy upstream",)
     )
-    assert said in str(causes.of_response(record, endpoints))
+    assert said in str(causes.of_response(record, endpoints, None))
 
 
 BROKEN = "TLS_error:|5:error:00000000:Broken_pipe:TLS_error_end"
@@ -73,9 +76,46 @@ def test_a_handshake_that_broke_off_without_an_alert_is_explained_by_ones_own_ce
     assert (step is None) if said is None else said in str(step)
     if step is not None:
         record = dataclasses.replace(RECORD, response_code=503, response_code_details="upstream_reset", failure=failure)
-        assert causes.of_response(record, 1, certified=lambda: certified) == step
+        assert causes.of_response(record, 1, None, certified=lambda: certified) == step
+
+
+@pytest.mark.parametrize(
+    ("rule", "of_connection", "of_request"),
+    [
+        pytest.param(
+            "shop/p: no rule matches",
+            "allow the caller in AuthorizationPolicy shop/p, or call as another service account",
+            "allow the request in AuthorizationPolicy shop/p, or send another",
+            id="no-rule-allows-it",
+        ),
+        pytest.param(
+            "shop/(default-deny), shop/p, shop/q: no rule matches",
+            "allow the caller in one of the AuthorizationPolicies shop/p, shop/q, or call as another service account",
+            "allow the request in one of the AuthorizationPolicies shop/p, shop/q, or send another",
+            id="none-of-several",
+        ),
+        pytest.param(
+            "shop/(default-deny): no rule matches",
+            "namespace shop denies by default (meshagent.io/default-policy: deny): "
+            "allow the caller in an AuthorizationPolicy there, or call as another service account",
+            "namespace shop denies by default (meshagent.io/default-policy: deny): "
+            "allow the request in an AuthorizationPolicy there, or send another",
+            id="the-namespace-denies",
+        ),
+        pytest.param(
+            "shop/p[7]",
+            "a DENY comes before every ALLOW: narrow rule shop/p[7], or call as another service account",
+            "a DENY comes before every ALLOW: narrow rule shop/p[7], or send another",
+            id="a-rule-denies-it",
+        ),
+    ],
+)
+def test_what_a_policy_refused_names_the_policy_and_what_would_help(rule: str, of_connection: str, of_request: str) -> None:
+    assert causes.of_denial(Reason.POLICY, rule) == of_connection
+    record = dataclasses.replace(RECORD, response_code=403, response_code_details="rbac_access_denied_matched_policy[x]")
+    assert causes.of_response(record, 1, rule) == of_request
 
 
 def test_a_policy_that_demands_a_token_is_said_to() -> None:
     record = dataclasses.replace(RECORD, response_code=403, response_code_details="rbac_access_denied_matched_policy[none]")
-    assert "token" in str(causes.of_response(record, 1, tokens=True))
+    assert "token" in str(causes.of_response(record, 1, "default/p: no rule matches", tokens=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +28,8 @@ class World:
         self.log: list[tuple[object, ...]] = []
         self.refuse_link: set[int] = set()
         self.refuse_rows = False
+        self.fits = False
+        """Are rows refused only when some of them are written already?"""
         self.refusal: Exception = KernelRefused("the table is full")
         self.mounts: set[Path] = set()
         self.looks: list[str] = []
@@ -68,11 +70,14 @@ class World:
         accelerated: frozenset[str],
         tunnels: Mapping[str, int],
         direct: Direct,
+        switching: Callable[[], None],
     ) -> int:
         assert not accelerated
         assert not tunnels
         assert direct == NO_DIRECT
         self.effective = {n.local.workload.name: n.local.workload.addresses for n in local}
+        if self.fits or not self.refuse_rows:
+            switching()
         self.log.append(("rows", *(n.local.workload.name for n in local), *inbound))
         if self.refuse_rows:
             raise self.refusal
@@ -266,9 +271,44 @@ def test_who_comes_back_keeps_its_mount_as_long_as_it_is_there(world: World, nod
     assert world.mounts == set()
 
 
-@pytest.mark.parametrize("refusal", [KernelRefused("the table is full"), ValueError("no address")])
-def test_rows_that_are_refused_leave_links_and_mounts_as_they_were(world: World, node: Enrolment, refusal: Exception) -> None:
-    world.refusal = refusal
+@pytest.mark.parametrize("doubted", [{7}, set()], ids=["doubted", "not-doubted"])
+@pytest.mark.parametrize("looked", [True, False], ids=["looked-at-before", "not-looked-at-before"])
+def test_who_leaves_has_its_link_removed_before_its_rows_also_if_it_is_doubted(
+    world: World, node: Enrolment, doubted: set[int], looked: bool
+) -> None:
+    a, b = (workload(name, world.namespace(name, cookie)) for name, cookie in (("a", 7), ("b", 11)))
+    node.enforce(snapshot(a, b), frozenset())
+    node.doubt(doubted)
+    if looked:
+        node.find(snapshot(a, b))
+    world.log.clear()
+    node.enforce(snapshot(b), frozenset())
+    assert world.log == [("unlink", 7), ("rows", "default/b"), ("unlink all but", 11)]
+
+
+def test_a_link_that_is_doubted_is_made_again_whoever_has_looked_since(world: World, node: Enrolment) -> None:
+    model = snapshot(workload("a", world.namespace("a", 7)))
+    node.enforce(model, frozenset())
+    node.doubt({7})
+    node.find(model)
+    world.log.clear()
+    node.enforce(model, frozenset())
+    node.enforce(model, frozenset())
+    assert world.log == [("rows", "default/a"), ("link", 7, "7"), ("rows", "default/a")]
+
+
+def test_who_leaves_with_rows_that_do_not_fit_is_never_without_its_link(world: World, node: Enrolment) -> None:
+    node.enforce(snapshot(workload("a", world.namespace("a", 7))), frozenset())
+    world.log.clear()
+    world.refuse_rows = True
+    with pytest.raises(KernelRefused):
+        node.enforce(snapshot(workload("b", world.namespace("b", 11))), frozenset())
+    assert world.log == [("rows", "default/b")]
+
+
+@pytest.mark.parametrize("refusal", [KernelRefused("no memory"), ValueError("no address")])
+def test_rows_that_are_refused_late_leave_links_and_mounts_as_they_were(world: World, node: Enrolment, refusal: Exception) -> None:
+    world.refusal, world.fits = refusal, True
     node.enforce(snapshot(workload("a", world.namespace("a", 7))), frozenset())
     world.log.clear()
     world.refuse_rows = True
@@ -281,7 +321,7 @@ def test_rows_that_are_refused_leave_links_and_mounts_as_they_were(world: World,
 def test_a_link_that_cannot_be_made_again_is_made_by_the_next_attempt(world: World, node: Enrolment) -> None:
     model = snapshot(workload("a", world.namespace("a", 7)))
     node.enforce(model, frozenset())
-    world.refuse_rows, world.refuse_link = True, {7}
+    world.refuse_rows, world.refuse_link, world.fits = True, {7}, True
     with pytest.raises(KernelRefused):
         node.enforce(snapshot(), frozenset())
     world.refuse_rows, world.refuse_link = False, set()

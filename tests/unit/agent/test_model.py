@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.model import Action, MatchKind, Mtls, Policy, Route, Service, Snapshot, Source, Workload, decode, port_name
+from agent.compact import Table
+from agent.model import Action, Delta, MatchKind, Mtls, Node, Policy, Route, Service, Snapshot, Source, Workload, decode, port_name
 from meshapi import discovery_pb2 as pb
 
 ENTITIES = (Workload, Service, Route, Policy)
@@ -254,3 +256,16 @@ def test_what_workloads_have_in_common_is_one_object() -> None:
 def test_labels_of_any_text_are_decoded_as_they_are(labels: dict[str, str]) -> None:
     assert _pod("a", labels).labels == labels
     assert _pod("a", {**labels, "x": "a\0b", "y": ""}).labels == {**labels, "x": "a\0b", "y": ""}
+
+
+def test_what_differs_is_found_if_nobody_has_said_it() -> None:
+    kept, gone, old, new = (Node(name, None) for name in ("kept", "gone", "other", "other"))
+    nodes = Table[Node]().changed({"kept": kept, "gone": gone, "other": old})
+    before, after = (
+        Snapshot("1", nodes=nodes),
+        Snapshot("3", nodes=nodes.changed({"gone": None, "other": new, "come": kept}), delta=Delta("2")),
+    )
+    assert after.since(before) == Delta("1", nodes=frozenset({"gone", "other", "come"}))
+    assert after.since(replace(before, nodes=dict(before.nodes))) == after.since(before)
+    assert after.since(after) == Delta("3")
+    assert replace(after, delta=Delta("1")).since(before) == Delta("1"), "as it was said"

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from agent.patience import Backoff, within
+from agent.patience import Backoff, until_one_ends, within
 
 
 def test_what_comes_in_time_is_returned_and_what_does_not_is_cancelled() -> None:
@@ -55,3 +55,34 @@ def test_pauses_double_up_to_a_limit_and_begin_anew(random: float) -> None:
     assert [backoff.pause() for _ in range(5)] == [whole * n for n in (1, 2, 4, 5, 5)]
     backoff.reset()
     assert backoff.pause() == whole
+
+
+@pytest.mark.parametrize("by", ["an-end", "a-failure", "the-outside"])
+def test_when_one_of_several_ends_the_others_are_cancelled_and_have_ended(by: str) -> None:
+    async def scenario() -> None:
+        ended: list[str] = []
+
+        async def last() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0)
+                ended.append("last")
+
+        async def first() -> None:
+            if by == "the-outside":
+                await asyncio.Event().wait()
+            await asyncio.sleep(0.01)
+            if by == "a-failure":
+                raise ValueError("no more")
+
+        running = asyncio.create_task(until_one_ends(first(), last()))
+        await asyncio.sleep(0)
+        if by == "the-outside":
+            await asyncio.sleep(0.01)
+            running.cancel()
+        (outcome,) = await asyncio.gather(running, return_exceptions=True)
+        assert type(outcome) is {"an-end": type(None), "a-failure": ValueError, "the-outside": asyncio.CancelledError}[by]
+        assert ended == ["last"]
+
+    asyncio.run(scenario())

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from agent.errors import NotFound
-from agent.external import External
+from agent.external import External, Origination
 from agent.model import (
     Action,
     Backend,
@@ -99,7 +99,9 @@ def test_a_caller_that_is_not_enrolled_is_a_stranger() -> None:
 def test_a_service_without_endpoints_is_a_problem() -> None:
     away = dataclasses.replace(REDIS, ready=False)
     model = snapshot(workload("frontend"), away, services=(service("redis", 6379),))
-    assert "no ready endpoint" in plan(model, model.workloads["default/frontend"], "redis", "mesh.local").problems[0]
+    found = plan(model, model.workloads["default/frontend"], "redis", "mesh.local")
+    assert "no ready endpoint" in found.problems[0]
+    assert found.encryption == "none: there is nowhere to go"
 
 
 def test_a_plan_follows_the_routes_that_are_for_the_caller() -> None:
@@ -352,6 +354,22 @@ def test_a_call_to_the_outside_is_decided_by_the_policies_of_its_external_servic
     found = plan(model, model.workloads[f"default/{caller}"], f"api.example.com:{port}", "mesh.test")
     assert (found.verdict, found.level, found.reason) == (verdict, "L7", "ExternalService default/api")
     assert found.problems == ()
+
+
+@pytest.mark.parametrize(
+    ("spoken", "tls", "encryption"),
+    [
+        ("http", None, "none: plaintext to the host outside"),
+        ("http", Origination("api.example.com", ("api.example.com",), ""), "TLS between the waypoint and the host outside"),
+        ("tls", None, "TLS between the application and the host outside"),
+    ],
+)
+def test_the_plan_of_a_call_to_the_outside_says_who_encrypts_it(spoken: str, tls: Origination | None, encryption: str) -> None:
+    ports = (ServicePort(443, "", "TCP", spoken, True, ""),)
+    external = External("api", ("api.example.com",), False, True, (), tls)
+    outside = Service("default/api.example.com", ("240.240.0.9",), ports, external=external)
+    model = dataclasses.replace(MODEL, services={outside.name: outside})
+    assert plan(model, model.workloads["default/frontend"], "api.example.com", "mesh.test").encryption == encryption
 
 
 PROBED = dataclasses.replace(REDIS, node="node-2", mtls=Mtls.STRICT, probe_ports=(8080, 9090))

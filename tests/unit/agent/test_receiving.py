@@ -125,7 +125,11 @@ def test_a_request_that_came_out_of_a_tunnel_is_told_with_its_rule_and_the_appli
     good, denied = found(one)
     assert (good.caller, good.request_id, [hop.at for hop in good.hops]) == ("", "seven", ["inbound", "app"])
     assert (good.hops[1].duration_ns, good.hops[1].detail["address"]) == (2_000, "10.77.2.22:8080")
-    assert (denied.rule, denied.next_step, denied.hops[0].detail["verdict"]) == ("default/p[0]", causes.REQUEST, "deny")
+    assert (denied.rule, denied.next_step, denied.hops[0].detail["verdict"]) == (
+        "default/p[0]",
+        causes.of_policy("default/p[0]", request=True),
+        "deny",
+    )
 
 
 def test_a_request_in_plaintext_is_told_with_the_connection_that_carried_it() -> None:

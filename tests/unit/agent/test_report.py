@@ -113,6 +113,7 @@ def test_a_status_has_the_documented_names() -> None:
                 "renewsAt": None,
                 "problem": "why",
                 "chain": [],
+                "authorityEndsAt": None,
             },
             "workloads": [
                 {
@@ -124,6 +125,7 @@ def test_a_status_has_the_documented_names() -> None:
                     "renewsAt": 2.0,
                     "problem": "",
                     "chain": ["PEM"],
+                    "authorityEndsAt": None,
                 }
             ],
             "signed": 11,

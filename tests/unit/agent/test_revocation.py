@@ -311,7 +311,7 @@ class Failing(Looks):
 
         return SimpleNamespace(destroy=destroy, close=lambda: None)
 
-    def _who(self, _: bytes) -> str:
+    def who(self, _: bytes) -> str:
         return ""
 
 
@@ -483,7 +483,8 @@ def test_a_caller_that_leaves_the_mesh_is_looked_for_where_plaintext_is_not_take
 
 
 def test_what_envoy_may_have_done_before_it_took_a_change_is_looked_at_where_that_was() -> None:
-    looks = Looks()
+    looks, told = Looks(), list[set[int] | None]()
+    looks.on_taken = lambda _, where: told.append(where)
     looks.changed(rules(FRIEND, FOE))
     looks.taken()
     looks._where, looks._wanted = set(), asyncio.Event()
@@ -493,6 +494,7 @@ def test_what_envoy_may_have_done_before_it_took_a_change_is_looked_at_where_tha
     looks._where = set()
     looks.taken()
     assert (looks._where, looks._wanted.is_set()) == ({2}, True)
+    assert told == [None, {2}]
 
 
 def test_a_pod_that_comes_while_everything_is_being_looked_at_does_not_end_that(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,14 +16,29 @@ import grpc.aio
 import pytest
 
 from agent import supervisor
-from agent.config import OUTBOUND_PORT, Config
+from agent.compact import Table
+from agent.config import INBOUND_PORT, OUTBOUND_PORT, Config
 from agent.enrolment import Enrolled
 from agent.errors import EnvironmentUnfit, KernelRefused
 from agent.identity.part import NoIdentities
 from agent.l7 import names
+from agent.l7.parting import Dialled
 from agent.l7.resources import Resource
+from agent.l7.view import View
 from agent.l7.xds import XdsServer
-from agent.model import NO_DIRECT, Action, LocalWorkload, Policy, Snapshot, Workload
+from agent.model import (
+    NO_DIRECT,
+    Action,
+    Delta,
+    LocalWorkload,
+    Operation,
+    Policy,
+    PolicyRule,
+    Service,
+    ServicePort,
+    Snapshot,
+    Workload,
+)
 from agent.quota import Quotas
 from agent.supervisor import Supervisor, run_forever
 from agent.tunnels import Tunnels
@@ -262,6 +277,9 @@ class Latecomer(Dialler):
 
     _enforce = Supervisor._enforce
 
+    async def _called(self) -> Dialled | None:
+        return None  # there is no kernel
+
     async def _configure_waypoint(self) -> None:
         if self.down:
             raise KernelRefused("not now")
@@ -305,19 +323,20 @@ def test_a_pod_that_is_bound_while_less_is_enforced_is_made_known_to_envoy_and_r
 class Host(Latecomer):
     """A `Latecomer` whose Envoy listens when it has been asked twice whether it does."""
 
-    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, side: str = names.OUTBOUND) -> None:
         super().__init__(directory)
         self.log: list[object] = []
+        self._side = side
         self._waypoint = cast("Envoy", SimpleNamespace(state=SimpleNamespace(ready=True)))
         monkeypatch.setattr("agent.netns.listening", self.listening)
 
     def listening(self, path: Path) -> set[int]:
         self.log.append(f"listens in {path}?")
-        return {OUTBOUND_PORT} if len(self.log) > 2 else set()
+        return {OUTBOUND_PORT, INBOUND_PORT} if len(self.log) > 2 else set()
 
     async def _show_waypoint(self, snapshot: Snapshot, local: tuple[LocalWorkload, ...]) -> None:
         self.log.append((snapshot.version, cookies(local), sorted(snapshot.policies)))
-        self._built = {names.LISTENER: {names.listener(names.OUTBOUND, "default/a"): Resource("1", b"")}}
+        self._built = {names.LISTENER: {names.listener(self._side, "default/a"): Resource("1", b"")}}
 
     async def _enforce(self, snapshot: Snapshot, enforce_inbound: frozenset[str]) -> None:
         self.log.append(f"enforce {snapshot.version}")
@@ -344,34 +363,135 @@ def test_envoy_listens_for_a_pod_that_has_run_before_the_kernel_leads_anything_t
     asyncio.run(scenario())
 
 
-def test_envoy_hears_of_nobody_before_the_kernel_has_what_it_would_leave_to_the_kernel(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With another endpoint that is protected otherwise, who asked a service is decided at its receivers: they are told first."""
+def test_receivers_decide_before_envoy_leaves_it_to_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another endpoint that is protected otherwise, who may ask a service is decided at its receivers."""
     inside = Workload("default/a", "a", "n1", {}, (), "/a", enrolled=True, ready=True)
+    builder = SimpleNamespace(needs_inbound=lambda _: frozenset({"default/other"}), reading=lambda _: frozenset(), identities=frozenset())
 
-    async def scenario(needed: str, *, welcome: bool) -> None:
+    async def scenario() -> None:
         agent = Host(tmp_path, monkeypatch)
         await agent.apply(Snapshot("1", {inside.name: replace(inside, enrolled=False)}))
         agent.log.clear()
-        agent._builder = cast("Builder", SimpleNamespace(needs_inbound=lambda _: frozenset({needed}), identities=frozenset()))
+        agent._builder = cast("Builder", builder)
         agent.late.now = [LocalWorkload(inside, 7, "/7")]
         await agent.apply(Snapshot("2", {inside.name: inside}))
-        assert [one for one in agent.log if isinstance(one, tuple)] == ([("1+", [7], [])] if welcome else [])
-        assert agent.log[-1] == "enforce 2"
+        assert [one for one in agent.log if "listens" not in str(one)] == ["enforce 1", ("1+", [7], []), "enforce 2"]
+        assert agent._enforced_inbound == {"default/other"}
 
-    asyncio.run(scenario("default/other", welcome=False))
-    asyncio.run(scenario("default/a", welcome=True))
+    asyncio.run(scenario())
+
+
+def test_envoy_listens_for_a_workload_whose_first_policy_comes_before_the_kernel_leads_requests_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only then: who has a listener already is waited for no more."""
+    before = Workload("default/a", "a", "n1", {}, (), "/a", enrolled=True, ready=True)
+    after, policies = replace(before, policies=("default/p",)), {"default/p": Policy("default/p", Action.ALLOW)}
+    builder = SimpleNamespace(
+        needs_inbound=lambda _: frozenset(), reading=lambda one: frozenset(one.policies and {"default/a"}), identities=frozenset()
+    )
+
+    async def scenario() -> None:
+        agent = Host(tmp_path, monkeypatch, names.INBOUND)
+        agent._builder = cast("Builder", builder)
+        agent.late.now = [LocalWorkload(before, 7, "/7")]
+        await agent.apply(Snapshot("1", {before.name: before}))
+        agent._built = {}
+        agent.log.clear()
+        await agent.apply(Snapshot("2", {after.name: after}, policies=policies))
+        assert agent.log == [("1+", [7], ["default/p"]), "listens in /7?", "listens in /7?", "enforce 2"]
+        agent.log.clear()
+        await agent.apply(Snapshot("3", {after.name: replace(after, ready=False)}, policies=policies))
+        assert agent.log == ["enforce 3"]
+
+    asyncio.run(scenario())
+
+
+def test_what_lingers_is_decided_by_receivers_before_envoy_leaves_it_to_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections to a service that needs the waypoint no more, and has endpoints that are not protected alike, are found later than all was enforced."""
+    inside = Workload("default/a", "a", "n1", {}, (), "/a", enrolled=True, ready=True)
+    needed = set[str]()
+
+    class Found(Host):
+        _configure_waypoint = Supervisor._configure_waypoint
+
+        async def _called(self) -> Dialled:
+            return Dialled(frozenset({("default/s", 80)}))
+
+    def look(_: Dialled) -> bool:
+        needed.add("default/a")
+        return True
+
+    async def scenario() -> None:
+        agent = Found(tmp_path, monkeypatch)
+        builder = SimpleNamespace(
+            needs_inbound=lambda _: frozenset(needed), reading=lambda _: frozenset(), look=look, identities=frozenset(), parts=True
+        )
+        agent._builder = cast("Builder", builder)
+        agent.late.now = [LocalWorkload(inside, 7, "/7")]
+        await agent.apply(Snapshot("1", {inside.name: inside}))
+        assert agent.log == ["enforce 1", "enforce 1", ("1", [7], [])]
+        assert agent._enforced_inbound == {"default/a"}
+
+    asyncio.run(scenario())
+
+
+def test_an_agent_that_starts_has_receivers_go_on_to_decide_until_envoy_has_taken_what_makes_that_needless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An Envoy that it has adopted may leave decisions to them, and nobody remembers which."""
+    inside = Workload("default/a", "a", "n1", {}, (), "/a", enrolled=True, ready=True, policies=("default/p",))
+    there = replace(inside, name="default/b", node="n2")
+
+    async def scenario() -> None:
+        agent = Host(tmp_path, monkeypatch)
+        await agent.apply(
+            Snapshot("1", {one.name: one for one in (inside, there)}, policies={"default/p": Policy("default/p", Action.ALLOW)})
+        )
+        assert agent._enforced_inbound == {"default/a"}
+        assert agent._relaxable.is_set()
+        await agent._make_use(True)
+        assert agent._enforced_inbound == frozenset()
+
+    asyncio.run(scenario())
 
 
 def test_who_comes_brings_the_policies_that_nobody_has_yet() -> None:
-    """Without them Envoy would take them for some that allow nothing."""
+    """Without them Envoy would take them for some that allow nothing; without those that ask for requests only now it would not listen for them."""
+    reads = PolicyRule(operations=(Operation(paths=("/secret",)),))
     policies = {name: Policy(name, Action.ALLOW) for name in ("default/p", "default/q", "default/r")}
-    older = {"default/q": Policy("default/q", Action.DENY)}
-    one = Workload("default/a", "a", "n1", {}, (), "/a", enrolled=True, ready=True, policies=("default/p", "default/q"))
+    policies |= {name: Policy(name, Action.DENY, (reads,)) for name in ("default/s", "default/t")}
+    older = {name: Policy(name, Action.DENY) for name in ("default/q", "default/s")} | {
+        "default/t": Policy("default/t", Action.ALLOW, (reads,))
+    }
+    one = Workload("default/a", "a", "n1", {}, (), "/a", enrolled=True, ready=True, policies=tuple(sorted(policies.keys() - {"default/r"})))
     found = supervisor._with(Snapshot("1", policies=older), Snapshot("2", policies=policies), {one.name: one})
-    assert found.policies == {"default/p": policies["default/p"], **older}
+    assert found.policies == {**older, "default/p": policies["default/p"], "default/s": policies["default/s"]}
     assert found.workloads == {one.name: one}
+
+
+def test_who_comes_costs_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the snapshot with them nor the next one is looked at as a whole; it is not said how they differ from each other."""
+    many = {f"default/w{number}": Workload(f"default/w{number}", "w", "n2", {}, (), "", enrolled=True, ready=True) for number in range(211)}
+    inside = Workload("default/a", "a", "n1", {}, (), "/a", enrolled=True, ready=True, policies=("default/p",))
+    workloads = Table[Workload]().changed({**many, inside.name: replace(inside, enrolled=False)})
+    port = ServicePort(80, "", "TCP", "", True, "")
+    services = Table[Service]().changed({"default/s": Service("default/s", ("10.96.0.1",), (replace(port, waypoint=False),))})
+    before = Snapshot("1", workloads, services)
+    after = Snapshot(
+        "2",
+        workloads.changed({inside.name: inside}),
+        services.changed({"default/s": Service("default/s", ("10.96.0.1",), (port,))}),
+        policies=Table[Policy]().changed({"default/p": Policy("default/p", Action.ALLOW)}),
+        delta=Delta("1", frozenset({inside.name}), frozenset({"default/s"}), policies=frozenset({"default/p"})),
+    )
+    view = View.of(before)
+    monkeypatch.setattr(View, "of", None)
+    present = supervisor._with(before, after, {inside.name: inside})
+    assert isinstance(present.workloads, Table)
+    assert after.since(present) == Delta("1+"), "all that is new came with them"
+    assert present.since(before) == replace(after.since(before), base="1")
+    assert view.after(after).after(present).after(after).used == {("default/s", 80)}
 
 
 def test_a_pod_is_in_the_mesh_whether_envoy_listens_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from agent import trace
+from agent import causes, trace
 from agent.bpf.events import Event
 from agent.bpf.manifest import Close, Direction, EventKind, Reason, Verdict
 from agent.l7.access_log import RequestRecord
@@ -238,7 +238,8 @@ def test_a_request_that_policy_refused_names_the_rule(details: str, rule: str) -
     watch.on_record(dataclasses.replace(RECORD, response_code=403, response_code_details=details, upstream_address="", upstream_cluster=""))
     (seen,) = found(watch)
     assert (seen.outcome, seen.rule) == ("403", rule)
-    assert "allow the request" in str(seen.next_step)
+    assert seen.next_step == causes.of_policy(rule, request=True)
+    assert rule == as_json(seen.hops)[2]["rule"]
     assert names(seen) == ["connect", "handshake", "waypoint", "response"]
 
 

@@ -96,7 +96,7 @@ SYMMETRIC = json.dumps({"keys": [{"kty": "oct", "k": "c2VjcmV0"}]})
         ),
         pytest.param(authentication([rule(jwks=ONE.jwks, jwksURI="x")]), "spec.jwtRules[0].jwksURI", "did you mean", id="unknown-field"),
         pytest.param(when([{"key": "request.header[x]", "values": ["a"]}]), "spec.rules[0].when[0].key", "is unknown; known are", id="key"),
-        pytest.param(when([{"key": "remote.ip", "values": ["10.0.0.1"]}]), "spec.rules[0].when[0].key", "not supported yet", id="remote-ip"),
+        pytest.param(when([{"key": "remote.ip", "values": ["10.0.0.1"]}]), "spec.rules[0].when[0].key", "not supported", id="remote-ip"),
         pytest.param(when([{"key": "source.ip"}]), "spec.rules[0].when[0].values", "is required, or notValues", id="no-values"),
         pytest.param(when([{"key": "source.ip", "notValues": ["x"]}]), "spec.rules[0].when[0].notValues[0]", "no", id="address"),
         pytest.param(when([{"key": "destination.port", "values": ["http"]}]), "spec.rules[0].when[0].values[0]", "is not a port", id="port"),

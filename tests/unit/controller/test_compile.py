@@ -260,7 +260,7 @@ def test_backends_that_cannot_be_resolved_answer_for_their_share() -> None:
         "there is no Service default/none",
         "Service default/cart has no TCP port 82",
         "there is no Service far/cart",
-        "a backend of kind multicluster.x-k8s.io/ServiceImport is not supported yet",
+        "a backend of kind multicluster.x-k8s.io/ServiceImport is not supported",
     ]
     assert statuses(model, "HTTPRoute", "r")["ResolvedRefs"] == (False, "InvalidKind")
 

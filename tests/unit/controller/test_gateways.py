@@ -361,7 +361,7 @@ def test_a_selector_with_expressions() -> None:
             'spec.listeners[0].allowedRoutes.namespaces.selector: is required for from: "Selector"',
         ),
         (gateway(f"{HTTP}, hostname: 10.a.*"), "spec.listeners[0].hostname: "),
-        (gateway(HTTP).replace("listeners:", "addresses: [], listeners:"), "spec.addresses: is not supported yet: remove it"),
+        (gateway(HTTP).replace("listeners:", "addresses: [], listeners:"), "spec.addresses: is not supported: remove it"),
         (
             route(", group: ''"),
             'spec.parentRefs[0].group: must be "gateway.networking.k8s.io" for kind Gateway; for a Service write kind: Service',

@@ -295,7 +295,7 @@ PREFIX = "path: {type: ReplacePrefixMatch, replacePrefixMatch: /x}"
         ("{filters: [{type: CORS, cors: {}}, {type: CORS, cors: {}}]}", 'filters[1].type: "CORS" may be there only once'),
         ("{filters: [{type: CORS, cors: {}, urlRewrite: {}}]}", 'filters[0].urlRewrite: does not belong to type "CORS"'),
         ("{filters: [{type: URLRewrite}]}", 'filters[0].urlRewrite: is required for type "URLRewrite"'),
-        ("{filters: [{type: CORS, cors: {}, externalAuth: {}}]}", "filters[0].externalAuth: is not supported yet: remove it"),
+        ("{filters: [{type: CORS, cors: {}, externalAuth: {}}]}", "filters[0].externalAuth: is not supported: remove it"),
         (f"{{matches: [{{path: {{value: /a}}}}, {{path: {{value: /b}}}}], filters: [{{type: URLRewrite, urlRewrite: {{{PREFIX}}}}}]}}",
          "filters[0].urlRewrite.path.replacePrefixMatch: needs exactly one entry in the rule's matches, with a path of type PathPrefix"),
         (f"{{matches: [{{path: {{type: Exact, value: /a}}}}], filters: [{{type: RequestRedirect, requestRedirect: {{{PREFIX}}}}}]}}",

@@ -73,7 +73,7 @@ def test_a_problem_names_file_line_object_field_and_reason() -> None:
         ),
         pytest.param(
             service("{clusterIP: 10.0.0.1, ports: [{port: 80, targetPort: http}]}"),
-            'f.yaml:4 Service/cart spec.ports[0].targetPort: named ports ("http") are not supported yet: give the number',
+            'f.yaml:4 Service/cart spec.ports[0].targetPort: named ports ("http") are not supported: give the number',
             id="named port",
         ),
         pytest.param(
@@ -84,7 +84,7 @@ def test_a_problem_names_file_line_object_field_and_reason() -> None:
         ),
         pytest.param(
             service("{clusterIP: 10.0.0.1, type: NodePort, ports: [{port: 80}]}"),
-            'f.yaml:4 Service/cart spec.type: "NodePort" is not supported yet; supported: "ClusterIP"',
+            'f.yaml:4 Service/cart spec.type: "NodePort" is not supported; supported: "ClusterIP"',
             id="service type",
         ),
         pytest.param(
@@ -127,7 +127,7 @@ def test_a_problem_names_file_line_object_field_and_reason() -> None:
         pytest.param(policy("{rules: [{when: []}]}"), "f.yaml:4 AuthorizationPolicy/p spec.rules[0].when: must not be empty", id="when"),
         pytest.param(
             policy("{rules: [{from: [{source: {remoteIpBlocks: [10.0.0.0/8]}}]}]}"),
-            "f.yaml:4 AuthorizationPolicy/p spec.rules[0].from[0].source.remoteIpBlocks: is not supported yet: remove it",
+            "f.yaml:4 AuthorizationPolicy/p spec.rules[0].from[0].source.remoteIpBlocks: is not supported: remove it",
             id="remoteIpBlocks",
         ),
         pytest.param(
@@ -241,7 +241,7 @@ def test_a_problem_names_file_line_object_field_and_reason() -> None:
         ),
         pytest.param(
             policy("{action: CUSTOM}"),
-            'f.yaml:4 AuthorizationPolicy/p spec.action: "CUSTOM" is not supported yet; supported: "ALLOW" or "DENY" or "AUDIT"',
+            'f.yaml:4 AuthorizationPolicy/p spec.action: "CUSTOM" is not supported; supported: "ALLOW" or "DENY" or "AUDIT"',
             id="custom",
         ),
         pytest.param(

@@ -63,7 +63,7 @@ def statuses(model: Compiled, name: str = "p") -> dict[str, tuple[bool, str]]:
         pytest.param("limits: {}", "spec.limits: must not be empty", id="empty"),
         pytest.param("limits: {maxRequests: 0}", "spec.limits.maxRequests: must be at least 1, not 0", id="zero"),
         pytest.param("limits: {maxRequest: 1}", 'spec.limits.maxRequest: unknown field; did you mean "maxRequests"?', id="unknown"),
-        pytest.param("loadBalancing: {type: PeakEWMA}", 'spec.loadBalancing.type: "PeakEWMA" is not supported yet', id="latency"),
+        pytest.param("loadBalancing: {type: PeakEWMA}", 'spec.loadBalancing.type: "PeakEWMA" is not supported', id="latency"),
         pytest.param("loadBalancing: {type: RingHash}", 'spec.loadBalancing.hashOn: is required for type "RingHash"', id="hash-on-nothing"),
         pytest.param("loadBalancing: {hashOn: [{header: x}]}", 'spec.loadBalancing.hashOn: does not belong to type "LeastRequest"', id="needless-hash"),
         pytest.param(
@@ -140,14 +140,14 @@ def test_what_makes_no_sense_is_refused_by_field(rest: str, expected: str) -> No
         pytest.param("[]", "spec.targetRefs: must not be empty", id="none"),
         pytest.param("[{kind: TrafficPolicy, name: p}]", 'spec.targetRefs[0].kind: must be "Service", not "TrafficPolicy"', id="itself"),
         pytest.param(
-            "[{kind: Gateway, name: p}]", 'spec.targetRefs[0].kind: "Gateway" is not supported yet; supported: "Service"', id="gateway"
+            "[{kind: Gateway, name: p}]", 'spec.targetRefs[0].kind: "Gateway" is not supported; supported: "Service"', id="gateway"
         ),
         pytest.param(
             "[{kind: Service, name: c, port: 1, sectionName: x}]", "spec.targetRefs[0].port: cannot be combined with sectionName", id="both"
         ),
         pytest.param("[{kind: Service, name: c}, {kind: Service, name: c}]", "spec.targetRefs[1]: Service c is listed twice", id="twice"),
         pytest.param(
-            "[{kind: Service, name: c, namespace: other}]", "spec.targetRefs[0].namespace: is not supported yet: remove it", id="elsewhere"
+            "[{kind: Service, name: c, namespace: other}]", "spec.targetRefs[0].namespace: is not supported: remove it", id="elsewhere"
         ),
         pytest.param(
             "[" + ", ".join(f"{{kind: Service, name: s{n}}}" for n in range(10_000)) + "]",

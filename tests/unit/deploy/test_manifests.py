@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import jsonschema
 import pytest
 from ruamel.yaml import YAML
@@ -508,6 +510,7 @@ def test_every_value_is_used_by_a_template() -> None:
         pytest.param({"agent": {"cgroup": "/var/lib"}}, id="no cgroup"),
         pytest.param({"agent": {"envoyMemory": "2 Gi"}}, id="no size"),
         pytest.param({"agent": {"envoyMemory": "0"}}, id="no memory"),
+        pytest.param({"agent": {"envoyMemory": 5}}, id="a size as a number"),
         pytest.param({"agent": {"logLevel": "trace"}}, id="log level"),
         pytest.param({"agent": {"tolerations": [{"operator": "In"}]}}, id="toleration"),
         pytest.param({"networkPolicy": {"nodes": ["192.0.2.1"]}}, id="no block"),
@@ -516,6 +519,21 @@ def test_every_value_is_used_by_a_template() -> None:
 )
 def test_values_that_cannot_be_meant_are_refused(change: Node) -> None:
     assert not jsonschema.Draft7Validator(SCHEMA).is_valid(merged(VALUES, change))
+
+
+@pytest.mark.parametrize(
+    ("given", "valid"),
+    [
+        *((text, True) for text in ("max", "128Mi", "130Mi", "200Mi", "1000Mi", "999999999Mi", "1Gi", "999999Gi")),
+        *((text, False) for text in ("5", "100Mi", "127Mi", "99Mi", "0Mi", "0Gi", "1000000000000000Gi", "1Ti", "-1Gi", "Max", "")),
+    ],
+)
+def test_what_envoy_may_have_is_valid_for_the_chart_only_if_the_agent_takes_it(given: str, valid: bool) -> None:
+    (option,) = (one for one in agent_run.params if one.name == "envoy_memory")
+    assert jsonschema.Draft7Validator(SCHEMA).is_valid(merged(VALUES, {"agent": {"envoyMemory": given}})) is valid
+    if given:  # an empty one is the cgroup's own limit for the agent, and says nothing in the chart
+        with contextlib.nullcontext() if valid else pytest.raises(click.BadParameter):
+            option.process_value(click.Context(agent_run), given)
 
 
 JOIN_HOST = DEPLOY / "container/join-host"

@@ -92,6 +92,17 @@ def alerts() -> list[dict[str, Any]]:
     return [rule for group in groups for rule in group["rules"] if "alert" in rule]
 
 
+def test_metrics_that_rules_and_dashboards_ask_for_are_of_agent_or_controller() -> None:
+    rules = [rule for group in YAML(typ="safe").load(RULES)["groups"] for rule in group["rules"]]
+    asked = [rule["expr"] for rule in rules] + [panel.expr for panel in monitoring.panels({})]
+    named = {name for expr in asked for name in re.findall(r"(?<![\w:])(?:mesh|process)_\w+(?!:)\b", re.sub(r'"[^"]*"', "", expr))}
+    assert len(named) > 70
+    own = "\n".join(path.read_text() for top in ("agent", "controller") for path in (RULES.parents[2] / top).rglob("*.py"))
+    of_every_process = {"process_cpu_seconds_total", "process_resident_memory_bytes"}  # prometheus_client.ProcessCollector
+    found = {name for name in named if re.search(rf"""["'](?:{name}|{re.sub("_(total|bucket|count|sum)$", "", name)})["']""", own)}
+    assert named - found == of_every_process
+
+
 @pytest.mark.parametrize("alert", alerts(), ids=lambda alert: str(alert["alert"]))
 def test_an_alert_says_what_and_what_to_do_and_has_a_test(alert: dict[str, Any]) -> None:
     assert alert["labels"]["severity"] in {"critical", "warning"}

@@ -175,4 +175,23 @@ def test_a_proxy_of_somebody_else_in_a_pod_is_named(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(places, "listeners", lambda net, *_: [foreign, own] if net == Path("/proc/42/net") else [])
     (found,) = machine.ports(made, agent=None)
     assert (severity(found), found.where) == (WARNING, "process 43 (envoy) in the network namespace of process 42 (app)")
-    assert "15001" in found.what
+    assert found.what.startswith("envoy has port 15001, which")
+
+
+def test_a_proxy_that_is_in_every_pod_is_one_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    proxy = [places.Listener("tcp", port, 43, "ztunnel", tmp_path) for port in (15008, 15001)]
+    application = places.Listener("tcp", 15006, 44, "app", tmp_path)
+    monkeypatch.setattr(places, "namespaces", lambda _: [places.Namespace(pid, "app", tmp_path) for pid in range(100, 123)])
+    monkeypatch.setattr(
+        places,
+        "listeners",
+        lambda net, *_: [] if net == Path("/proc/self/net") else [*proxy, application] if net == Path("/proc/107/net") else proxy,
+    )
+    found = list(machine.ports(config(tmp_path), agent=None))
+    assert [one.what.partition(", which")[0] for one in found] == [
+        "ztunnel has port 15001, 15008",
+        "app has port 15006",
+    ]
+    assert found[0].where.startswith("process 43 (ztunnel) in the network namespace of process 100 (app), ")
+    assert found[0].where.endswith(" more")
+    assert found[1].where == "process 44 (app) in the network namespace of process 107 (app)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,7 +95,7 @@ def test_the_controller_has_to_be_connected_and_to_have_said_something(connected
 @pytest.mark.parametrize(
     ("one", "expected", "said"),
     [
-        pytest.param(certificate("shop/a", NOW - DAY, NOW + DAY), Severity.OK, "1 are in time", id="good"),
+        pytest.param(certificate("shop/a", NOW - DAY, NOW + DAY), Severity.OK, "1 is in time", id="good"),
         pytest.param(certificate("shop/a", None, None, "no answer"), Severity.ERROR, "shop/a has none", id="none"),
         pytest.param(certificate("shop/a", NOW - 3 * DAY, NOW - DAY), Severity.ERROR, "ended 24.0 h ago", id="ended"),
         pytest.param(certificate("shop/a", NOW + 23, NOW + DAY), Severity.ERROR, "begins in 23 s", id="clock"),
@@ -105,6 +106,19 @@ def test_the_controller_has_to_be_connected_and_to_have_said_something(connected
 def test_certificates_are_judged_by_their_time(one: CertificateStatus, expected: Severity, said: str) -> None:
     (found,) = running.certificates(identity(one), NOW)
     assert (found.severity, said in found.what) == (expected, True), found
+
+
+@pytest.mark.parametrize(
+    ("authority", "expected"),
+    [(NOW + DAY, Severity.WARNING), (NOW + DAY + 1, Severity.OK), (None, Severity.OK)],
+    ids=["cut", "not-cut", "none"],
+)
+def test_certificates_that_end_with_what_signs_them_are_one_warning(authority: float | None, expected: Severity) -> None:
+    held = [replace(certificate(f"shop/{name}", NOW - DAY, NOW + DAY), authority_ends_at=authority) for name in "abc"]
+    (found,) = running.certificates(identity(*held), NOW)
+    assert (found.severity, "the certificate that signs them ends in 24.0 h" in found.what) == (expected, expected is Severity.WARNING), (
+        found
+    )
 
 
 def test_the_nodes_own_certificate_is_among_them_and_none_is_fine_without_an_authority() -> None:

@@ -105,6 +105,7 @@ def test_a_value_that_does_not_parse_is_shown_with_its_name(started: list[Config
         pytest.param(["--node", "n", "--envoy-concurrency", "0"], "envoy-concurrency", id="no-threads"),
         pytest.param(["--node", "n", "--envoy-memory", "2 Gi"], "'2 Gi' is no size", id="no-size"),
         pytest.param(["--node", "n", "--envoy-memory", "127Mi"], "'127Mi' is too little", id="too-small-for-envoy"),
+        pytest.param(["--node", "n", "--envoy-memory", f"{1 << 54}Ki"], "is more than any machine has", id="too-large-for-the-kernel"),
         pytest.param(["--node", "n", "--log-level", "loud"], "log-level", id="log-level"),
         pytest.param(["--node", "n", "--run-dir", "/etc/hosts"], "is a file", id="directory-is-a-file"),
     ],
@@ -127,7 +128,7 @@ def test_the_cgroup_is_where_cgroup2_is_mounted_unless_given(started: list[Confi
 def test_uninstall_needs_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     result = CliRunner().invoke(main, ["uninstall"])
-    assert (result.exit_code, result.stderr) == (1, "Error: this needs root: run it with sudo, or give the container privileged: true\n")
+    assert (result.exit_code, result.stderr) == (1, "Error: this needs root: run it with sudo, or as user 0 in a container\n")
 
 
 @pytest.mark.parametrize(("done", "said"), [([], "nothing was left\n"), (["stopped Envoy", "removed /r"], "stopped Envoy\nremoved /r\n")])
@@ -146,7 +147,7 @@ def test_uninstall_says_what_it_removed(monkeypatch: pytest.MonkeyPatch, done: l
 
 
 def test_the_cgroup_that_the_agent_has_from_its_environment_all_commands_have(
-    monkeypatch: pytest.MonkeyPatch, started: list[Config]
+    monkeypatch: pytest.MonkeyPatch, started: list[Config], tmp_path: Path
 ) -> None:
     served: list[Path] = []
 
@@ -165,7 +166,7 @@ def test_the_cgroup_that_the_agent_has_from_its_environment_all_commands_have(
         result = CliRunner().invoke(main, argv, env={"MESHAGENT_RUN_CGROUP": "/sys/fs/cgroup/own"})
         assert result.exit_code == 0, result.output
     assert [*(config.cgroup for config in started), *served] == [*[Path("/sys/fs/cgroup/own")] * 3, Path("/c")]
-    assert CliRunner().invoke(main, ["uninstall"], env={"MESHAGENT_RUN_CGROUP": ""}).exit_code == 0
+    assert CliRunner().invoke(main, ["uninstall", "--run-dir", str(tmp_path)], env={"MESHAGENT_RUN_CGROUP": ""}).exit_code == 0
     assert served[-1] == features.cgroup2_mount()
 
 

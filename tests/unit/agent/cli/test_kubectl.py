@@ -23,6 +23,7 @@ from agent.cli.kubectl import Given
         ("trace -nshop a b -ojson", Given(namespace="shop", rest=["trace", "a", "b", "-ojson"])),
         ("-n=shop status", Given(namespace="shop", rest=["status"])),
         ("status --node n --mesh-namespace m", Given(node="n", mesh="m", rest=["status"])),
+        ("--all-nodes check -o json", Given(all_nodes=True, rest=["check", "-o", "json"])),
         ("trace a -- --context c", Given(rest=["trace", "a", "--", "--context", "c"])),
         ("--no-such-flag x", Given(rest=["--no-such-flag", "x"])),
     ],
@@ -35,6 +36,25 @@ def test_flags_of_kubectl_are_taken_wherever_they_are(line: str, expected: Given
 def test_a_flag_without_a_value_is_misuse(line: str) -> None:
     with pytest.raises(click.UsageError, match="needs a value"):
         kubectl.parse(line.split())
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("check --all-nodes=yes", "--all-nodes takes no value"),
+        ("status --all-nodes", "--all-nodes is for 'check'"),
+        ("check --all-nodes --node n", "--node and --all-nodes exclude each other"),
+        ("check --all-nodes --kubernetes", "--kubernetes looks at the cluster and not at nodes"),
+        ("check --kubernetes --node n -o json", "--kubernetes looks at the cluster and not at nodes"),
+    ],
+)
+def test_all_nodes_are_for_check_alone(line: str, why: str) -> None:
+    found = run(*line.split())
+    assert (found.returncode, why in found.stderr) == (2, True)
+
+
+def test_help_on_a_check_of_all_nodes_is_that_of_check() -> None:
+    assert run("check", "--all-nodes", "--help").stdout == run("check", "--help").stdout != ""
 
 
 def run(*argv: str, code: str = "main") -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from agent.cli.main import Group, main
 from agent.errors import EnvironmentUnfit, NotFound
+from controller.main import main as controller
 
 
 @pytest.fixture
@@ -42,6 +43,25 @@ def test_the_lab_is_there_without_being_imported_by_the_agent() -> None:
     for command in ("apply", "completion", "delete", "get", "lab", "run", "status", "trace", "uninstall"):
         assert f"\n  {command} " in result.stdout
     assert "exec" in CliRunner().invoke(main, ["lab", "--help"]).stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "group"),
+    [
+        (main, []),
+        (main, ["identity"]),
+        (main, ["policy"]),
+        (main, ["lab"]),
+        (controller, []),
+        (controller, ["ca"]),
+        (controller, ["token"]),
+    ],
+    ids=["meshagent", "identity", "policy", "lab", "mesh-controller", "ca", "token"],
+)
+def test_every_command_is_told_of_in_a_line_that_is_not_cut_off(command: click.Command, group: list[str]) -> None:
+    listed = CliRunner().invoke(command, [*group, "--help"], terminal_width=80).stdout.partition("Commands:\n")[2].splitlines()
+    assert listed
+    assert [line for line in listed if not line.startswith("  ") or line.endswith("...")] == []
 
 
 def test_the_version_is_printed() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
@@ -120,6 +123,15 @@ def test_no_agent_is_a_negative_answer(tmp_path: Path) -> None:
     assert result.stderr == f"Error: no agent has its socket in {tmp_path}: is 'meshagent run' running, and are you root?\n"
 
 
+def test_who_may_not_look_for_an_agent_is_told_to_be_root(tmp_path: Path) -> None:
+    closed = tmp_path / "run"
+    closed.mkdir(mode=0)
+    command = [sys.executable, "-c", "from agent.cli.main import main; main()", "status", "--run-dir", str(closed)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, user=65534 if os.geteuid() == 0 else None)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert f"{closed} is not yours to look into: run this as root" in ended.stderr
+
+
 def test_an_agent_that_was_killed_is_a_negative_answer_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "agent.sock").touch()
     result = run("status", tmp_path)
@@ -136,6 +148,12 @@ def test_the_outcome_of_a_connection_decides_the_exit_code(tmp_path: Path, outco
         result = run("trace", tmp_path, "a", "b", "-o", "json")
     assert result.exit_code == code
     assert [json.loads(line) for line in result.stdout.splitlines()] == [PLAN, connection(outcome)]
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("503", 1), ("404", 1), ("no response", 1), ("would be denied", 0)])
+def test_what_the_mesh_has_a_next_step_for_is_a_negative_answer_unless_it_is_only_audited(tmp_path: Path, outcome: str, code: int) -> None:
+    with serving(tmp_path, Agent("node-1", answers=(PLAN, {**connection(outcome), "nextStep": "do something"}))):
+        assert run("trace", tmp_path, "a", "b").exit_code == code
 
 
 def test_a_plan_that_denies_decides_the_exit_code(tmp_path: Path) -> None:
@@ -213,6 +231,16 @@ def test_names_without_a_namespace_are_of_the_one_that_is_given(tmp_path: Path) 
     assert [(asked.source, asked.destination) for asked in agent.asked] == [("shop/a", "shop/b:80"), ("other/a", "b.other.svc"), ("a", "b")]
 
 
+def test_a_probe_of_which_nothing_is_seen_is_a_negative_answer_unless_something_was_to_be_left_out(tmp_path: Path) -> None:
+    with serving(tmp_path, Agent("node-1", answers=(PLAN, NOTICE))):
+        silent = run("trace", tmp_path, "a", "b", "--probe")
+        assert (silent.exit_code, "nothing answered the probe" in silent.stderr) == (1, True)
+        assert run("trace", tmp_path, "a", "b", "--probe", "--errors-only").exit_code == 0
+        assert run("trace", tmp_path, "a", "b").exit_code == 0
+    with serving(tmp_path / "other", Agent("node-1", answers=(PLAN, connection("200")))):
+        assert run("trace", tmp_path / "other", "a", "b", "--probe").exit_code == 0
+
+
 def test_what_the_agent_refuses_is_said_in_one_line(tmp_path: Path) -> None:
     with serving(tmp_path, Agent("node-1", error="no workload is called default/x")):
         result = run("trace", tmp_path, "x", "b")
@@ -260,7 +288,7 @@ def test_what_others_said_is_text_and_no_command_to_the_terminal_or_to_rich(tmp_
     seen = {**connection("200"), "hops": hops, "nextStep": evil, "clockErrorNs": 2_000_000}
     with serving(tmp_path, Agent("node-1", answers=({**PLAN, "problems": [evil]}, seen, {"kind": "notice", "text": evil}))):
         result = run("trace", tmp_path, "a", "b", "-o", output)
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert not {"\x07", "\u202e"} & set(result.stdout)
     assert "[2J" in result.stdout
     assert "\x1b[2J" not in result.stdout

@@ -15,7 +15,7 @@ from agent.balancing import SAME_NODE, SAME_ZONE, node_zone
 from agent.compact import Table
 from agent.external import Endpoint, External
 from agent.l7 import gateways as gateways_of_envoy
-from agent.l7 import names, rbac, resources
+from agent.l7 import names, parting, rbac, resources
 from agent.l7 import snapshot as snapshot_module
 from agent.l7.kept import Kept
 from agent.l7.readers import AGAIN
@@ -249,7 +249,9 @@ def test_differences_lead_where_everything_leads(data: st.DataObject) -> None:
             snapshot = replace(snapshot, delta=None)
         elif fate == "again":
             snapshot = in_force
-        assert builder.needs_inbound(snapshot) == Builder(NODE, harness.TRUST_DOMAIN).needs_inbound(snapshot)
+        whole = Builder(NODE, harness.TRUST_DOMAIN)
+        needed = whole.needs_inbound(snapshot)
+        assert builder.needs_inbound(snapshot) >= needed
         if fate == "refused":
             continue
         here = residents(NODE, snapshot, in_force, here)
@@ -260,9 +262,16 @@ def test_differences_lead_where_everything_leads(data: st.DataObject) -> None:
         )
         tunnels = data.draw(st.sampled_from((loopback, loopback, None)))
         direct = data.draw(st.sampled_from((NO_DIRECT, NO_DIRECT, Direct(frozenset({"node-2"})))))
-        full = Builder(NODE, harness.TRUST_DOMAIN).build(snapshot, local, zone_of(snapshot), tunnels, direct=direct)
-        built = settled(builder, snapshot, local, zone_of(snapshot), tunnels, direct=direct)
+        inputs = (snapshot, local, zone_of(snapshot), tunnels)
+        builder.build(*inputs, direct=direct)
+        assert builder.shown is not None
+        called = builder.shown.called if data.draw(st.booleans()) else parting.NOTHING
+        for one in (builder, builder, whole):
+            one.look(called)
+        full, built = whole.build(*inputs, direct=direct), settled(builder, *inputs, direct=direct)
         assert built == full
+        assert builder.needs_inbound(snapshot) == whole.needs_inbound(snapshot)
+        assert builder.parts or whole.needs_inbound(snapshot) == needed
         assert shown == was, "who still reads an earlier result sees what it was"
         shown, was = built, {kind: dict(found) for kind, found in built.items()}
 

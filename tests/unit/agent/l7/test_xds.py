@@ -129,6 +129,10 @@ def test_scopes_and_routes_outlive_the_last_listener_whose_connections_still_hav
             assert [kind for kind, _, _ in removed if kind != "Listener"] == expected
             lingering = {kind: late for kind, _, late in removed}
             assert lingering == {"Listener": False, "ScopedRouteConfiguration": not stays, "RouteConfiguration": not stays, "Cluster": True}
+            assert time.monotonic() - began > (0.9 if stays else 1.9) * LINGER_S, "the cluster's time begins when nothing names it any more"
+            assert not await server.wait_acked(0.05, lingering=True)
+            assert await client.take() == ("ClusterLoadAssignment", {}, ["a"])
+            assert await server.wait_acked(2, lingering=True)
 
     asyncio.run(scenario())
 
@@ -183,6 +187,62 @@ def test_routes_wait_for_the_endpoints_of_new_clusters(tmp_path: Path) -> None:
             assert got(endpoints)[0] == "ClusterLoadAssignment"
             await client.send(names.ENDPOINTS, nonce=endpoints.nonce)
             assert got(await client.receive())[0] == "RouteConfiguration"
+
+    asyncio.run(scenario())
+
+
+def test_nothing_waits_for_clusters_that_change_more_often_than_envoy_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xds, "WARM_PATIENCE_S", 3600.0)
+
+    def version(cluster: int, rest: int) -> Resources:
+        return some(cluster=f"a:{cluster} b:1", endpoints="a:1 b:1", listener=f"l:{rest}", scope=f"s:{rest}", routes=f"r:{rest}")
+
+    async def scenario() -> None:
+        async with serving(tmp_path, version(1, 1)) as (server, client):
+            await client.send(names.CLUSTER, has={"a": "1", "b": "1"})
+            await client.send(names.ENDPOINTS, subscribe=["a", "b"])
+            await client.send(names.LISTENER, has={"l": "1"})
+            await client.send(names.SCOPE, has={"s": "1"})
+            await client.send(names.ROUTES, subscribe=["r"], has={"r": "1"})
+            assert (await client.take())[1] == {"a": "1", "b": "1"}
+            assert await server.wait_acked(2)
+            server.set(version(2, 1))
+            unanswered = await client.receive()
+            assert got(unanswered) == ("Cluster", {"a": "2"}, [])
+            server.set(version(3, 2))
+            came = [got(await client.receive()) for _ in range(4)]
+            assert [kind for kind, _, _ in came] == ["ClusterLoadAssignment", "Listener", "ScopedRouteConfiguration", "RouteConfiguration"]
+            assert came[-1][1] == {"r": "2"}
+            await client.send(names.CLUSTER, nonce=unanswered.nonce)
+            assert got(await client.receive()) == ("Cluster", {"a": "3"}, [])
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("of_two", [False, True], ids=["alone", "with-one-that-changes"])
+def test_routes_wait_for_the_first_version_of_a_cluster_also_of_one_that_is_about_to_go(tmp_path: Path, of_two: bool) -> None:
+    async def scenario() -> None:
+        async with serving(tmp_path, some(cluster="a:1 b:1", endpoints="a:1", routes="r:1")) as (server, client):
+            await client.greet(names.LISTENER)
+            await client.send(names.CLUSTER, has={"a": "1", "b": "1"})
+            await client.send(names.ENDPOINTS, subscribe=["a"])
+            await client.send(names.ROUTES, subscribe=["r"], has={"r": "1"})
+            await client.take()
+            server.set(some(cluster="a:1", endpoints="a:1", routes="r:1"))
+            going = await client.receive()
+            assert got(going) == ("Cluster", {}, ["b"])
+            server.set(some(cluster=f"a:{1 + of_two} b:1", endpoints="a:1", routes="r:2"))
+            asking = asyncio.create_task(client.receive())
+            assert not (await asyncio.wait([asking], timeout=0.2))[0], "Envoy is to let go of a cluster that it gets anew"
+            await client.send(names.CLUSTER, nonce=going.nonce)
+            again = await asking
+            assert got(again)[1].keys() == {"a", "b"} if of_two else {"b"}
+            if of_two:
+                await client.take()  # endpoints of the one that changes
+            asking = asyncio.create_task(client.receive())
+            assert not (await asyncio.wait([asking], timeout=0.2))[0]
+            await client.send(names.CLUSTER, nonce=again.nonce)
+            assert got(await asking) == ("RouteConfiguration", {"r": "2"}, [])
 
     asyncio.run(scenario())
 
@@ -401,6 +461,49 @@ def test_a_new_service_is_never_answered_by_a_cluster_that_is_not_there_yet(tmp_
         asyncio.run(scenario())
     assert len(statuses) >= 13
     assert set(statuses) == {200}
+
+
+def test_routes_change_while_a_cluster_changes_whenever_envoy_has_taken_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [entry] = harness.free_ports(1)
+    services = [harness.service("web", "127.0.0.1", entry), harness.service("v", "10.96.0.9", 80, waypoint=False)]
+    builder, statuses = Builder("", harness.TRUST_DOMAIN), set[int]()
+
+    def built(number: int, target: int, route: str) -> Resources:
+        """The cluster changes with the number, its routes with their name."""
+        pod = harness.workload("b", "127.0.0.1", backing={"default/v": {80: target}})
+        rule = harness.rule(Backend("default/v", 80, 1), response=HeaderEdit({"x-route": route}))
+        policy = TrafficPolicy("default/p", (("default/v", 80),), limits=Limits(requests=1000 + number))
+        snapshot = harness.snapshot([CALLER, pod], services, [harness.route("r", rule, parent="web")])
+        return harness.on_loopback(builder.build(replace(snapshot, traffic={policy.name: policy}), [harness.local(CALLER)], ""), entry)
+
+    async def scenario(target: int) -> None:
+        async with harness.waypoint(harness.config(tmp_path)) as (server, _):
+            await harness.applied(server, built(0, target, "old"))
+            taken, changed = 0, server.changed
+
+            def change() -> None:
+                """Before anything else can go out: Envoy has answered."""
+                nonlocal taken
+                changed()
+                stream = server._stream
+                if stream is not None and not stream.types[names.CLUSTER].nonce:
+                    taken += 1
+                    server.set(built(taken, target, "new"))
+
+            monkeypatch.setattr(server, "changed", change)
+            change()
+            deadline = time.monotonic() + 10
+            while (answer := await asyncio.to_thread(harness.request, entry)).headers.get("x-route") != "new":
+                statuses.add(answer.status)
+                assert time.monotonic() < deadline
+            while taken < 53:
+                statuses.add((await asyncio.to_thread(harness.request, entry)).status)
+                assert time.monotonic() < deadline + 20
+            monkeypatch.undo()
+
+    with harness.http_server("b", "127.0.0.1") as backend:
+        asyncio.run(scenario(backend.server_address[1]))
+    assert statuses <= {200}
 
 
 @pytest.mark.parametrize("seed", [1, 2])

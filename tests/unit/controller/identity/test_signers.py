@@ -18,7 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from controller.errors import ControllerError
 from controller.identity import command, revocations
 from controller.identity.ca import SIGNERS, CaSettings
-from controller.identity.certificates import Order, check_chain, pem, vouched
+from controller.identity.certificates import ROOT_LIFETIME_S, Order, check_chain, pem, vouched
 from controller.identity.ledger import read
 from controller.identity.operator import Intermediate
 from meshapi import identity_pb2 as pb
@@ -27,6 +27,7 @@ from tests.unit.controller.identity import authorities
 from tests.unit.controller.identity.authorities import make
 from tests.unit.controller.identity.harness import Clock, authority, decoded, join, new_key, presented, request, sign, uris, world
 
+DAY = 86_400
 WORKLOAD = """
 apiVersion: meshagent.io/v1alpha1
 kind: Workload
@@ -394,3 +395,29 @@ def test_only_signing_certificates_lead_to_a_root_and_only_by_what_they_signed()
         (leaf, chain, []),
     ):
         assert not vouched(one, between, roots)
+
+
+@pytest.mark.parametrize(
+    ("kind", "life_s", "quiet_s", "step"),
+    [
+        pytest.param("intermediate", 90 * DAY, 89 * DAY - 60, "put the next one in place of --ca-cert and --ca-key", id="intermediate"),
+        pytest.param(
+            "intermediate", DAY, DAY * 3 // 4 - 3600, "put the next one in place of --ca-cert and --ca-key", id="of-a-day-by-design"
+        ),
+        pytest.param("root", ROOT_LIFETIME_S, ROOT_LIFETIME_S - DAY - 3600, "begin with `mesh-controller ca rotate`", id="self-made-root"),
+    ],
+)
+def test_a_signing_certificate_whose_end_is_near_is_a_problem_and_one_that_is_made_for_a_short_time_is_none(
+    tmp_path: Path, kind: str, life_s: int, quiet_s: int, step: str
+) -> None:
+    clock = Clock()
+    settings: dict[str, Any] = {}
+    if kind == "intermediate":
+        given = operator(tmp_path, lifetime_s=life_s)
+        settings = {"intermediate": given.intermediate, "roots": given.roots}
+    own = authority(tmp_path / "ca", clock, lifetime_s=DAY, **settings)
+    for seconds, expected in ((60, 0), (quiet_s - 60, 0), (2 * 3600, 1)):
+        clock.now += seconds
+        problems = [problem for problem in own._work()[1] if "the signing certificate ends on" in problem]
+        assert len(problems) == expected, (seconds, problems)
+    assert problems[0].endswith(f"UTC, and all that it signs no later: {step}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ class Scripted:
     silent: set[str] = field(default_factory=set)
     """Paths that get no answer."""
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
+    """Who has asked that, in the same order."""
     watches: asyncio.Queue[Watch] = field(default_factory=asyncio.Queue)
     port: int = 0
     serving: set[asyncio.Task[Any]] = field(default_factory=set)
@@ -46,10 +49,11 @@ class Scripted:
             target = urlsplit(head.split(" ")[1])
             params = {name: values[0] for name, values in parse_qs(target.query).items()}
             self.asked.append((target.path, params))
+            self.tokens += re.findall(r"(?im)^authorization: Bearer (\S+)", head)
             if target.path in self.silent:
                 await asyncio.Event().wait()
             if "watch" in params:
-                watch = Watch(writer, params["resourceVersion"])
+                watch = Watch(writer, params["resourceVersion"], target.path)
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n")
                 await writer.drain()
                 await self.watches.put(watch)
@@ -71,6 +75,7 @@ class Watch:
 
     writer: asyncio.StreamWriter
     version: str
+    path: str
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def send(self, kind: str, item: Any) -> None:
@@ -92,6 +97,17 @@ def _status(code: int) -> bytes:
     return json.dumps({"kind": "Status", "code": code, "reason": f"Reason{code}", "message": f"message {code}"}).encode()
 
 
+def write_kubeconfig(file: Path, port: int, user: str = "t") -> None:
+    """Say in a kubeconfig file where a server is, and who asks."""
+    config = {
+        "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
+        "users": [{"name": "u", "user": {"token": user}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "x",
+    }
+    file.write_text(json.dumps(config))
+
+
 @asynccontextmanager
 async def scripted(tmp_path: Path) -> AsyncIterator[tuple[Scripted, Api]]:
     """A server, and a connection to it."""
@@ -99,16 +115,7 @@ async def scripted(tmp_path: Path) -> AsyncIterator[tuple[Scripted, Api]]:
     listening = await asyncio.start_server(server.accept, "127.0.0.1", 0)
     server.port = listening.sockets[0].getsockname()[1]
     kubeconfig = tmp_path / "kubeconfig"
-    kubeconfig.write_text(
-        json.dumps(
-            {
-                "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.port}"}}],
-                "users": [{"name": "u", "user": {"token": "t"}}],
-                "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
-                "current-context": "x",
-            }
-        )
-    )
+    write_kubeconfig(kubeconfig, server.port)
     api = Api.connect(kubeconfig)
     try:
         yield server, api

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from controller.kubernetes.api import Api
+from controller.kubernetes.lastgood import Kept
 from controller.kubernetes.pods import Pods
 from controller.kubernetes.shapes import Seen
 from controller.kubernetes.source import KubernetesSource
+from controller.mesh import Mesh
 
 
 class _Nobody(Api):
@@ -98,3 +100,64 @@ def test_a_change_of_anything_else_is_looked_at() -> None:
     assert service.key in found.load().objects, "nobody has said that something has changed"
     found._other()
     assert service.key not in found.load().objects
+
+
+def test_orphans_are_taken_once_and_again_when_others_are_written_or_a_kind_is_not_there_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = KubernetesSource(_Nobody(), "own")
+    assert found.last_good is not None
+    adopted: list[str] = []
+    monkeypatch.setattr(found.reflectors["Workload"], "adopt", lambda seen: adopted.append(seen.key.name))
+    item = next(iter(source().reflectors["Workload"].store.values())).object
+    assert item is not None
+    found.last_good.kept = {item.key: Kept(item, "u", orphan=True)}
+    for _ in range(3):
+        found._other()
+    assert adopted == ["vm"]
+    found.last_good.kept = dict(found.last_good.kept)
+    found._other()
+    assert adopted == ["vm"] * 2
+    found.ready = True
+    found._other()
+    found.reflectors["Workload"].absent = True
+    found._other()
+    found._other()
+    assert adopted == ["vm"] * 3
+    found.reflectors["Workload"].absent = False
+    found._other()
+    found.reflectors["Workload"].absent = True
+    found._other()
+    assert adopted == ["vm"] * 4
+
+
+@pytest.mark.anyio
+async def test_a_thousand_pods_with_a_label_that_is_nonsense_are_one_problem_and_one_line_of_the_log_as_they_come_and_go(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    found = source()
+    mesh = Mesh(found, authority=False)
+    await mesh.start()
+    for number in range(1000):
+        meta = {"name": f"p{number:03}", "namespace": "shop", "uid": f"{number:032x}", "resourceVersion": "9"}
+        said = {
+            "metadata": {**meta, "labels": {"meshagent.io/mode": f"mesh-{number}"}},
+            "spec": {"nodeName": "n1"},
+            "status": {"phase": "Running"},
+        }
+        put(found, "Pod", said)
+        if number % 7 == 0 or number == 999:
+            await mesh.reload()
+    (problem,) = mesh.state.problems
+    assert str(problem) == (
+        'api-server Pod/shop metadata.labels[\'meshagent.io/mode\']: must be "mesh" or "none" (not enrolled); it is as if it were not there, and the '
+        'Namespace decides: p000 has "mesh-0", p001 has "mesh-1", p002 has "mesh-2" and 997 more'
+    )
+    store = found.reflectors["Pod"].store
+    for left in (10, 9, 10, 9, 3):
+        dropped = {key: store.pop(key) for key in sorted(store)[left:]}
+        found._changed()
+        await mesh.reload()
+        store |= dropped if left != 3 else {}
+    assert len(mesh.state.problems) == 1
+    assert [record.message for record in caplog.records if record.levelname in {"ERROR", "INFO"} and "resource" in record.message] == [
+        "resource refused"
+    ]

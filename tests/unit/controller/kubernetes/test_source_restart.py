@@ -104,6 +104,19 @@ async def test_a_route_of_a_definition_that_is_gone_is_in_force_and_the_controll
             assert source.reflectors["HTTPRoute"].absent
 
 
+async def test_a_refusal_to_look_at_a_definition_is_forgotten_when_there_turns_out_to_be_none(tmp_path: Path) -> None:
+    """An API server that has just started knows no roles yet, and refuses everything."""
+    async with scripted(tmp_path) as (server, api):
+        everything(server, Namespace=[SPACE])
+        server.pages[PATHS["HTTPRoute"]] = [404]
+        server.pages[f"{definition.PATH}/httproutes.gateway.networking.k8s.io"] = [403, 404]
+        server.pages[STATES] = [states()]
+        async with starting(api) as (mesh, source):
+            await until(lambda: mesh.publication.current.serial)
+            await until(lambda: source.reflectors["HTTPRoute"].absent)
+            await until(lambda: mesh.state.problems == ())
+
+
 async def test_a_definition_of_gateway_api_that_does_not_go_keeps_no_controller_from_starting(tmp_path: Path) -> None:
     async with scripted(tmp_path) as (server, api):
         everything(server, Namespace=[SPACE], HTTPRoute=[route()])
@@ -226,6 +239,36 @@ async def test_orphans_that_another_controller_writes_while_this_one_starts_are_
             await watch.send("MODIFIED", state("7", *policies("p", "qq", "sss"), orphan=True))
             await until(lambda: source.last_good is not None and len(source.last_good.kept) == 3)
             assert source.seen(Key("AuthorizationPolicy", "shop", "sss")) is None, "what comes later is others'"
+
+
+@pytest.mark.parametrize("first", ["the kind goes", "it is written"])
+async def test_orphans_of_a_kind_that_is_not_there_any_more_are_in_force_in_every_controller_whenever_they_are_written(
+    tmp_path: Path, first: str
+) -> None:
+    """Gateway API's definitions go, and its routes one by one, while this controller starts; the one that has known them writes them when this one is ready."""
+    gone = Key("HTTPRoute", "shop", "r")
+    async with scripted(tmp_path) as (server, api):
+        everything(server, Namespace=[SPACE])
+        server.pages[PATHS["HTTPRoute"]] = [404] if first == "the kind goes" else [listed("100", kind="HTTPRoute")]
+        server.pages[STATES] = [states()]
+        async with starting(api) as (mesh, source):
+            await until(lambda: mesh.publication.current.serial)
+            assert source.last_good is not None
+            last_good = source.last_good
+            watches: dict[str, Watch] = {}
+            while not ({STATES} if first == "the kind goes" else {STATES, PATHS["HTTPRoute"]}) <= watches.keys():
+                watch = await asyncio.wait_for(server.watches.get(), 10)
+                watches[watch.path] = watch
+            await watches[STATES].send("ADDED", state("6", route(), orphan=True))
+            await until(lambda: last_good.kept)
+            if first == "it is written":
+                await mesh.reload()
+                assert gone not in mesh.state.objects, "it may have been deleted by somebody"
+                server.pages[PATHS["HTTPRoute"]] = [404]
+                await watches[PATHS["HTTPRoute"]].send("ERROR", {"code": 410})
+            await until(lambda: gone in mesh.state.objects)
+            await until(lambda: last_good._known is last_good.kept)
+            assert gone in (last_good._wanted or {}), "if it were this one's turn to write it would be written away"
 
 
 async def test_one_that_was_hidden_is_read_again_when_its_definition_was_mended(tmp_path: Path) -> None:
