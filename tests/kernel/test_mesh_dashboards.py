@@ -35,6 +35,15 @@ pytestmark = [pytest.mark.kernel, pytest.mark.timeout(180 + TRAFFIC_S)]
 PORT = 9090
 VARIABLES = {"__rate_interval": "30s", "namespace": ".+", "node": ".+", "service": "default/cart", "workload": "frontend"}
 PLACE = "node-1"
+DESERTED = """
+apiVersion: v1
+kind: Service
+metadata: {name: deserted}
+spec:
+  clusterIP: 10.96.0.90
+  selector: {app: deserted}
+  ports: [{port: 80}]
+"""
 
 
 class Prometheus:
@@ -96,7 +105,7 @@ def _answers(server: Prometheus) -> bool:
 
 
 def _use(lab: Lab, enough: threading.Event) -> None:
-    """Requests and connections of every kind: allowed, denied, failing, tried again, through tunnels."""
+    """Requests and connections of every kind: allowed, denied, failing, tried again, through tunnels, to nobody."""
     while not enough.is_set():
         shop.codes(lab, "frontend", "http://cart/items?[1-20]")
         shop.codes(lab, "frontend", "http://cart/flaky?[1-5]")
@@ -106,11 +115,13 @@ def _use(lab: Lab, enough: threading.Event) -> None:
         shop.ping(lab, "frontend")
         shop.ping(lab, "other")
         shop.ping(lab, "client", "10.77.1.40")
+        shop.codes(lab, "frontend", "http://10.96.0.90/")
 
 
 @pytest.fixture(scope="module")
 def server(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """A Prometheus that has seen traffic for a while, and sees it still."""
+    lab.apply(DESERTED)
     with prometheus(lab, tmp_path_factory.mktemp("prometheus")) as running:
         enough = threading.Event()
         user = threading.Thread(target=_use, args=(lab, enough), daemon=True)
@@ -121,6 +132,7 @@ def server(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prome
         finally:
             enough.set()
             user.join(30)
+            shop.delete(lab, DESERTED)
 
 
 def test_every_panel_has_data(server: Prometheus) -> None:
