@@ -11,7 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Final
 
 from controller import metrics
@@ -151,8 +151,9 @@ class Mesh:
             await self.reload()
 
     async def _follow(self) -> None:
-        async for _ in self.source.follow():
-            await self.reload()
+        async with aclosing(self.source.follow()) as news:  # who ends us while we load ends what follows, too, before the source is closed
+            async for _ in news:
+                await self.reload()
 
     async def _retire_certificates(self) -> None:
         """Take certificates of gateways into force when they begin to hold, and out of it when they run out: nothing else changes then."""

@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Protocol
@@ -91,7 +91,7 @@ class Origin(Protocol):
     def load(self) -> State:
         """Return the state that follows from what there is now. Raises ControllerError."""
 
-    def follow(self) -> AsyncIterator[None]:
+    def follow(self) -> AsyncGenerator[None, None]:
         """Yield, for ever, whenever `load` may have something new to say."""
 
     async def close(self) -> None:
@@ -134,7 +134,7 @@ class Source:
         self._remember()
         return self.state
 
-    async def follow(self) -> AsyncIterator[None]:
+    async def follow(self) -> AsyncGenerator[None, None]:
         """Follow the directory for ever; yields when `load` may have something new to say. Raises ControllerError if it cannot be watched."""
         yield  # what changed between start and the first event
         try:

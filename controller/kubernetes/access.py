@@ -22,6 +22,7 @@ from lightkube.config.kubeconfig import SERVICE_ACCOUNT, KubeConfig, SingleConfi
 from lightkube.core.exceptions import ConfigError
 
 from controller.errors import ControllerError
+from controller.kubernetes import handshakes
 
 _log = logging.getLogger(__name__)
 CONNECTIONS: Final = 1024
@@ -123,7 +124,7 @@ class Access:
             raise ConfigError(f"{user.token_file} has no token")
         parameters = ConnectionParams(trust_env=False).httpx_params(config)
         limits = httpx2.Limits(max_connections=CONNECTIONS)
-        parameters["transport"] = httpx2.AsyncHTTPTransport(verify=parameters.pop("verify"), limits=limits, socket_options=_KEEPALIVE)
+        parameters["transport"] = handshakes.Transport(parameters.pop("verify"), limits, _KEEPALIVE)
         return _Client(httpx2.AsyncClient(**parameters), cluster.server, first + more, contents)
 
 

@@ -8,7 +8,7 @@ taken up when the API server has answered about the Secrets that it names: it wo
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Container, Iterable, Mapping
+from collections.abc import AsyncGenerator, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -113,7 +113,7 @@ class KubernetesSource:
         """Nothing is known yet."""
         return self.state
 
-    async def follow(self) -> AsyncIterator[None]:
+    async def follow(self) -> AsyncGenerator[None, None]:
         """Follow the API server for ever; yields when `load` has something new to say."""
         loop = asyncio.get_running_loop()
         tasks = [asyncio.create_task(one.run(), name=f"follow {name}") for name, one in self._followed()]

@@ -97,10 +97,10 @@ def _status(code: int) -> bytes:
     return json.dumps({"kind": "Status", "code": code, "reason": f"Reason{code}", "message": f"message {code}"}).encode()
 
 
-def write_kubeconfig(file: Path, port: int, user: str = "t") -> None:
+def write_kubeconfig(file: Path, port: int, user: str = "t", scheme: str = "http") -> None:
     """Say in a kubeconfig file where a server is, and who asks."""
     config = {
-        "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
+        "clusters": [{"name": "c", "cluster": {"server": f"{scheme}://127.0.0.1:{port}"}}],
         "users": [{"name": "u", "user": {"token": user}}],
         "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
         "current-context": "x",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
+from controller.kubernetes.api import Api
+from tests.tasks import beside
 from tests.unit.controller.kubernetes.apiserver import listed, scripted, write_kubeconfig
 
 pytestmark = pytest.mark.anyio
@@ -106,3 +109,24 @@ async def test_another_server_is_not_asked(tmp_path: Path, caplog: pytest.LogCap
         await api.get(PATH, {})
         assert server.tokens == ["t"]
         assert "it names another server, http://127.0.0.1:1: start the controller anew if that is meant" in vars(caplog.records[0])["error"]
+
+
+async def test_a_connection_is_closed_when_nobody_waits_for_its_handshake_any_more(tmp_path: Path) -> None:
+    arrived, ended = asyncio.Event(), asyncio.Event()
+
+    async def never_answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        arrived.set()
+        await reader.read()
+        ended.set()
+        writer.close()
+
+    kubeconfig = tmp_path / "kubeconfig"
+    async with await asyncio.start_server(never_answers, "127.0.0.1", 0) as listening:
+        write_kubeconfig(kubeconfig, listening.sockets[0].getsockname()[1], scheme="https")
+        api = Api.connect(kubeconfig)
+        async with beside(api.get(PATH, {})):
+            await arrived.wait()
+        async with asyncio.timeout(5):
+            await ended.wait()
+        await api.close()

@@ -222,6 +222,23 @@ async def test_a_refused_version_keeps_the_last_good_one_and_what_is_deleted_goe
             assert mesh.state.problems == ()
 
 
+async def test_who_ends_it_while_it_loads_has_ended_what_follows_the_api_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scripted(tmp_path) as (server, api):
+        everything(server)
+        mesh = Mesh(KubernetesSource(api), authority=False)
+        loading = asyncio.Event()
+
+        async def reload() -> None:
+            loading.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(mesh, "reload", reload)
+        async with beside(mesh.watch()):
+            await loading.wait()
+            assert any(task.get_name().startswith("follow ") for task in asyncio.all_tasks())
+        assert not [task.get_name() for task in asyncio.all_tasks() if task.get_name().startswith("follow ")]
+
+
 async def owners(tmp_path: Path, *pods: dict[str, Any]) -> tuple[Mesh, dict[str, list[str]]]:
     async with scripted(tmp_path) as (server, api):
         everything(server, Pod=list(pods))
