@@ -1,7 +1,7 @@
 """`make bench-l7`: HTTP between two pods of one node through the waypoint, against one bare Envoy hop and against two sidecars with mTLS.
 
 One nginx and one wrk command for all modes; the way between them differs:
-- waypoint: the caller dials a Service with an HTTPRoute (retries and timeouts); the connect hook leads it to the node's Envoy;
+- waypoint: the caller dials a Service with an HTTPRoute; the connect hook leads it to the node's Envoy, which counts its requests for the mesh's metrics;
 - bare: a plain pod dials an Envoy in its own namespace that knows one route and one cluster: the floor for any mesh at layer 7;
 - sidecars: the same with an Envoy at either end and mTLS between them.
 All proxies of a mode share one CPU and have the same number of worker threads each; wrk and nginx share the other one, so that what saturates
@@ -9,8 +9,8 @@ first is the proxies, which is what is compared. Every mode's connections to ngi
 
 Closed loop (wrk): latencies are reported for one connection only: with 32, two busy workers of one Envoy take turns on its CPU by real-time slices (100 ms).
 Open loop (h2load): fixed rates that none of the ways saturates; latencies are from the moment in which a request was due (`tools.parse_h2load`).
-Features: services of other pods, each with its own nginx, whose requests are authorized by method and caller as well (`rbac`), or by their tokens
-(`rs256`, `es256`); against the same with retries and timeouts alone.
+Features: services of other pods, each with its own nginx, whose routes have retries and timeouts (`retries`), whose requests are authorized by method and
+caller as well (`rbac`), or by their tokens, too (`rs256`, `es256`); against the same with a route alone.
 Route change: from the call of the controller's Apply, with a changed HTTPRoute, to the first answer that shows it, on a connection that asks all the time.
 
 `python -m bench.l7 closed open features routes` chooses parts; each brings a lab of its own up.
@@ -56,13 +56,18 @@ CHANGE_MS = 100.0
 READY_S = 15.0
 
 
-def route(name: str, version: str = "0") -> dict[str, Any]:
-    """The HTTPRoute of a service: retries, timeouts, and a header on answers that tells versions apart."""
+_RETRIES = {
+    "retry": {"codes": [503], "attempts": 3, "backoff": "10ms"},
+    "timeouts": {"request": "5s", "backendRequest": "1s"},
+}
+
+
+def route(name: str, version: str = "0", *, retries: bool = False) -> dict[str, Any]:
+    """The HTTPRoute of a service: with retries and timeouts, or with neither, and with a header on answers that tells versions other than "0" apart."""
     edit = {"type": "ResponseHeaderModifier", "responseHeaderModifier": {"set": [{"name": "x-version", "value": version}]}}
     rule = {
         "backendRefs": [{"name": name, "port": HTTP}],
-        "retry": {"codes": [503], "attempts": 3, "backoff": "10ms"},
-        "timeouts": {"request": "5s", "backendRequest": "1s"},
+        **(_RETRIES if retries else {}),
         **({"filters": [edit]} if version != "0" else {}),
     }
     spec = {"parentRefs": [{"group": "", "kind": "Service", "name": name, "port": HTTP}], "rules": [rule]}
@@ -74,9 +79,9 @@ BASELINES = {"bare": ("one bare Envoy hop", 0.95), "sidecars": ("two Envoy sidec
 """What each baseline is called in results, and how many of its requests a second ours must reach."""
 HALF = {"sidecars": Target(0.5, at_least=False)}
 """Of CPU and of the median latency."""
-PLAIN = "retries and timeouts alone"
+PLAIN = "a route alone"
 MOST = Target(1.15, at_least=False)
-"""What retries, authorization and tokens may cost."""
+"""What retries, authorization and tokens may cost, all together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +175,9 @@ def _scheduled(bed: Testbed, way: Way, each: int) -> Load:
 
 def _features(progress: Callable[[str], None]) -> list[Result]:
     issuers = {name: Issuer(f"https://{name}.test", name.upper()) for name in ("rs256", "es256")}
-    pods = {name: replace(SERVER, name=name, addresses=(f"10.77.1.{30 + i}",), labels={"app": name}) for i, name in enumerate(_GUARDED)}
+    pods = {name: replace(SERVER, name=name, addresses=(f"10.77.1.{30 + i}",), labels={"app": name}) for i, name in enumerate(_FEATURES)}
     topology = Topology((Node(NODE, 1),), (CALLER, SERVER, *pods.values()))
-    documents = [*RESOURCES, *(one for i, name in enumerate(_GUARDED) for one in _guarded(name, f"10.96.0.{30 + i}", issuers.get(name)))]
+    documents = [*RESOURCES, *(one for i, name in enumerate(_FEATURES) for one in _service(name, f"10.96.0.{30 + i}", issuers.get(name)))]
     with testbed(documents, progress, topology) as bed:
         for pod in (SERVER, *pods.values()):
             bed.start_nginx(pod, bed.cpus.near, tools.nginx(HTTP), HTTP)
@@ -180,16 +185,16 @@ def _features(progress: Callable[[str], None]) -> list[Result]:
         machine.pin(waypoint, bed.cpus.far)
         workers = bed.lab.envoy_stats(NODE).get("server.concurrency", 0)
         ways = {"plain": Way(CALLER, f"{VIP}:{HTTP}", (waypoint,))}
-        for i, name in enumerate(_GUARDED):
+        for i, name in enumerate(_FEATURES):
             headers = (f"Authorization: Bearer {issuers[name].token('caller')}",) if name in issuers else ()
             ways[name] = Way(CALLER, f"10.96.0.{30 + i}:{HTTP}", (waypoint,), headers)
         modes = {f"{name}-{c}": partial(once, bed, way, c) for c in CONNECTIONS for name, way in ways.items()}
         found = rounds(modes, FEATURE_ROUNDS, progress)
-        setup = f"closed loop; wrk (1 thread) {_setup(bed, workers)}; {PLAIN} against the same and authorization"
+        setup = f"closed loop; wrk (1 thread) {_setup(bed, workers)}; {PLAIN} against the same with retries, timeouts and authorization"
         return [
             Result(f"l7-{name}-{what}-c{c}", unit, PLAIN, pairs(found, f"{name}-{c}", f"plain-{c}", value), setup, MOST)
             for c in CONNECTIONS
-            for name in _GUARDED
+            for name in _FEATURES
             for what, unit, value in (
                 ("cpu", "CPU us/request, whole machine", lambda one: one.cpu_us),
                 ("proxy-cpu", "CPU us/request, proxies", lambda one: one.proxy_us),
@@ -198,43 +203,28 @@ def _features(progress: Callable[[str], None]) -> list[Result]:
         ]
 
 
-_GUARDED = ("rbac", "rs256", "es256")
+_FEATURES = ("retries", "rbac", "rs256", "es256")
+"""Each has what those before it have, but the tokens of one kind."""
 _OWN = "meshagent.io/v1alpha1"
 
 
-def _guarded(name: str, address: str, issuer: Issuer | None) -> list[dict[str, Any]]:
-    """A service whose requests are decided by method, path and caller, and by a token if there is an issuer."""
+def _service(name: str, address: str, issuer: Issuer | None) -> list[dict[str, Any]]:
+    """A service with one of the features; requests are decided by method, path and caller, and by a token if there is an issuer."""
+    ports = [{"name": "http", "port": HTTP, "appProtocol": "http"}]
+    spec: dict[str, Any] = {"clusterIPs": [address], "selector": {"app": name}, "ports": ports}
+    found = [{"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec}, route(name, retries=True)]
+    if name == "retries":
+        return found
     source: dict[str, Any] = {"serviceAccounts": ["default/caller"]}
     if issuer is not None:
         source["requestPrincipals"] = [f"{issuer.name}/*"]
     rule = {"from": [{"source": source}], "to": [{"operation": {"methods": ["GET", "HEAD"], "paths": ["/", "/api/*"]}}]}
     selector = {"matchLabels": {"app": name}}
-    ports = [{"name": "http", "port": HTTP, "appProtocol": "http"}]
-    found = [
-        {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": {"name": name},
-            "spec": {"clusterIPs": [address], "selector": {"app": name}, "ports": ports},
-        },
-        route(name),
-        {
-            "apiVersion": _OWN,
-            "kind": "AuthorizationPolicy",
-            "metadata": {"name": name},
-            "spec": {"selector": selector, "action": "ALLOW", "rules": [rule]},
-        },
-    ]
+    spec = {"selector": selector, "action": "ALLOW", "rules": [rule]}
+    found.append({"apiVersion": _OWN, "kind": "AuthorizationPolicy", "metadata": {"name": name}, "spec": spec})
     if issuer is not None:
-        rules = [{"issuer": issuer.name, "jwks": issuer.jwks}]
-        found.append(
-            {
-                "apiVersion": _OWN,
-                "kind": "RequestAuthentication",
-                "metadata": {"name": name},
-                "spec": {"selector": selector, "jwtRules": rules},
-            }
-        )
+        spec = {"selector": selector, "jwtRules": [{"issuer": issuer.name, "jwks": issuer.jwks}]}
+        found.append({"apiVersion": _OWN, "kind": "RequestAuthentication", "metadata": {"name": name}, "spec": spec})
     return found
 
 
