@@ -31,7 +31,7 @@ from agent.report import IdentityStatus, Status, WaypointStatus, WireGuardStatus
 
 _ENDS = ("source_workload", "source_namespace", "destination_workload", "destination_namespace")
 _LABELS = (*_ENDS, "destination_service", "port", "security_policy", "direction")
-_VERDICT_LABELS = (*_ENDS, "verdict", "rule", "reason", "direction", "protocol")
+_VERDICT_LABELS = (*_ENDS, "destination_service", "verdict", "rule", "reason", "direction", "protocol")
 _AUDIT_LABELS = (*_ENDS, "rule", "direction", "protocol")
 _OTHER = "other"
 """Who stands for the pairs that found no room in mesh_stats."""
@@ -110,17 +110,18 @@ class FlowMetrics:
         for key, values in table.items():
             source, target, service, rule, verdict, direction, reason, protocol = members(key)
             count = sum(number(value)[0] for value in values)
-            ends = _ends(ids, source, target, "")
+            dialled, _, port = ids.name(service).rpartition(":")
+            ends = _ends(ids, source, target, dialled)
             way = [_DIRECTIONS[direction], _PROTOCOLS.get(protocol, str(protocol))]
             if reason == Reason.AUDIT:
                 audited[exposition.labels(_AUDIT_LABELS, [*ends, ids.name(rule), *way])] += count
                 continue
-            found[exposition.labels(_VERDICT_LABELS, [*ends, _VERDICTS[verdict], ids.name(rule), _REASONS[reason], *way])] += count
+            labels = [*ends, dialled, _VERDICTS[verdict], ids.name(rule), _REASONS[reason], *way]
+            found[exposition.labels(_VERDICT_LABELS, labels)] += count
             if verdict == Verdict.DENY and direction == Direction.OUTBOUND and protocol == socket.IPPROTO_TCP:
                 name = "EPERM" if reason in {Reason.POLICY, Reason.NO_ENTRY, Reason.EGRESS} else self._refused
                 # No port is counted here: that of a service is known by its name, that of a workload's own address is not.
-                port = ids.name(service).rpartition(":")[2].partition("/")[0]
-                labels = pair_labels(ids, flows.Pair(source, target, service, 0, direction, protocol), port)
+                labels = pair_labels(ids, flows.Pair(source, target, service, 0, direction, protocol), port.partition("/")[0])
                 failed[f'{exposition.labels(_LABELS, labels)},errno="{name}"'] += count
         return found, audited
 

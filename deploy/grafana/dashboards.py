@@ -134,10 +134,10 @@ def mesh() -> dashboard.Dashboard:
                         "Calls of services without a ready endpoint",
                         "cps",
                         Query(
-                            rate("mesh_policy_verdicts_total", _DESERTED, by="source_namespace,source_workload"),
-                            "{{source_namespace}}/{{source_workload}}",
+                            rate("mesh_policy_verdicts_total", _DESERTED, by="destination_service"),
+                            "{{destination_service}}",
                         ),
-                        about="Connections and UDP flows that were refused because nobody is there to answer, by caller.",
+                        about="Connections and UDP flows that were refused because nobody is there to answer, by service.",
                     ),
                     graph(
                         "Throughput",

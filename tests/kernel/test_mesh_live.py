@@ -144,7 +144,7 @@ def test_an_l7_endpoint_that_is_not_ready_gets_no_request_within_a_second_and_no
 
 
 def test_an_l4_endpoint_that_is_not_ready_is_refused_within_a_second(lab: Lab) -> None:
-    refused = {"source_workload": "frontend", "verdict": "deny", "reason": "no_backend"}
+    refused = {"source_workload": "frontend", "destination_service": "default/redis", "verdict": "deny", "reason": "no_backend"}
     with restored(lab):
         lab.apply(REDIS.format(ready="false"))
         shop.takes(lambda: "Connection refused" in shop.ping(lab, "frontend"), AT_ONCE_S)

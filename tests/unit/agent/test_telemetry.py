@@ -145,6 +145,13 @@ def test_failures_are_by_errno_and_refusals_by_the_mesh_are_among_them(tmp_path:
     }  # fmt: skip
 
 
+def test_a_verdict_names_the_service_that_was_dialled_although_nobody_was_there(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    refused = {"source": node.number("d/a"), "service": node.number("d/s:80", "service"), "verdict": Verdict.DENY, "protocol": 6}
+    node.verdicts.add({**refused, "reason": Reason.NO_BACKEND}, {"": 1})
+    assert 'destination_workload="",destination_namespace="d",destination_service="d/s",verdict="deny"' in "".join(node.page.text())
+
+
 def test_what_an_audited_policy_would_deny_is_no_verdict(tmp_path: Path) -> None:
     node = Node(tmp_path)
     rule = node.number("d/audit[0]", "rule")
