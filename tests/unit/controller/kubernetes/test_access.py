@@ -127,6 +127,5 @@ async def test_a_connection_is_closed_when_nobody_waits_for_its_handshake_any_mo
         api = Api.connect(kubeconfig)
         async with beside(api.get(PATH, {})):
             await arrived.wait()
-        async with asyncio.timeout(5):
-            await ended.wait()
+        await asyncio.wait_for(ended.wait(), 5)
         await api.close()
