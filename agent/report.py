@@ -96,8 +96,8 @@ class AccelerationStatus:
 class CertificateStatus:
     """One certificate. Times: Unix seconds, None if there is none; `serial`: hexadecimal digits; `chain`: PEM, leaf first, only where it was asked for.
 
-    `workload` is NAMESPACE/NAME, "" for the node's own. `problem`: why there is none, or no newer one; "" if all is well. `authority_ends_at`: of what stands
-    between it and the root; None if nothing does.
+    `workload` is NAMESPACE/NAME, "" for the node's own. `problem`: why there is none, or no newer one; "" if all is well. `authority`: the subject of what
+    signs it, whose end it does not outlive; "" and None if that is not known.
     """
 
     workload: str
@@ -108,6 +108,8 @@ class CertificateStatus:
     renews_at: float | None = None
     problem: str = ""
     chain: tuple[str, ...] = ()
+    authority: str = ""
+    authority_begins_at: float | None = None
     authority_ends_at: float | None = None
 
 

@@ -18,6 +18,7 @@ from controller.conflicts import resolve
 from controller.errors import ControllerError, Problem
 from controller.identity.cli import ca, token
 from controller.identity.options import Given, identity_options, identity_settings
+from controller.identity.refusals import Refused
 from controller.jwks import REFRESH_S
 from controller.objects import ROOT_NAMESPACE
 from controller.page.settings import PageSettings, page_options
@@ -37,8 +38,20 @@ def _shared(kubeconfig: Path | None, context: str, namespace: str) -> AbstractCo
     return opened(kubeconfig, context, namespace)
 
 
+class Group(click.Group):
+    """Shows failures that an operator can act on as one line of click's, "Error: …", which misuse has too, and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (ControllerError, Refused) as error:
+            raise click.ClickException(str(error)) from error
+
+
 @click.group(
-    context_settings={"auto_envvar_prefix": "MESH_CONTROLLER", "show_default": True, "help_option_names": ["-h", "--help"], "obj": _shared}
+    cls=Group,
+    context_settings={"auto_envvar_prefix": "MESH_CONTROLLER", "show_default": True, "help_option_names": ["-h", "--help"], "obj": _shared},
 )
 def main() -> None:
     """Turn Kubernetes-style resources into what the agents of a mesh need."""
@@ -150,11 +163,7 @@ def run(  # noqa: PLR0913, PLR0917 - one parameter per option
         Kubernetes(kubeconfig, context, namespace) if kubernetes else None,
         page,
     )
-    try:
-        asyncio.run(_serve(settings))
-    except ControllerError as error:
-        click.echo(f"mesh-controller: {error}", err=True)
-        sys.exit(1)
+    asyncio.run(_serve(settings))
 
 
 async def _serve(settings: Settings) -> None:
@@ -186,11 +195,7 @@ def validate(paths: tuple[Path, ...]) -> None:
     count = 0
     for path in paths:
         if path.is_dir():
-            try:
-                state = Source(path).load()
-            except ControllerError as error:
-                click.echo(f"mesh-controller: {error}", err=True)
-                sys.exit(1)
+            state = Source(path).load()
             problems += state.problems
             count += len(state.objects)
         else:

@@ -59,7 +59,7 @@ def down() -> None:
             problems = take_down(show)
         left = teardown.leftovers()
     for line in [*problems, *(f"still there: {thing}" for thing in left)]:
-        click.echo(line, err=True)
+        click.ClickException(line).show()
     if problems or left:
         sys.exit(1)
     click.echo("the lab is down" if present else "no lab was up", err=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from agent.bpf import attached
@@ -11,8 +11,11 @@ from agent.check.finding import Finding, error, ok, some, warning
 from agent.config import Config
 from meshapi.text import counted
 
-_OVERDUE: Final = 0.75
-"""Certificates are renewed at half of their life: one of that age has missed several attempts."""
+_OVERDUE: Final = 0.5
+"""Of the time between the moment at which a certificate is to be renewed and its end: then it has missed several attempts."""
+_LATE: Final = 1 / 8
+"""Of an authority's life. What was signed by one that is replaced after two thirds of its life has been renewed when less than this is left. That is when
+cert-manager replaces it (https://cert-manager.io/docs/usage/certificate/#reissuance-triggered-by-expiry-renewal)."""
 
 
 def left_behind(config: Config) -> Iterator[Finding]:
@@ -118,21 +121,10 @@ def certificates(identity: Mapping[str, Any], now: float) -> Iterator[Finding]:
         yield ok("certificates", "there are none: the controller has no certificate authority, or is reached over a unix socket")
         return
     held = [*([identity["node"]] if identity["node"] else []), *identity["workloads"]]
-    bad = 0
-    for one in held:
-        who = one["workload"] or "this node"
-        if finding := _certificate(one, who, now):
-            bad += 1
-            yield finding
-    cut = sorted({end for one in held if (end := one.get("authorityEndsAt")) is not None and now < one["expiresAt"] == end})
-    for end in cut:
-        bad += 1
-        yield warning(
-            "certificates", f"the certificate that signs them ends in {(end - now) / 3600:.1f} h, and no certificate is renewed beyond that",
-            cause="who renews it (cert-manager, or people) has not done so yet, or controllers have not got the new one",
-            next_step="put the next one in place (Secret meshagent-ca, --ca-cert, or what --ca-command signs with): controllers take it up, and agents renew "
-            "at half of what is left",
-        )  # fmt: skip
+    found = [(one, _certificate(one, one["workload"] or "this node", now)) for one in held]
+    bad = [finding for _, finding in found if finding]
+    bad += _authority([one for one, finding in found if not finding], now)
+    yield from bad
     if held and not bad:
         first = min(one["expiresAt"] for one in held)
         yield ok(
@@ -141,6 +133,23 @@ def certificates(identity: Mapping[str, Any], now: float) -> Iterator[Finding]:
         )
     elif not held:
         yield ok("certificates", "there are no workloads with an identity here")
+
+
+def _authority(held: Sequence[Mapping[str, Any]], now: float) -> Iterator[Finding]:
+    """At most one: the newest authority that signed certificates which are well ends, they end with it, and it should have been replaced by now."""
+    signed = [one for one in held if one.get("authorityBeginsAt") is not None]
+    if not signed:
+        return
+    newest = max(signed, key=lambda one: one["authorityBeginsAt"])
+    begins, ends = newest["authorityBeginsAt"], newest["authorityEndsAt"]
+    if ends - now < (ends - begins) * _LATE and any(one["expiresAt"] == ends for one in held):
+        when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(ends))
+        yield warning(
+            "certificates", f"what signs them ends on {when}, in {(ends - now) / 3600:.1f} h, and they with it", newest["authority"],
+            cause="who replaces it in time (cert-manager, at two thirds of its life, or people) has not done so, or controllers have not got the next one",
+            next_step="of a self-made root: 'mesh-controller ca rotate'; otherwise put the next one in place (Secret meshagent-ca, --ca-cert and --ca-key, or "
+            "what --ca-command signs with): controllers take it up, and agents renew at half of what is left",
+        )  # fmt: skip
 
 
 def _certificate(one: Mapping[str, Any], who: str, now: float) -> Finding | None:
@@ -159,10 +168,11 @@ def _certificate(one: Mapping[str, Any], who: str, now: float) -> Finding | None
             "certificates", f"that of {who} begins in {begins - now:.0f} s", one["spiffeId"], cause="this node's clock is behind the controller's",
             next_step="set the clock (chrony, systemd-timesyncd)",
         )  # fmt: skip
-    if problem or (begins is not None and now > begins + (ends - begins) * _OVERDUE):
+    renews = one["renewsAt"]
+    if problem or (renews is not None and now > renews + (ends - renews) * _OVERDUE):
         return warning(
             "certificates", f"that of {who} is not renewed; it ends in {(ends - now) / 3600:.1f} h", one["spiffeId"],
-            cause=problem or "three quarters of its life have passed, and it is renewed at half",
+            cause=problem or "it should have been by now: that is tried at half of its life, and again until it ends",
             next_step="see whether the agent reaches the controller, and the controller's log",
         )  # fmt: skip
     return None

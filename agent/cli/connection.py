@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -21,8 +20,7 @@ TLS: Final = (
 
 def fail(message: str) -> NoReturn:
     """End the command with one line and status 1."""
-    click.echo(f"meshagent: {message}", err=True)
-    sys.exit(1)
+    raise click.ClickException(message)
 
 
 def with_tls(command: Any) -> Any:

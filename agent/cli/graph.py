@@ -65,7 +65,7 @@ def graph(namespace: str, window: float, output: str, run_dir: Path, controller:
         drawn = drawing.draw(found)
         click.echo(export.dot(drawn) if output == "dot" else export.svg(drawn), nl=False)
     for problem in found.problems:
-        click.echo(f"meshagent: {problem}", err=True)
+        click.ClickException(problem).show()
     sys.exit(1 if problems else 0)
 
 

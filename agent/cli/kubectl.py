@@ -22,6 +22,7 @@ from click.shell_completion import ShellComplete
 from agent.cli import observe, policy, resources
 from agent.cli.check import MESH_NAMESPACE, check
 from agent.cli.identity import show_one
+from agent.cli.main import failures
 from agent.cli.main import main as meshagent
 from agent.errors import MeshError, NotFound
 
@@ -111,13 +112,11 @@ def parse(arguments: Sequence[str]) -> Given:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the plugin."""
     try:
-        _run(parse(sys.argv[1:] if arguments is None else arguments))
+        with failures():
+            _run(parse(sys.argv[1:] if arguments is None else arguments))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except MeshError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
 
 
 def complete() -> None:

@@ -5,8 +5,10 @@ Other packages add subcommands through the entry point group "meshagent.commands
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import sys
+from collections.abc import Iterator
 
 import click
 import grpc
@@ -18,17 +20,24 @@ from agent.errors import MeshError
 PLUGINS = "meshagent.commands"
 
 
+@contextlib.contextmanager
+def failures() -> Iterator[None]:
+    """Turn failures that an operator can act on into one line of click's, "Error: …", which misuse has too, and exit code 1."""
+    try:
+        yield
+    except MeshError as error:
+        raise click.ClickException(str(error)) from error
+    except grpc.RpcError as error:  # pragma: no cover  each command words the likely ones itself
+        raise click.ClickException(f"{error.code().name.lower()}: {error.details()}") from error
+
+
 class Group(click.Group):
     """Shows failures that an operator can act on as one line."""
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command."""
-        try:
+        with failures():
             return super().invoke(ctx)
-        except MeshError as error:
-            raise click.ClickException(str(error)) from error
-        except grpc.RpcError as error:  # pragma: no cover  each command words the likely ones itself
-            raise click.ClickException(f"{error.code().name.lower()}: {error.details()}") from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Own commands and those of other packages."""

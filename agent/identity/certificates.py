@@ -35,11 +35,6 @@ class Chain:
     certificates: tuple[x509.Certificate, ...] = field(repr=False, compare=False)
 
     @property
-    def authority_ends(self) -> float | None:
-        """When what stands between the leaf and the root ends, and with it whatever that signs; None if nothing does."""
-        return min((one.not_valid_after_utc.timestamp() for one in self.certificates[1:]), default=None)
-
-    @property
     def pem(self) -> bytes:
         """All of it, leaf first."""
         return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in self.certificates)
@@ -98,6 +93,12 @@ def verify(chain: Chain, roots: Sequence[x509.Certificate], now: float) -> None:
     current = [root for root in roots if root.not_valid_after_utc.timestamp() > now]
     if not any(issued(chain.certificates[-1], root) for root in current):
         raise ValueError("no trusted root has signed it")
+
+
+def ceiling(chain: Chain, roots: Iterable[x509.Certificate]) -> x509.Certificate | None:
+    """What ends first of all that stands above the leaf, which no leaf outlives: an intermediate, or the root if that signs leaves; None if it is not known."""
+    above = chain.certificates[1:] or [root for root in roots if root.subject == chain.certificates[0].issuer]
+    return min(above, key=lambda one: one.not_valid_after_utc, default=None)
 
 
 def issued(below: x509.Certificate, issuer: x509.Certificate) -> bool:

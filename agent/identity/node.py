@@ -45,7 +45,8 @@ class Node:
         self._clock = clock
         self._take_trust = take_trust
         self._svid: Svid | None = None
-        self._due: Due | None = None
+        self.due: Due | None = None
+        """When it is to be renewed."""
         self.problem = ""
         """Why there is no certificate, or no newer one; "" if all is well."""
         assert config.tls is not None  # noqa: S101  Config derives it from `join`
@@ -74,7 +75,7 @@ class Node:
 
     def _adopt(self, svid: Svid, *, fresh: bool) -> None:
         self._svid = svid
-        self._due = renewal(svid.chain.not_before, svid.chain.not_after, self._clock, fresh=fresh)
+        self.due = renewal(svid.chain.not_before, svid.chain.not_after, self._clock, fresh=fresh)
         self.problem = ""
         self._authority.ready.set()
 
@@ -84,8 +85,8 @@ class Node:
         key = PrivateKey.generate()  # the same until it has its certificate: a token that was used up for it serves again for it
         while True:
             renewing = self.chain is not None and not self._authority.denied
-            if renewing and self._due is not None and not self._due.come(self._clock):
-                await asyncio.sleep(min(self._due.wait_s(self._clock) + 0.01, LOOK_S))
+            if renewing and self.due is not None and not self.due.come(self._clock):
+                await asyncio.sleep(min(self.due.wait_s(self._clock) + 0.01, LOOK_S))
                 continue
             try:
                 if renewing:

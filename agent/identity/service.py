@@ -19,7 +19,8 @@ from agent.config import Config
 from agent.errors import NotFound
 from agent.identity import jwt
 from agent.identity.authority import Authority, Away, Refused
-from agent.identity.clock import Clock
+from agent.identity.certificates import Chain, ceiling
+from agent.identity.clock import Clock, Due
 from agent.identity.doubt import doubt
 from agent.identity.keys import protect_memory
 from agent.identity.node import Node, node_id
@@ -268,7 +269,7 @@ class Identity:
             kept=self._kept,
             workload_socket=str(self._config.workload_socket),
             node=self._node_status(),
-            workloads=tuple(_certificate(one) for one in self._workloads.standings()) if self.active.is_set() else (),
+            workloads=tuple(self._standing(one) for one in self._workloads.standings()) if self.active.is_set() else (),
             signed=self._workloads.signed,
             failures=self._workloads.failures,
             callers_refused=self.callers_refused(),
@@ -277,23 +278,38 @@ class Identity:
     def _node_status(self) -> CertificateStatus | None:
         if self._node is None:
             return None
-        chain = self._node.chain
+        return self._described("", node_id(self._config), self._node.chain, self._node.due, self._node.problem)
+
+    def _described(
+        self, workload: str, spiffe_id: str, held: Chain | None, due: Due | None, problem: str, *, chain: bool = False
+    ) -> CertificateStatus:
+        if held is None:
+            return CertificateStatus(workload, spiffe_id, problem=problem)
+        above = ceiling(held, self._trust.certificates if self._trust is not None else ())
         return CertificateStatus(
-            workload="",
-            spiffe_id=node_id(self._config),
-            serial="" if chain is None else f"{chain.serial:x}",
-            not_before=None if chain is None else chain.not_before,
-            expires_at=None if chain is None else chain.not_after,
-            authority_ends_at=None if chain is None else chain.authority_ends,
-            problem=self._node.problem,
+            workload=workload,
+            spiffe_id=spiffe_id,
+            serial=f"{held.serial:x}",
+            not_before=held.not_before,
+            expires_at=held.not_after,
+            renews_at=None if due is None else due.wall,
+            problem=problem,
+            chain=tuple(c.public_bytes(Encoding.PEM).decode() for c in held.certificates) if chain else (),
+            authority="" if above is None else above.subject.rfc4514_string(),
+            authority_begins_at=None if above is None else above.not_valid_before_utc.timestamp(),
+            authority_ends_at=None if above is None else above.not_valid_after_utc.timestamp(),
         )
+
+    def _standing(self, one: Standing, *, chain: bool = False) -> CertificateStatus:
+        held = None if one.svid is None else one.svid.chain
+        return self._described(one.workload, one.spiffe_id, held, one.due, one.problem, chain=chain)
 
     def show(self, workload: str) -> CertificateStatus:
         """One workload's, with its chain. Raises NotFound."""
         standing = self.standing(workload)
         if standing is None:
             raise NotFound(f"no workload {workload} of this node has an identity: see `meshagent identity list`")
-        return _certificate(standing, chain=True)
+        return self._standing(standing, chain=True)
 
     def problems(self) -> list[str]:
         """Sentences for `meshagent status`."""
@@ -322,18 +338,3 @@ class Identity:
 
 
 _SHOWN: Final = 5
-
-
-def _certificate(one: Standing, *, chain: bool = False) -> CertificateStatus:
-    held = None if one.svid is None else one.svid.chain
-    return CertificateStatus(
-        workload=one.workload,
-        spiffe_id=one.spiffe_id,
-        serial="" if held is None else f"{held.serial:x}",
-        not_before=None if held is None else held.not_before,
-        expires_at=None if held is None else held.not_after,
-        renews_at=None if held is None or one.due is None else one.due.wall,
-        authority_ends_at=None if held is None else held.authority_ends,
-        problem=one.problem,
-        chain=tuple(c.public_bytes(Encoding.PEM).decode() for c in held.certificates) if chain and held is not None else (),
-    )

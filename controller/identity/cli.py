@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -25,7 +24,6 @@ from controller.identity.keys import Keys
 from controller.identity.ledger import Issued
 from controller.identity.names import node_id, node_of
 from controller.identity.options import Span
-from controller.identity.refusals import Refused
 from controller.identity.times import when
 from controller.identity.tokens import DEFAULT_LIFETIME_S, MAX_LIFETIME_S, Record, TokenStore
 from controller.objects import ROOT_NAMESPACE
@@ -61,7 +59,7 @@ def _output(*more: str) -> Callable[[F], F]:
 
 
 def _of_authority(command: F) -> F:
-    """Add the options that say whose state it is; open it, and show failures as one line and status 1."""
+    """Add the options that say whose state it is; open it."""
 
     @functools.wraps(command)
     def wrapped(directory: Path | None, kubernetes: bool, kubeconfig: Path | None, context: str, namespace: str, **values: Any) -> Any:
@@ -69,17 +67,13 @@ def _of_authority(command: F) -> F:
             raise click.UsageError("--kubeconfig and --context belong to --kubernetes")
         if directory is None and not kubernetes:
             raise click.UsageError("give --ca-directory DIR, or --kubernetes where several controllers share their state")
-        try:
-            if not kubernetes and directory is not None:
-                found = Directory(directory)
-                found.check()
-                return command(store=found, **values)
-            opener: Opener = click.get_current_context().obj
-            with opener(kubeconfig, context, namespace) as shared:
-                return command(store=shared, **values)
-        except (ControllerError, Refused) as error:
-            click.echo(f"mesh-controller: {error}", err=True)
-            sys.exit(1)
+        if not kubernetes and directory is not None:
+            found = Directory(directory)
+            found.check()
+            return command(store=found, **values)
+        opener: Opener = click.get_current_context().obj
+        with opener(kubeconfig, context, namespace) as shared:
+            return command(store=shared, **values)
 
     for option in reversed(_OPTIONS):
         wrapped = option(wrapped)

@@ -113,6 +113,8 @@ def test_a_status_has_the_documented_names() -> None:
                 "renewsAt": None,
                 "problem": "why",
                 "chain": [],
+                "authority": "",
+                "authorityBeginsAt": None,
                 "authorityEndsAt": None,
             },
             "workloads": [
@@ -125,6 +127,8 @@ def test_a_status_has_the_documented_names() -> None:
                     "renewsAt": 2.0,
                     "problem": "",
                     "chain": ["PEM"],
+                    "authority": "",
+                    "authorityBeginsAt": None,
                     "authorityEndsAt": None,
                 }
             ],

@@ -43,9 +43,7 @@ def test_a_second_controller_refuses_to_start_and_sigterm_is_a_clean_exit(tmp_pa
         with start(tmp_path, directory) as second:
             _, said = second.communicate(timeout=60)
         assert second.returncode == 1
-        assert said == (
-            f"mesh-controller: another controller (pid {first.pid}) serves {tmp_path}/c.sock: stop it, or give another --socket\n"
-        )
+        assert said == (f"Error: another controller (pid {first.pid}) serves {tmp_path}/c.sock: stop it, or give another --socket\n")
         first.send_signal(signal.SIGTERM)
         first.communicate(timeout=60)
     assert first.returncode == 0
@@ -67,7 +65,7 @@ def run(*arguments: str) -> tuple[int, str]:
 
 def test_a_missing_directory_is_one_line(tmp_path: Path) -> None:
     code, said = run("--directory", str(tmp_path / "gone"), "--socket", str(tmp_path / "c.sock"))
-    assert (code, said) == (1, f"mesh-controller: {tmp_path}/gone is not a directory: make it, or give another --directory\n")
+    assert (code, said) == (1, f"Error: {tmp_path}/gone is not a directory: make it, or give another --directory\n")
 
 
 def test_a_taken_port_is_one_line(tmp_path: Path, directory: Path) -> None:
@@ -80,7 +78,7 @@ def test_a_taken_port_is_one_line(tmp_path: Path, directory: Path) -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         code, said = run("--directory", str(directory), "--socket", str(tmp_path / "c.sock"), "--listen", address, *tls)
     assert code == 1
-    assert f"mesh-controller: cannot listen on {address}: is the port taken? see `ss -ltnp`; or give another --listen\n" in said
+    assert f"Error: cannot listen on {address}: is the port taken? see `ss -ltnp`; or give another --listen\n" in said
 
 
 def test_bad_certificates_are_one_line_each(tmp_path: Path, directory: Path) -> None:
@@ -97,7 +95,7 @@ def test_bad_certificates_are_one_line_each(tmp_path: Path, directory: Path) -> 
         arguments = ("--tls-cert", str(certificate), "--tls-key", str(key), "--tls-client-ca", str(authority.ca), "--listen", "127.0.0.1:0")
         code, said = run("--directory", str(directory), "--socket", str(tmp_path / "c.sock"), *arguments)
         assert code == 1
-        assert f"mesh-controller: {expected}" in said
+        assert f"Error: {expected}" in said
         assert "Traceback" not in said
 
 
@@ -156,7 +154,7 @@ def test_a_page_that_strangers_could_open_keeps_the_controller_from_starting(tmp
     with start(tmp_path, directory, "--page-listen", "0.0.0.0:0") as process:
         _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert said.startswith("mesh-controller: --page-listen 0.0.0.0:0 can be reached from other machines, and --page-token-file,")
+    assert said.startswith("Error: --page-listen 0.0.0.0:0 can be reached from other machines, and --page-token-file,")
     code, text = run("--directory", str(directory), "--page-token-file", str(tmp_path / "t"))
     assert code == 2
     assert "--page-token-file without --page-listen: there is no page" in text

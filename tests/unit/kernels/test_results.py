@@ -50,11 +50,11 @@ def answered(directory: Path, files: dict[str, str]) -> machine.Ran:
 @pytest.mark.parametrize(
     ("said", "code", "pins", "good"),
     [
-        pytest.param("meshagent: bpf_get_netns_cookie needs 5.15", "2", "", True, id="names what is missing"),
-        pytest.param("meshagent: bpf_get_netns_cookie needs 5.15", "0", "", False, id="goes on all the same"),
-        pytest.param("meshagent: bpf_get_netns_cookie needs 5.15", "124", "", False, id="hangs"),
-        pytest.param("meshagent: Invalid argument", "2", "", False, id="does not name it"),
-        pytest.param("meshagent: bpf_get_netns_cookie needs 5.15", "2", "meshagent", False, id="leaves pins"),
+        pytest.param("Error: bpf_get_netns_cookie needs 5.15", "2", "", True, id="names what is missing"),
+        pytest.param("Error: bpf_get_netns_cookie needs 5.15", "0", "", False, id="goes on all the same"),
+        pytest.param("Error: bpf_get_netns_cookie needs 5.15", "124", "", False, id="hangs"),
+        pytest.param("Error: Invalid argument", "2", "", False, id="does not name it"),
+        pytest.param("Error: bpf_get_netns_cookie needs 5.15", "2", "meshagent", False, id="leaves pins"),
     ],
 )
 def test_a_refusal_names_the_feature_and_leaves_nothing(tmp_path: Path, said: str, code: str, pins: str, good: bool) -> None:

@@ -31,7 +31,10 @@ def status(**changes: Any) -> dict[str, Any]:
 
 
 def certificate(workload: str, begins: float | None, ends: float | None, problem: str = "") -> CertificateStatus:
-    return CertificateStatus(workload, f"spiffe://mesh.local/{workload}", not_before=begins, expires_at=ends, problem=problem)
+    renews = None if begins is None or ends is None else (begins + ends) / 2
+    return CertificateStatus(
+        workload, f"spiffe://mesh.local/{workload}", not_before=begins, expires_at=ends, renews_at=renews, problem=problem
+    )
 
 
 def identity(*workloads: CertificateStatus, mode: str = "on", node: CertificateStatus | None = None) -> dict[str, Any]:
@@ -108,17 +111,51 @@ def test_certificates_are_judged_by_their_time(one: CertificateStatus, expected:
     assert (found.severity, said in found.what) == (expected, True), found
 
 
+@pytest.mark.parametrize(("renews", "expected"), [(NOW + 10, Severity.OK), (NOW - 97, Severity.OK), (NOW - 103, Severity.WARNING)])
+def test_one_that_was_dated_back_is_late_by_when_it_was_to_be_renewed_and_not_by_its_age(renews: float, expected: Severity) -> None:
+    (found,) = running.certificates(identity(replace(certificate("shop/a", NOW - 400, NOW + 100), renews_at=renews)), NOW)
+    assert found.severity is expected, found
+
+
+def signed(name: str, begins: float, ends: float) -> CertificateStatus:
+    """One that lasts for another day, by an authority with these times."""
+    one = certificate(f"shop/{name}", NOW - DAY, NOW + DAY)
+    return replace(one, authority=f"CN=from {begins - NOW:.0f}", authority_begins_at=begins, authority_ends_at=ends)
+
+
 @pytest.mark.parametrize(
-    ("authority", "expected"),
-    [(NOW + DAY, Severity.WARNING), (NOW + DAY + 1, Severity.OK), (None, Severity.OK)],
-    ids=["cut", "not-cut", "none"],
+    ("begins", "ends", "expected"),
+    [
+        pytest.param(NOW - 7.1 * DAY, NOW + DAY, Severity.WARNING, id="its last eighth"),
+        pytest.param(NOW - 6.9 * DAY, NOW + DAY, Severity.OK, id="whoever replaces it has time"),
+        pytest.param(NOW - DAY, NOW + DAY, Severity.OK, id="short by design"),
+        pytest.param(NOW - 23 * DAY, NOW + DAY + 1, Severity.OK, id="not cut"),
+    ],
 )
-def test_certificates_that_end_with_what_signs_them_are_one_warning(authority: float | None, expected: Severity) -> None:
-    held = [replace(certificate(f"shop/{name}", NOW - DAY, NOW + DAY), authority_ends_at=authority) for name in "abc"]
-    (found,) = running.certificates(identity(*held), NOW)
-    assert (found.severity, "the certificate that signs them ends in 24.0 h" in found.what) == (expected, expected is Severity.WARNING), (
-        found
-    )
+def test_certificates_that_end_with_what_signs_them_are_one_warning_once_it_should_have_been_replaced(
+    begins: float, ends: float, expected: Severity
+) -> None:
+    (found,) = running.certificates(identity(*(signed(name, begins, ends) for name in "abc"), node=signed("", begins, ends)), NOW)
+    assert found.severity is expected, found
+    if expected is Severity.WARNING:
+        assert (found.what, found.where) == (
+            "what signs them ends on 1970-01-13 13:46 UTC, in 24.0 h, and they with it",
+            f"CN=from {begins - NOW:.0f}",
+        )
+        assert "mesh-controller ca rotate" in found.next_step
+
+
+def test_what_an_authority_has_signed_that_was_replaced_is_renewed_in_time() -> None:
+    old, new = signed("a", NOW - 23 * DAY, NOW + DAY), signed("b", NOW - DAY / 2, NOW + 23 * DAY)
+    (found,) = running.certificates(identity(old, new), NOW)
+    assert found.severity is Severity.OK, found
+
+
+def test_who_is_late_is_named_and_says_nothing_of_the_authority() -> None:
+    late = [replace(signed(name, NOW - 23 * DAY, NOW + DAY), renews_at=NOW - 2 * DAY) for name in "ab"]
+    assert [found.what for found in running.certificates(identity(*late), NOW)] == [
+        f"that of shop/{name} is not renewed; it ends in 24.0 h" for name in "ab"
+    ]
 
 
 def test_the_nodes_own_certificate_is_among_them_and_none_is_fine_without_an_authority() -> None:

@@ -81,7 +81,7 @@ def test_the_table_has_a_line_for_each_kind_of_call_and_why_it_is_denied(tmp_pat
     assert "denied  shop/other -> default/redis: default/redis-clients: no rule matches" in result.stdout
     assert "[bold]not markup[/bold]" in result.stdout
     assert "3 kinds of calls, told by node-1, node-2, over 5.2 s, 2 quieter ones are not shown" in result.stdout
-    assert result.stderr == "meshagent: node-2: the waypoint does not say\n"
+    assert result.stderr == "Error: node-2: the waypoint does not say\n"
 
 
 def test_json_is_one_object_with_everything(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_through_a_controller_every_node_is_shown_and_one_that_is_away_is_a_nega
         result = run("--controller", target, "-o", "json")
     assert result.exit_code == 1
     assert len(json.loads(result.stdout)["edges"]) == 2
-    assert result.stderr == "meshagent: node-2: its agent is gone\n"
+    assert result.stderr == "Error: node-2: its agent is gone\n"
 
 
 def test_a_node_that_speaks_for_another_or_is_older_is_named_and_not_shown(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_no_agent_and_no_controller_are_said_in_one_line(tmp_path: Path) -> None
     assert result.stderr.startswith(f"Error: no agent has its socket in {tmp_path}")
     result = run("--controller", f"unix://{tmp_path}/none.sock")
     assert result.exit_code == 1
-    assert result.stderr.startswith(f"meshagent: controller unix://{tmp_path}/none.sock is not reachable (")
+    assert result.stderr.startswith(f"Error: controller unix://{tmp_path}/none.sock is not reachable (")
     assert result.stderr.endswith("is `mesh-controller run` up? give its address with --controller\n")
 
 

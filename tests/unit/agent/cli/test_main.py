@@ -33,6 +33,24 @@ def test_a_failure_that_people_can_act_on_is_one_line_and_exit_code_1(group: Gro
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", said)
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "code"),
+    [
+        (main, ["get", "services", "--controller", "unix:/nowhere/c.sock"], 1),
+        (main, ["status", "--run-dir", "/nowhere"], 1),
+        (main, ["get"], 2),
+        (controller, ["run", "--directory", "/nowhere"], 1),
+        (controller, ["ca", "show", "--ca-directory", "/nowhere"], 1),
+        (controller, ["ca", "show"], 2),
+    ],
+    ids=["no-controller", "no-agent", "misuse", "no-source", "no-authority", "misuse-of-the-controller"],
+)
+def test_whatever_fails_begins_its_last_line_with_error(command: click.Command, arguments: list[str], code: int) -> None:
+    result = CliRunner().invoke(command, arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr.splitlines()[-1].startswith("Error: ")
+
+
 def test_a_bug_is_not_hidden(group: Group) -> None:
     assert isinstance(CliRunner().invoke(group, ["fail", "bug"]).exception, ValueError)
 

@@ -100,15 +100,15 @@ def test_a_directory_is_applied_file_by_file_and_refusals_name_the_file(target: 
 def test_negative_answers_are_status_1(target: str) -> None:
     unknown = run(target, "get", "gadgets")
     assert (unknown.exit_code, unknown.stdout) == (1, "")
-    assert unknown.stderr.startswith('meshagent: unknown kind "gadgets"')
+    assert unknown.stderr.startswith('Error: unknown kind "gadgets"')
     missing = run(target, "get", "service", "none")
-    assert (missing.exit_code, missing.stderr) == (1, "meshagent: there is no service default/none\n")
+    assert (missing.exit_code, missing.stderr) == (1, "Error: there is no service default/none\n")
 
 
 def test_an_unreachable_controller_is_one_line(tmp_path: Path) -> None:
     result = run(f"unix://{tmp_path}/none.sock", "get", "all")
     assert result.exit_code == 1
-    assert result.stderr.startswith(f"meshagent: controller unix://{tmp_path}/none.sock is not reachable (")
+    assert result.stderr.startswith(f"Error: controller unix://{tmp_path}/none.sock is not reachable (")
     assert result.stderr.endswith("): is `mesh-controller run` up? give its address with --controller\n")
     assert result.stderr.count("\n") == 1
 

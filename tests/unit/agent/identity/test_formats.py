@@ -161,6 +161,11 @@ def test_a_chain_of_another_root_does_not_hold() -> None:
             certificates.verify(svid().chain, roots, NOW)
 
 
+def test_what_a_root_signs_itself_ends_with_that_root() -> None:
+    assert certificates.ceiling(svid().chain, [Root(name="other").certificate, ROOT.certificate]) == ROOT.certificate
+    assert certificates.ceiling(svid().chain, [Root(name="other").certificate]) is None
+
+
 def test_an_intermediate_may_stand_between() -> None:
     middle = Root(name="middle")
     signed = ROOT.sign(middle.key.public_key(), [], ca=True)
@@ -171,6 +176,7 @@ def test_an_intermediate_may_stand_between() -> None:
     leaf = middle.sign(ec.generate_private_key(ec.SECP256R1()).public_key(), [x509.UniformResourceIdentifier(spiffe_id("cart"))])
     chain = certificates.read([leaf.public_bytes(Encoding.DER), renamed.public_bytes(Encoding.DER)])
     certificates.verify(chain, [ROOT.certificate], time.time())
+    assert certificates.ceiling(chain, [ROOT.certificate]) == chain.certificates[1]
     with pytest.raises(ValueError, match="no trusted root"):
         certificates.verify(certificates.read(chain.der[:1]), [ROOT.certificate], time.time())
 

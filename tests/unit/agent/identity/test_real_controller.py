@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,22 @@ import pytest
 from click.testing import CliRunner
 
 from agent import features, netns
+from agent.check import running
+from agent.check.finding import Severity
 from agent.config import Config, Join
 from agent.discovery import Discovery
 from agent.identity import node, workloads
 from agent.identity.service import Identity
 from agent.identity.workload_api import HEADER, WorkloadApi
 from agent.model import LocalWorkload, Snapshot, Workload
+from agent.report import as_json
 from controller.identity.ca import CaSettings
+from controller.identity.operator import Intermediate
 from controller.main import main
 from meshapi import workload_pb2 as pb
 from meshapi import workload_pb2_grpc
 from tests.unit.agent.identity.signer import until
+from tests.unit.controller.identity.authorities import make
 from tests.unit.controller.identity.harness import DOMAIN, World, world
 
 CART = f"spiffe://{DOMAIN}/ns/shop/sa/cart"
@@ -79,6 +85,23 @@ def test_join_sign_and_renew(run_dir: Path, tmp_path: Path, monkeypatch: pytest.
             await until(lambda: (identity.status().node or of_node).serial != of_node.serial, 20)
             await until(lambda: identity.status().connected)
             assert identity.problems() == []
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize(("left_s", "found"), [(600, []), (60, ["CN=intermediate"])], ids=["in time", "late"])
+def test_an_authority_that_ends_is_named_once_and_only_when_it_should_have_been_replaced(
+    run_dir: Path, tmp_path: Path, left_s: int, found: list[str]
+) -> None:
+    root = make("root")
+    root_file, _ = root.write(tmp_path, "root")
+    own = Intermediate(*make("intermediate", root, lifetime_s=left_s).write(tmp_path, "intermediate"))  # it began an hour ago
+
+    async def check() -> None:
+        settings = CaSettings(tmp_path / "ca", own, roots=root_file, hold_s=0.0)
+        async with world(tmp_path, ca=settings) as served, agent(config(served, run_dir)) as identity:
+            said = running.certificates(as_json(identity.status()), time.time())
+            assert [one.where for one in said if one.severity is not Severity.OK] == found
 
     asyncio.run(check())
 

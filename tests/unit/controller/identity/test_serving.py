@@ -113,7 +113,7 @@ def test_a_join_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         code, said = run(tmp_path, "--ca-directory", str(tmp_path / "ca"), "--join-listen", address)
-    assert (code, f"mesh-controller: cannot listen on {address}: is the port taken?" in said) == (1, True)
+    assert (code, f"Error: cannot listen on {address}: is the port taken?" in said) == (1, True)
 
 
 def test_files_show_another_certificate_and_let_another_authoritys_clients_in_too(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_what_an_operator_must_put_right_is_one_line_and_status_1(tmp_path: Path
         (("--ca-directory", str(ca), "--server-name", "a b"), "--server-name 'a b' is neither a DNS name nor an IP address"),
     ):
         code, said = run(tmp_path, *arguments)
-        assert (code, f"mesh-controller: {expected}" in said or expected in said) == (1, True), said
+        assert (code, f"Error: {expected}" in said or expected in said) == (1, True), said
         assert "Traceback" not in said
 
 

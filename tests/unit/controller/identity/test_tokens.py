@@ -57,7 +57,7 @@ def test_commands_say_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     code, out, said = command(tmp_path / "gone", "create")
     assert (code, out) == (1, "")
     assert said.startswith(
-        f"mesh-controller: cannot open the CA directory {tmp_path}/gone: No such file or directory; it is made by `mesh-controller run"
+        f"Error: cannot open the CA directory {tmp_path}/gone: No such file or directory; it is made by `mesh-controller run"
     )
     empty = tmp_path / "empty"
     empty.mkdir(mode=0o700)
