@@ -15,18 +15,14 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from agent import addresses, files
+from agent import addresses, asking, files
 from agent.bpf.sockets import LiveSocket, Sockets
 from agent.config import HBONE_PORT, Config
 from agent.errors import KernelRefused, MeshError
-from agent.l7.peer_log import EVERY_S, Distrusted, Shown
+from agent.l7.peer_log import Distrusted, Shown
 
 _log = logging.getLogger(__name__)
 
-ASK_S: Final = 2.0 * EVERY_S + 1
-"""How long Envoy is asked: each open stream is spoken of once a `EVERY_S`, late when Envoy is busy."""
-LOOK_S: Final = 0.05
-PATIENCE_S: Final = 10.0
 RETRY_S: Final = 5.0
 _NAMED: Final = 20
 
@@ -132,24 +128,20 @@ class Distrust:
         if self._reasons == Reasons():
             await self._waypoint.configure()
             return
-        self._left = ""
+        self._left, heard = "", False
         self._waypoint.ask(True)
         configuring = asyncio.ensure_future(self._waypoint.configure())
         try:
-            loop = asyncio.get_running_loop()
-            began, heard = loop.time(), 0.0
-            while not heard or loop.time() < heard + ASK_S:
-                await asyncio.sleep(LOOK_S)
-                if not heard and self._waypoint.asked():
-                    heard, self.problem = loop.time(), ""
-                elif not heard and not self.problem and loop.time() > began + PATIENCE_S:
+            while not heard:
+                async for heard in asking.rounds(self._waypoint.asked):  # noqa: B007  used when the rounds are over
+                    bad, self._bad = self._bad, {}
+                    if bad:
+                        await asyncio.to_thread(self._close, bad)
+                if not heard and not self.problem:
                     self.problem = (
                         "tunnels of peers that are not believed any more may go on: Envoy does not answer; if it is gone, so are they"
                     )
                     _log.error(self.problem)
-                bad, self._bad = self._bad, {}
-                if bad:
-                    await asyncio.to_thread(self._close, bad)
             if self._reasons.roots:
                 await asyncio.to_thread(self._close_silent)
             await configuring

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agent import distrust
+from agent import asking, distrust
 from agent.bpf.manifest import Direction
 from agent.bpf.sockets import LiveSocket, Record, Sockets, T
 from agent.config import HBONE_PORT, Config
@@ -84,8 +84,8 @@ class Scene:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distrust, "ASK_S", 0.3)
-    monkeypatch.setattr(distrust, "LOOK_S", 0.01)
+    monkeypatch.setattr(asking, "ASK_S", 0.3)
+    monkeypatch.setattr(asking, "LOOK_S", 0.01)
 
 
 async def settled(scene: Scene) -> None:
@@ -226,7 +226,7 @@ def test_a_damaged_file_means_that_everybody_is_looked_at(tmp_path: Path, conten
 
 
 def test_an_envoy_that_does_not_answer_is_a_problem_until_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distrust, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(asking, "PATIENCE_S", 0.05)
     scene = Scene(tmp_path)
     scene.hears = False
 

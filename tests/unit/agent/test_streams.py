@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from agent import addresses, streams
+from agent import addresses, asking, streams
 from agent.bpf.manifest import Direction
 from agent.bpf.sockets import ESTABLISHED, NO_RECORD, LiveSocket, T
 from agent.config import UNREAD_MARK
@@ -91,8 +91,9 @@ class Node:
 
 @pytest.fixture
 def node(monkeypatch: pytest.MonkeyPatch) -> Node:
-    for name, value in (("ASK_S", 0.1), ("LOOK_S", 0.01), ("PATIENCE_S", 0.05), ("RETRY_S", 0.01)):
-        monkeypatch.setattr(streams, name, value)
+    for name, value in (("ASK_S", 0.1), ("LOOK_S", 0.01), ("PATIENCE_S", 0.05)):
+        monkeypatch.setattr(asking, name, value)
+    monkeypatch.setattr(streams, "RETRY_S", 0.01)
     return Node()
 
 
