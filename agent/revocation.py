@@ -402,10 +402,8 @@ def affects(before: Snapshot | None, after: Snapshot, bound: Mapping[str, tuple[
     """
     if before is None:
         return True
-    if after is before:
-        return False
-    delta = after.delta
-    if delta is None or delta.base != before.version or delta.policies:
+    delta = after.since(before)
+    if delta.policies:
         return True
     changed, gone = [], False
     for name in delta.workloads:

@@ -238,8 +238,14 @@ def test_strict_forbids_plaintext_from_outside_the_node_alone(tmp_path: Path) ->
         pytest.param(without(FOE), True, id="machine-or-process-that-went"),
         pytest.param(without(FOE, policies=()), False, id="machine-that-went-without-policies"),
         pytest.param(without(POD), False, id="pod-that-went"),
-        pytest.param(after(None), True, id="not-known-what-changed"),
-        pytest.param(after(Delta("0")), True, id="changed-since-another-version"),
+        pytest.param(replace(SNAPSHOT, version="2"), False, id="not-said-what-changed-but-nothing-did"),
+        pytest.param(
+            replace(SNAPSHOT, version="2", workloads={**SNAPSHOT.workloads, FOE.name: replace(FOE, labels={"a": "b"})}),
+            True,
+            id="not-said-that-labels-did",
+        ),
+        pytest.param(replace(SNAPSHOT, version="2", policies={POLICY.name: replace(POLICY)}), True, id="not-said-that-a-policy-did"),
+        pytest.param(after(Delta("0"), replace(FOE, labels={"a": "b"})), True, id="said-of-another-version"),
         pytest.param(SNAPSHOT, False, id="the-same"),
     ],
 )
