@@ -430,6 +430,17 @@ def test_what_is_older_than_the_mesh_is_not_looked_for_where_there_is_none_any_m
     assert looks.close_forbidden(None) == 0
 
 
+def test_what_is_older_than_the_mesh_is_looked_for_again_where_nobody_could_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody has unmounted a namespace that lives on, and the agent mounts it again."""
+    monkeypatch.setattr(revocation_module, "SETTLE_S", -1.0)
+    looks, there = Failing(), tmp_path / "1"
+    looks.changed(mounted((SERVER, 1, str(there))))
+    assert looks.close_forbidden(None) == 0
+    there.symlink_to(NAMESPACE)
+    looks.older[str(there)] = [old("192.0.2.1")]
+    assert looks.close_forbidden(None) == 1
+
+
 def rules(*local: Workload, snapshot: Snapshot = SNAPSHOT, reading: frozenset[str] = frozenset()) -> Rules:
     return Rules(snapshot, Enrolled(tuple(LocalWorkload(w, ALL.index(w) + 1, "") for w in local)), reading)
 
