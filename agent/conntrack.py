@@ -4,7 +4,7 @@ Outside of the mesh kube-proxy turns a Service's address into an endpoint's, and
 a pod dials the endpoint itself. From the same port its connection would have the same answers as the one that is remembered, so Linux gives it another port
 (net/netfilter/nf_nat_core.c, get_unique_tuple), under which the receiver's check does not know it: it is refused as `spoofed`.
 Messages: include/uapi/linux/netfilter/nfnetlink_conntrack.h. Linux is asked for the connections of one caller after the other, and looks at all it has each
-time; for many callers it lists all.
+time; for many callers it lists all. So it does over IPv6: of an IPv6 caller it would list all that are not (ctnetlink_filter_match_tuple, as of Linux 6.18).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def forget_translated(callers: Collection[str]) -> int:
     Of this process's network namespace. None where the kernel tracks no connections. Raises OSError.
     """
     wanted = {ipaddress.ip_address(one).packed for one in callers}
-    each = wanted if len(wanted) <= FEW else ()
-    questions = [(_family(one), _of(one)) for one in each] or [(family, b"") for family in {_family(one) for one in wanted}]
+    few = len(wanted) <= FEW
+    questions = {(_family(one), _of(one) if few and _family(one) == socket.AF_INET else b"") for one in wanted}
     forgotten = 0
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER) as asked:
         for family, only in questions:
@@ -60,8 +60,8 @@ def _family(address: bytes) -> socket.AddressFamily:
 
 
 def _of(caller: bytes) -> bytes:
-    """What has Linux list the connections of one caller only."""
-    source = attribute(_IP | NESTED, attribute(_SOURCES[_family(caller)], caller))
+    """What has Linux list the connections of one IPv4 caller only."""
+    source = attribute(_IP | NESTED, attribute(_SOURCES[socket.AF_INET], caller))
     return attribute(_TUPLE | NESTED, source) + attribute(_FILTER | NESTED, attribute(_OF_ORIGINAL, _FLAGS.pack(_BY_SOURCE)))
 
 

@@ -15,18 +15,14 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from agent import addresses, files
+from agent import addresses, asking, files
 from agent.bpf.sockets import LiveSocket, Sockets
 from agent.config import HBONE_PORT, Config
 from agent.errors import KernelRefused, MeshError
-from agent.l7.peer_log import EVERY_S, Distrusted, Shown
+from agent.l7.peer_log import Distrusted, Shown
 
 _log = logging.getLogger(__name__)
 
-ASK_S: Final = 2.0 * EVERY_S + 1
-"""How long Envoy is asked: each open stream is spoken of once a `EVERY_S`, late when Envoy is busy."""
-LOOK_S: Final = 0.05
-PATIENCE_S: Final = 10.0
 RETRY_S: Final = 5.0
 _NAMED: Final = 20
 
@@ -79,6 +75,8 @@ class Distrust:
         self._serials, self._roots = _read(self._path, self._again)
         self.distrusted = Distrusted.of(self._serials, (root.encode() for root in self._roots)) if self._roots else Distrusted()
         """What the builder is told."""
+        self._left = ""
+        """Why the last look has left some open, for people."""
         self.closed = 0
         """Tunnels closed since the agent started."""
         self.problem = ""
@@ -118,6 +116,7 @@ class Distrust:
             self._wanted.clear()
             try:
                 await self._look()
+                self.problem = self._left
             except (MeshError, OSError) as error:
                 self.problem = f"tunnels of peers that are not believed any more may go on: {error}"
                 _log.error(self.problem)
@@ -126,27 +125,23 @@ class Distrust:
 
     async def _look(self) -> None:
         self._known, self._believed, self._bad = {}, set(), {}
-        asking = self._reasons != Reasons()
-        if not asking:
+        if self._reasons == Reasons():
             await self._waypoint.configure()
             return
+        self._left, heard = "", False
         self._waypoint.ask(True)
         configuring = asyncio.ensure_future(self._waypoint.configure())
         try:
-            loop = asyncio.get_running_loop()
-            began, heard = loop.time(), 0.0
-            while not heard or loop.time() < heard + ASK_S:
-                await asyncio.sleep(LOOK_S)
-                if not heard and self._waypoint.asked():
-                    heard, self.problem = loop.time(), ""
-                elif not heard and not self.problem and loop.time() > began + PATIENCE_S:
+            while not heard:
+                async for heard in asking.rounds(self._waypoint.asked):  # noqa: B007  used when the rounds are over
+                    bad, self._bad = self._bad, {}
+                    if bad:
+                        await asyncio.to_thread(self._close, bad)
+                if not heard and not self.problem:
                     self.problem = (
                         "tunnels of peers that are not believed any more may go on: Envoy does not answer; if it is gone, so are they"
                     )
                     _log.error(self.problem)
-                bad, self._bad = self._bad, {}
-                if bad:
-                    await asyncio.to_thread(self._close, bad)
             if self._reasons.roots:
                 await asyncio.to_thread(self._close_silent)
             await configuring
@@ -177,25 +172,13 @@ class Distrust:
     def _destroy(self, path: str, judge: Callable[[LiveSocket], str]) -> None:
         try:
             found = [(one, reason) for one in self._sockets.dump(Path(path)) if (reason := judge(one))]
-            if not found:
-                return
-            destroyer = self._sockets.destroyer(Path(path))
-        except OSError as error:  # the namespace is going away, and its connections with it
-            _log.debug("tunnels of a namespace were not looked at", extra={"namespace": path, "reason": str(error)})
-            return
-        try:
-            for one, reason in found:
-                if destroyer.destroy(one):
-                    self.closed += 1
-                    if self.closed <= _NAMED:
-                        _log.warning(
-                            "a tunnel was closed: its peer is not believed any more", extra={"connection": str(one), "reason": reason}
-                        )
-        except KernelRefused as error:
-            self.problem = f"tunnels of peers that are not believed any more go on: {error}; restart their pods"
-            _log.error(self.problem)
-        finally:
-            destroyer.close()
+            for one, reason in self._sockets.destroy(Path(path), found):
+                self.closed += 1
+                if self.closed <= _NAMED:
+                    _log.warning("a tunnel was closed: its peer is not believed any more", extra={"connection": str(one), "reason": reason})
+        except (KernelRefused, OSError) as error:  # the other namespaces are looked at
+            self._left = f"tunnels of peers that are not believed any more go on: {error}; restart their pods"
+            _log.error(self._left)
 
     def _store(self) -> None:
         content = {

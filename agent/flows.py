@@ -159,8 +159,11 @@ class Flows:
         return active
 
     def _living(self, namespaces: Iterable[Path]) -> Iterator[LiveSocket]:
+        failed = []
         for namespace in namespaces:
             try:
                 yield from self._sockets.dump(namespace)
-            except OSError as error:  # it is going away, and its connections with it
-                _log.debug("connections of a namespace are not counted", extra={"namespace": str(namespace), "reason": str(error)})
+            except OSError as error:  # what lives elsewhere is counted
+                failed.append(f"{namespace}: {error}")
+        if failed:
+            _log.warning("living connections of some namespaces are not counted", extra={"namespaces": len(failed), "reason": failed[0]})

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterable
 from pathlib import Path
 
 from agent.bpf.manifest import Redirect
-from agent.bpf.sockets import Record, Sockets
+from agent.bpf.sockets import Sockets
 from agent.ids import Ids
 from agent.l7.parting import Dialled
 from agent.model import LocalWorkload
@@ -21,7 +20,8 @@ def called(sockets: Sockets, ids: Ids, local: Iterable[LocalWorkload]) -> Dialle
     """
     services, workloads = set(), set()
     for one in local:
-        for record in _records(sockets, Path(one.netns_path)):
+        for found in sockets.dump(Path(one.netns_path)):
+            record = found.record
             if record.redirected != Redirect.WAYPOINT:
                 continue
             if record.target:
@@ -29,12 +29,3 @@ def called(sockets: Sockets, ids: Ids, local: Iterable[LocalWorkload]) -> Dialle
             else:
                 services.add((ids.name(record.service).rpartition(":")[0], record.dialled_port))
     return Dialled(frozenset(services), frozenset(workloads))
-
-
-def _records(sockets: Sockets, path: Path) -> list[Record]:
-    try:
-        return [found.record for found in sockets.dump(path)]
-    except OSError as error:
-        if error.errno in {errno.ENOENT, errno.EINVAL}:  # the namespace is going away, or its mount is gone, and its connections with it
-            return []
-        raise

@@ -13,7 +13,7 @@ import contextlib
 import ipaddress
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -295,13 +295,13 @@ class Revocation:
         here = _cookies(rules)
         failed = {cookie: reason for cookie, reason in self._failed.items() if cookie in here}
         for local in self._within(where, rules):
+            namespace = Path(local.netns_path)
             try:
                 found = self._forbidden(judge, local, waypoint)
                 since = {f.socket.cookie: self._pooled.get(f.socket.cookie, now) for f in found if f.pooled}
                 spared = {cookie: first for cookie, first in since.items() if now - first < LET_GO_S}
                 pooled |= spared
-                found = [f for f in found if f.socket.cookie not in spared]
-                for one in self._close(Path(local.netns_path), found):
+                for _, one in self._sockets.destroy(namespace, [(f.socket, f) for f in found if f.socket.cookie not in spared]):
                     ends = frozenset(one.socket.ends)
                     if ends in seen:  # the other end, which a reset has not reached yet
                         continue
@@ -314,7 +314,7 @@ class Revocation:
                 failed.pop(local.netns_cookie, None)
             except (KernelRefused, OSError) as error:
                 # The mount of a namespace that leaves the mesh goes first, and `changed` says so a moment later.
-                leaving = local.netns_cookie not in failed and not netns.is_namespace(Path(local.netns_path))
+                leaving = local.netns_cookie not in failed and not netns.is_namespace(namespace)
                 failed[local.netns_cookie] = "" if leaving else str(error)
                 pooled |= {cookie: first for cookie, first in self._pooled.items() if now - first < 2 * LET_GO_S}  # their time goes on
         self._pooled, self._failed = pooled, failed
@@ -338,31 +338,13 @@ class Revocation:
         namespace = Path(local.netns_path)
         found = [f for s in self._sockets.dump(namespace) if (f := judge.forbidden(s, local))]
         since = self._fresh.get(local.netns_cookie)
-        if since is not None:
-            older = [(s, inbound) for s, inbound in self._sockets.older(namespace, waypoint) if not _loopback(s)]
-            found += [f for s, inbound in older if (f := judge.older(s, local, inbound=inbound))]
-            # Sooner a handshake may be under way; and a later policy may forbid what lives on.
-            if not older and time.monotonic() - since > SETTLE_S:
-                self._fresh.pop(local.netns_cookie, None)
-        return found
-
-    def _close(self, namespace: Path, found: list[Forbidden]) -> Iterator[Forbidden]:
-        """Those that were closed; raises KernelRefused after all of them if one cannot be."""
-        if not found:
-            return
-        refused: KernelRefused | None = None
-        destroyer = self._sockets.destroyer(namespace)
-        try:
-            for one in found:
-                try:
-                    if destroyer.destroy(one.socket):
-                        yield one
-                except KernelRefused as error:
-                    refused = error
-        finally:
-            destroyer.close()
-        if refused is not None:
-            raise refused
+        older = [o for o in self._sockets.older(namespace, waypoint) if not _loopback(o[0])] if since is not None else []
+        if not netns.is_namespace(namespace):  # nobody was looked at; if only the mount is gone, what is there goes on
+            raise FileNotFoundError(f"no network namespace is at {namespace}")
+        # Sooner a handshake may be under way; and a later policy may forbid what lives on.
+        if since is not None and not older and time.monotonic() - since > SETTLE_S:
+            self._fresh.pop(local.netns_cookie, None)
+        return found + [f for s, inbound in older if (f := judge.older(s, local, inbound=inbound))]
 
     @property
     def rules(self) -> Rules | None:
@@ -420,10 +402,8 @@ def affects(before: Snapshot | None, after: Snapshot, bound: Mapping[str, tuple[
     """
     if before is None:
         return True
-    if after is before:
-        return False
-    delta = after.delta
-    if delta is None or delta.base != before.version or delta.policies:
+    delta = after.since(before)
+    if delta.policies:
         return True
     changed, gone = [], False
     for name in delta.workloads:

@@ -16,12 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from agent import addresses
+from agent import addresses, asking
 from agent.bpf.manifest import Direction
 from agent.bpf.sockets import LiveSocket, Sockets
 from agent.config import UNREAD_MARK
 from agent.errors import KernelRefused
-from agent.l7.peer_log import EVERY_S
 from agent.l7.tunnel_log import TunnelRecord
 from agent.model import Snapshot
 from agent.policy import Caller, Verdict, decide, protecting
@@ -29,11 +28,6 @@ from agent.revocation import Rules
 
 _log = logging.getLogger(__name__)
 
-ASK_S: Final = 2.0 * EVERY_S + 1
-"""How long Envoy is asked: each open stream is spoken of once a `EVERY_S`, late when Envoy is busy."""
-LOOK_S: Final = 0.05
-PATIENCE_S: Final = 10.0
-"""How long Envoy has to hear the question."""
 RETRY_S: Final = 5.0
 _SVID = re.compile(r"spiffe://([^/]+)/ns/([^/]+)/sa/([^/]+)")
 
@@ -105,23 +99,18 @@ class Streams:
         if not having:
             return True
         decided: dict[tuple[str, str, str, str], str] = {}
-        newest = rules
-        loop = asyncio.get_running_loop()
+        newest, heard = rules, False
         self._told, self._asking = [], True
         self._ask(having)
         try:
-            began, heard = loop.time(), 0.0
-            while loop.time() < (heard + ASK_S if heard else began + PATIENCE_S):
-                await asyncio.sleep(LOOK_S)
-                if not heard and self._asked():
-                    heard = loop.time()
+            async for heard in asking.rounds(self._asked):  # noqa: B007  used when the rounds are over
                 told, self._told = self._told, []
                 now = self._rules or rules, self._newest() or rules
                 if now[0] is not rules or now[1] is not newest:
                     (rules, newest), decided = now, {}
                 if told:
                     await asyncio.to_thread(self._close, rules, newest, told, decided)
-            return bool(heard)
+            return heard
         finally:
             self._asking = False
             self._ask(frozenset())
@@ -134,11 +123,7 @@ class Streams:
 
     def _open(self, path: Path) -> list[LiveSocket]:
         """What Envoy hands on in a namespace from tunnels to applications, without reading it."""
-        try:
-            return [one for one in self._sockets.dump(path) if one.record.direction == Direction.FROM_WAYPOINT and one.mark == UNREAD_MARK]
-        except OSError as error:  # the namespace is going away, and its connections with it
-            _log.debug("streams in a namespace were not looked at", extra={"namespace": str(path), "reason": str(error)})
-            return []
+        return [one for one in self._sockets.dump(path) if one.record.direction == Direction.FROM_WAYPOINT and one.mark == UNREAD_MARK]
 
     def _close(self, rules: Rules, newest: Rules, told: list[TunnelRecord], decided: dict[tuple[str, str, str, str], str]) -> None:
         """Close what both forbid: by the newest, Envoy may have let it in."""
@@ -172,22 +157,12 @@ class Streams:
 
     def _destroy(self, path: Path, streams: dict[tuple[str, str], tuple[TunnelRecord, str]]) -> None:
         found = [(one, streams[ends]) for one in self._open(path) if (ends := _ends(one)) in streams]
-        if not found:
-            return
-        try:
-            destroyer = self._sockets.destroyer(path)
-        except FileNotFoundError:  # the namespace is going away
-            return
-        try:
-            for socket, (one, rule) in found:
-                if destroyer.destroy(socket):
-                    self.closed += 1
-                    _log.warning(
-                        "a stream of a tunnel was closed: a policy forbids it now",
-                        extra={"source": one.peer, "destination": one.workload, "connection": str(socket), "rule": rule},
-                    )
-        finally:
-            destroyer.close()
+        for socket, (one, rule) in self._sockets.destroy(path, found):
+            self.closed += 1
+            _log.warning(
+                "a stream of a tunnel was closed: a policy forbids it now",
+                extra={"source": one.peer, "destination": one.workload, "connection": str(socket), "rule": rule},
+            )
 
 
 def _port(one: TunnelRecord) -> str:

@@ -339,7 +339,7 @@ class Supervisor:
         await self._welcome(snapshot)
         # What receivers have enforced so far they go on to enforce until Envoy has the rules that make that needless (`_relax`); which of them did so under the
         # agent before this one, is not known.
-        needed = await asyncio.to_thread(self._builder.needs_inbound, snapshot)
+        needed = await self._left_to_receivers(snapshot)
         before = self._enforced_inbound if self._configured.is_set() else _protected(self._config.node, snapshot)
         await self._forget_translated(address for one in self._joining(snapshot).values() for address in one.addresses)
         await self._enforce(snapshot, needed | before)
@@ -348,11 +348,11 @@ class Supervisor:
         self._observability = Observability(snapshot.telemetry)
         enrolled = self._enrolled.local
         if enrolled and not self._looked and (called := await self._called()) and await self._part(called):  # of the agent before this one
-            needed = await asyncio.to_thread(self._builder.needs_inbound, snapshot)
+            needed = await self._left_to_receivers(snapshot)
         self._revocation.changed(Rules(snapshot, self.enrolled, needed))
         self._quotas.update(snapshot)
         self._gateways.want(any(gateways.of(one, snapshot) for one in self._residents.values()))
-        await self._configure_waypoint()
+        await self._configure_waypoint(needed)
         await self._wireguard.finish(dialled=True)
         self._given, self._known = True, enrolled
         self._releasable.set()
@@ -372,7 +372,7 @@ class Supervisor:
         if not coming or not self._configured.is_set() or not self._waypoint.state.ready:
             return
         present = _with(self.snapshot, snapshot, coming)
-        await self._have_receivers_decide(present)
+        await self._have_receivers_decide(await self._left_to_receivers(present))
         try:
             await within(_until_listening(await self._show_coming(present, coming.keys())), WELCOME_S if joining else FIRST_S)
         except (asyncio.TimeoutError, OSError, RuntimeError) as error:
@@ -550,13 +550,14 @@ class Supervisor:
         has = {i for i in self._builder.identities if self._xds.has(names.CLUSTER, names.tunnel(self._tunnels.address(i)))}
         news = self._tunnels.mark_ready(has)
         taken = taken and self._given  # else what it has taken may not be what is in force
-        needed = await asyncio.to_thread(self._builder.needs_inbound, self.snapshot) if taken else self._enforced_inbound
+        needed = await self._left_to_receivers(self.snapshot) if taken else self._enforced_inbound
         if news or needed != self._enforced_inbound:
             await self._enforce(self.snapshot, needed)
             self._namespace_news.set()  # a namespace that came meanwhile may be in force in the kernel now, and nowhere else
 
-    async def _configure_waypoint(self) -> None:
-        await self._have_receivers_decide(self.snapshot)
+    async def _configure_waypoint(self, needed: frozenset[str] | None = None) -> None:
+        """Show Envoy what is in force; `needed` is what that leaves to receivers, if it has been asked."""
+        await self._have_receivers_decide(await self._left_to_receivers(self.snapshot) if needed is None else needed)
         await self._show_waypoint(self.snapshot, self.enrolled.local)
 
     async def _configure_waypoint_again(self) -> bool:
@@ -568,9 +569,11 @@ class Supervisor:
             return False
         return True
 
-    async def _have_receivers_decide(self, snapshot: Snapshot) -> None:
-        """Have receivers on this node make the decisions that Envoy leaves to them when it is shown a snapshot, before it is."""
-        needed = await asyncio.to_thread(self._builder.needs_inbound, snapshot)
+    async def _left_to_receivers(self, snapshot: Snapshot) -> frozenset[str]:
+        return await asyncio.to_thread(self._builder.needs_inbound, snapshot)
+
+    async def _have_receivers_decide(self, needed: frozenset[str]) -> None:
+        """Have receivers on this node make the decisions that Envoy is about to leave to them."""
         if not needed <= self._enforced_inbound:
             await self._enforce(self.snapshot, self._enforced_inbound | needed)
 

@@ -2,6 +2,7 @@
 
 One question over NETLINK_SOCK_DIAG answers all of it (sock_diag(7); net/ipv4/inet_diag.c; the records: net/core/bpf_sk_storage.c, since Linux 5.7), so
 that counting what lives costs the data path nothing. Closing a connection from outside goes the same way (tcp_abort in net/ipv4/tcp.c).
+A namespace that is going away, or whose mount is gone, has no connections here; whoever must know that nothing was looked at asks `agent.netns`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from agent import addresses, netlink, netns
 from agent.bpf.manifest import Direction
@@ -36,6 +37,9 @@ _MESSAGE = 72  # sizeof(struct inet_diag_msg)
 _INFO = struct.Struct("=68xI28xI16xQQ")
 _PAIR_END = 12  # offsetof(struct mesh_pair_key, end); a byte of it is enough
 _MAPPED = bytes(10) + b"\xff\xff"
+_GONE = frozenset({errno.ENOENT, errno.EINVAL})  # no such file; setns(2) of a file that is no namespace (any more)
+
+T = TypeVar("T")
 
 # include/net/tcp_states.h
 ESTABLISHED, SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING = 1, 2, 4, 5, 8, 9, 10, 11
@@ -127,7 +131,7 @@ class Sockets:
         self._wanted = netlink.attribute(_INET_DIAG_REQ_SK_BPF_STORAGES | netlink.NESTED, wanted)
 
     def dump(self, namespace: Path) -> Iterator[LiveSocket]:
-        """The connections in `namespace` that have a record: those that the mesh has seen begin. Raises OSError if the namespace is gone.
+        """The connections in `namespace` that have a record: those that the mesh has seen begin. Raises OSError.
 
         Each is described as it is at some moment while this runs. One that begins or ends meanwhile may be missing.
         """
@@ -146,7 +150,10 @@ class Sockets:
                 yield one, one.ends[0][1] in listening
 
     def _ask(self, namespace: Path, states: int) -> Iterator[LiveSocket]:
-        with _open(namespace) as diag:
+        diag = _open(namespace)
+        if diag is None:
+            return
+        with diag:
             for family in (socket.AF_INET, socket.AF_INET6):
                 request = _REQUEST.pack(family, socket.IPPROTO_TCP, 1 << (_INET_DIAG_INFO - 1), states, bytes(48)) + self._wanted
                 for start, end, buffer in netlink.exchange(diag, "list connections", _SOCK_DIAG_BY_FAMILY, netlink.DUMP, request):
@@ -189,45 +196,56 @@ class Sockets:
         return counts[end], counts[1 - end]
 
     @staticmethod
-    def destroyer(namespace: Path) -> Destroyer:
-        """Closes connections in a namespace. Raises OSError if it is gone."""
-        return Destroyer(_open(namespace))
+    def destroy(namespace: Path, found: Collection[tuple[LiveSocket, T]]) -> Iterator[tuple[LiveSocket, T]]:
+        """Close connections in `namespace`: those of `found` that were closed, each with what stands beside it, and none that has ended by itself.
 
-
-class Destroyer:
-    """Closes connections in one namespace: the application gets ECONNABORTED, the other end a reset (tcp_abort in net/ipv4/tcp.c)."""
-
-    def __init__(self, diag: socket.socket) -> None:
-        """Own a socket of that namespace."""
-        self._diag = diag
-
-    def close(self) -> None:
-        """Close the socket: it keeps the namespace alive."""
-        self._diag.close()
-
-    def destroy(self, found: LiveSocket) -> bool:
-        """Close one connection; False if it has ended by itself. Raises KernelRefused if the kernel cannot do this."""
-        request = _REQUEST.pack(found.family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF, found.ident)
-        try:
-            for _ in netlink.exchange(self._diag, f"close connection {found}", _SOCK_DESTROY, netlink.ACK, request):
-                pass
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                return False
-            if error.errno == errno.EOPNOTSUPP:
-                raise KernelRefused(CANNOT_DESTROY) from error
-            raise KernelRefused(f"the kernel refuses to {error.strerror}") from error
-        return True
+        The application gets ECONNABORTED, the other end a reset. Raises OSError and, after all of them, KernelRefused if one cannot be closed.
+        """
+        diag = _open(namespace) if found else None
+        if diag is None:
+            return
+        refused: KernelRefused | None = None
+        with diag:
+            for one in found:
+                try:
+                    if _destroy(diag, one[0]):
+                        yield one
+                except KernelRefused as error:
+                    refused = error
+        if refused is not None:
+            raise refused
 
 
 CANNOT_DESTROY = "this kernel cannot close connections from outside (CONFIG_INET_DIAG_DESTROY is not set)"
 
 
-def _open(namespace: Path) -> socket.socket:
+def _destroy(diag: socket.socket, found: LiveSocket) -> bool:
+    """Close one connection; False if it has ended by itself. Raises KernelRefused if the kernel cannot do this."""
+    request = _REQUEST.pack(found.family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF, found.ident)
+    try:
+        for _ in netlink.exchange(diag, f"close connection {found}", _SOCK_DESTROY, netlink.ACK, request):
+            pass
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return False
+        if error.errno == errno.EOPNOTSUPP:
+            raise KernelRefused(CANNOT_DESTROY) from error
+        raise KernelRefused(f"the kernel refuses to {error.strerror}") from error
+    return True
+
+
+def _open(namespace: Path) -> socket.socket | None:
+    """A socket that looks into a namespace, to be closed soon: it keeps that alive. None if the namespace is going away."""
+
     def inside() -> socket.socket:  # a netlink socket belongs to the namespace in which it was made
         return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG)
 
-    return netns.run_in(namespace, inside)
+    try:
+        return netns.run_in(namespace, inside)
+    except OSError as error:
+        if error.errno in _GONE:
+            return None
+        raise
 
 
 def _values(buffer: memoryview, at: int, end: int, *sizes: int) -> list[int]:

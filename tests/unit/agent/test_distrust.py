@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
 
-from agent import distrust
+from agent import asking, distrust
 from agent.bpf.manifest import Direction
-from agent.bpf.sockets import Destroyer, LiveSocket, Record, Sockets
+from agent.bpf.sockets import LiveSocket, Record, Sockets, T
 from agent.config import HBONE_PORT, Config
 from agent.distrust import Distrust, Waypoint
+from agent.errors import KernelRefused, MeshError
 from agent.l7.peer_log import Shown
-from tests.tasks import beside
+from tests.tasks import beside, until
 
 HERE = "/run/netns/here"
 LOCAL = bytes(10) + b"\xff\xff" + bytes((10, 0, 0, 1))
@@ -34,29 +35,21 @@ class Kernel(Sockets):
     def __init__(self, *found: LiveSocket) -> None:
         self.live = list(found)
         self.closed: list[LiveSocket] = []
+        self.fails: OSError | None = None
 
     def dump(self, namespace: Path) -> Iterator[LiveSocket]:
-        if str(namespace) != HERE:
-            raise FileNotFoundError(namespace)
-        return iter(list(self.live))
+        if self.fails:
+            raise self.fails
+        return iter(list(self.live) if str(namespace) == HERE else [])
 
-    def destroyer(self, namespace: Path) -> Destroyer:  # type: ignore[override]
-        kernel = self
-
-        class Closes(Destroyer):
-            def __init__(self) -> None:
-                pass
-
-            def close(self) -> None:
-                pass
-
-            def destroy(self, found: LiveSocket) -> bool:
-                kernel.live.remove(found)
-                kernel.closed.append(found)
-                return True
-
-        assert str(namespace) == HERE
-        return Closes()
+    def destroy(  # type: ignore[override]
+        self, namespace: Path, found: Collection[tuple[LiveSocket, T]]
+    ) -> Iterator[tuple[LiveSocket, T]]:
+        for one in found:
+            assert str(namespace) == HERE
+            self.live.remove(one[0])
+            self.closed.append(one[0])
+            yield one
 
 
 class Scene:
@@ -67,6 +60,7 @@ class Scene:
         self.asks: list[bool] = []
         self.configured = 0
         self.hears = True
+        self.fails: MeshError | None = None
         self.reasons: dict[bytes, str] = {}
         self.judged: list[tuple[bytes, bool]] = []
         waypoint = Waypoint(self.asks.append, lambda: self.hears, self._configure)
@@ -74,6 +68,8 @@ class Scene:
         self.distrust = Distrust(config, self.kernel, waypoint, self._doubt, lambda: ["/run/netns/gone", HERE])
 
     async def _configure(self) -> None:
+        if self.fails:
+            raise self.fails
         self.configured += 1
 
     def _doubt(self, certificate: bytes, ended: bool) -> str:
@@ -88,8 +84,8 @@ class Scene:
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distrust, "ASK_S", 0.3)
-    monkeypatch.setattr(distrust, "LOOK_S", 0.01)
+    monkeypatch.setattr(asking, "ASK_S", 0.3)
+    monkeypatch.setattr(asking, "LOOK_S", 0.01)
 
 
 async def settled(scene: Scene) -> None:
@@ -230,7 +226,7 @@ def test_a_damaged_file_means_that_everybody_is_looked_at(tmp_path: Path, conten
 
 
 def test_an_envoy_that_does_not_answer_is_a_problem_until_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distrust, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(asking, "PATIENCE_S", 0.05)
     scene = Scene(tmp_path)
     scene.hears = False
 
@@ -239,9 +235,53 @@ def test_an_envoy_that_does_not_answer_is_a_problem_until_it_does(tmp_path: Path
             scene.distrust.trusted([5], [b"root"])
             await asyncio.sleep(0.3)
             assert "Envoy does not answer" in scene.distrust.problem
+            assert scene.asks == [True], "it is asked all the time"
             scene.hears = True
-            await asyncio.sleep(0.05)
-            assert scene.distrust.problem == ""
             await settled(scene)
+            assert scene.distrust.problem == ""
+
+    asyncio.run(scenario())
+
+
+def test_tunnels_that_cannot_be_looked_at_are_a_problem_until_a_look_has_worked(tmp_path: Path) -> None:
+    """A configuration that follows from nothing that would close tunnels says nothing about those."""
+    scene = Scene(tmp_path, tunnel(1001))
+    scene.reasons = {b"bad": "its certificate is revoked"}
+    scene.kernel.fails = OSError(24, "Too many open files")
+
+    async def revoked(*serials: int) -> None:
+        scene.asks.clear()
+        scene.distrust.trusted(serials, [b"root"])
+        await until(lambda: scene.asks == [True])
+        scene.says(scene.kernel.live[0], b"bad")
+        await until(lambda: scene.asks == [True, False])
+
+    async def scenario() -> None:
+        async with beside(scene.distrust.run()):
+            await revoked(5)
+            await until(lambda: "Too many open files; restart their pods" in scene.distrust.problem)
+            scene.configured = 0
+            scene.distrust.trusted([5], [b"root", b"new"])
+            await until(lambda: scene.configured)
+            assert scene.distrust.problem
+            scene.kernel.fails = None
+            await revoked(5, 7)
+            await until(lambda: not scene.distrust.problem)
+
+    asyncio.run(scenario())
+    assert not scene.kernel.live
+
+
+def test_a_configuration_that_failed_is_no_problem_any_more_when_it_has_worked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distrust, "RETRY_S", 0.05)
+    scene = Scene(tmp_path)
+    scene.fails = KernelRefused("not now")
+
+    async def scenario() -> None:
+        async with beside(scene.distrust.run()):
+            scene.distrust.trusted([], [b"root"])
+            await until(lambda: "not now" in scene.distrust.problem)
+            scene.fails = None
+            await until(lambda: not scene.distrust.problem)
 
     asyncio.run(scenario())

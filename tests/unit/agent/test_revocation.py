@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import pytest
 from agent import addresses
 from agent import revocation as revocation_module
 from agent.bpf.manifest import Direction, Redirect, Verdict
-from agent.bpf.sockets import LiveSocket, Record, Sockets
+from agent.bpf.sockets import LiveSocket, Record, Sockets, T
 from agent.config import UNREAD_MARK, Config
 from agent.enrolment import Enrolled
 from agent.errors import KernelRefused
@@ -237,8 +238,14 @@ def test_strict_forbids_plaintext_from_outside_the_node_alone(tmp_path: Path) ->
         pytest.param(without(FOE), True, id="machine-or-process-that-went"),
         pytest.param(without(FOE, policies=()), False, id="machine-that-went-without-policies"),
         pytest.param(without(POD), False, id="pod-that-went"),
-        pytest.param(after(None), True, id="not-known-what-changed"),
-        pytest.param(after(Delta("0")), True, id="changed-since-another-version"),
+        pytest.param(replace(SNAPSHOT, version="2"), False, id="not-said-what-changed-but-nothing-did"),
+        pytest.param(
+            replace(SNAPSHOT, version="2", workloads={**SNAPSHOT.workloads, FOE.name: replace(FOE, labels={"a": "b"})}),
+            True,
+            id="not-said-that-labels-did",
+        ),
+        pytest.param(replace(SNAPSHOT, version="2", policies={POLICY.name: replace(POLICY)}), True, id="not-said-that-a-policy-did"),
+        pytest.param(after(Delta("0"), replace(FOE, labels={"a": "b"})), True, id="said-of-another-version"),
         pytest.param(SNAPSHOT, False, id="the-same"),
     ],
 )
@@ -287,7 +294,7 @@ class Failing(Looks):
         self.older: dict[str, list[tuple[LiveSocket, bool]]] = {}
         self.looked: list[str] = []
         self._sockets = cast(
-            "Sockets", SimpleNamespace(dump=self.dump, older=lambda path, _: self.older.get(str(path), []), destroyer=self.destroyer)
+            "Sockets", SimpleNamespace(dump=self.dump, older=lambda path, _: self.older.get(str(path), []), destroy=self.destroy)
         )
 
     def close_forbidden(self, where: set[int] | None = None) -> int:
@@ -300,16 +307,12 @@ class Failing(Looks):
             raise error
         return []
 
-    def destroyer(self, namespace: Path) -> Any:
-        """Closes what it is asked to, if it may be looked at."""
-        if error := self.refuse.get(f"close {namespace}"):
-            raise error
-
-        def destroy(found: LiveSocket) -> bool:
-            self.older[str(namespace)] = [one for one in self.older[str(namespace)] if one[0] is not found]
-            return True
-
-        return SimpleNamespace(destroy=destroy, close=lambda: None)
+    def destroy(self, namespace: Path, found: Collection[tuple[LiveSocket, T]]) -> Iterator[tuple[LiveSocket, T]]:
+        for one in found:
+            if error := self.refuse.get(f"close {namespace}"):
+                raise error
+            self.older[str(namespace)] = [old for old in self.older[str(namespace)] if old[0] is not one[0]]
+            yield one
 
     def who(self, _: bytes) -> str:
         return ""
@@ -360,7 +363,7 @@ def test_a_look_that_failed_is_no_problem_without_its_namespace_or_a_policy() ->
 def test_a_namespace_that_cannot_be_joined_is_a_problem_unless_it_is_going_away(tmp_path: Path) -> None:
     looks = Failing()
     going = str(tmp_path / "2")
-    looks.refuse = {NAMESPACE: OSError(24, "too many open files"), going: FileNotFoundError(2, "no such file")}
+    looks.refuse = {NAMESPACE: OSError(24, "too many open files")}
     looks.changed(mounted((FRIEND, 1, NAMESPACE), (FOE, 2, going)))
     looks.close_forbidden(None)
     assert "d/friend: [Errno 24] too many open files" in looks.problem
@@ -425,6 +428,17 @@ def test_what_is_older_than_the_mesh_is_not_looked_for_where_there_is_none_any_m
     looks.close_forbidden(None)
     looks.older[NAMESPACE].append(old("192.0.2.1"))
     assert looks.close_forbidden(None) == 0
+
+
+def test_what_is_older_than_the_mesh_is_looked_for_again_where_nobody_could_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody has unmounted a namespace that lives on, and the agent mounts it again."""
+    monkeypatch.setattr(revocation_module, "SETTLE_S", -1.0)
+    looks, there = Failing(), tmp_path / "1"
+    looks.changed(mounted((SERVER, 1, str(there))))
+    assert looks.close_forbidden(None) == 0
+    there.symlink_to(NAMESPACE)
+    looks.older[str(there)] = [old("192.0.2.1")]
+    assert looks.close_forbidden(None) == 1
 
 
 def rules(*local: Workload, snapshot: Snapshot = SNAPSHOT, reading: frozenset[str] = frozenset()) -> Rules:
@@ -584,32 +598,6 @@ def test_everything_is_looked_at_now_and_then_if_something_may_be_forbidden(
 
 def test_connections_are_looked_at_when_an_agent_starts() -> None:
     assert affects(None, SNAPSHOT)
-
-
-def test_a_connection_that_the_kernel_does_not_close_leaves_no_other_open() -> None:
-    """No kernel that runs here refuses one and closes the next: who asks it is played."""
-    asked: list[LiveSocket] = []
-
-    class Destroyer:
-        open = True
-
-        def destroy(self, found: LiveSocket) -> bool:
-            asked.append(found)
-            if len(asked) == 1:
-                raise KernelRefused("not this one")
-            return True
-
-        def close(self) -> None:
-            self.open = False
-
-    destroyer, revocation = Destroyer(), object.__new__(Revocation)
-    revocation._sockets = cast("Sockets", SimpleNamespace(destroyer=lambda _: destroyer))
-    live = LiveSocket(socket.AF_INET, 1, bytes(48), 0, 0, 0, 0, Record(*(0,) * len(Record._fields)), 0, APPLICATION)
-    closing = revocation._close(Path("/"), [Forbidden(live, name, "d/server", NO) for name in ("first", "second", "third")])
-    assert [next(closing).source, next(closing).source] == ["second", "third"]
-    with pytest.raises(KernelRefused, match="not this one"):
-        next(closing)
-    assert not destroyer.open
 
 
 def test_a_probe_of_the_kubelet_is_let_alone_and_other_calls_of_the_node_are_not(tmp_path: Path) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from agent import addresses, streams
+from agent import addresses, asking, streams
 from agent.bpf.manifest import Direction
-from agent.bpf.sockets import ESTABLISHED, NO_RECORD, LiveSocket
+from agent.bpf.sockets import ESTABLISHED, NO_RECORD, LiveSocket, T
 from agent.config import UNREAD_MARK
 from agent.enrolment import Enrolled
 from agent.errors import KernelRefused
@@ -79,28 +79,21 @@ class Node:
         return CALLER.name if addresses.text(address) == "10.1.0.1" else ""
 
     def dump(self, path: Path) -> list[LiveSocket]:
-        if str(path) == "/11":
-            raise FileNotFoundError(2, "it is going away")
-        return self.open[str(path)]
+        return self.open.get(str(path), [])
 
-    def destroyer(self, _: Path) -> Node:
-        if isinstance(self.refuses, OSError):
-            raise self.refuses
-        return self
-
-    def destroy(self, found: LiveSocket) -> bool:
-        if self.refuses:
-            raise self.refuses
-        self.closed.append(found.ends[0][1])
-        return True
-
-    def close(self) -> None: ...
+    def destroy(self, _: Path, found: Collection[tuple[LiveSocket, T]]) -> Iterator[tuple[LiveSocket, T]]:
+        for one in found:
+            if self.refuses:
+                raise self.refuses
+            self.closed.append(one[0].ends[0][1])
+            yield one
 
 
 @pytest.fixture
 def node(monkeypatch: pytest.MonkeyPatch) -> Node:
-    for name, value in (("ASK_S", 0.1), ("LOOK_S", 0.01), ("PATIENCE_S", 0.05), ("RETRY_S", 0.01)):
-        monkeypatch.setattr(streams, name, value)
+    for name, value in (("ASK_S", 0.1), ("LOOK_S", 0.01), ("PATIENCE_S", 0.05)):
+        monkeypatch.setattr(asking, name, value)
+    monkeypatch.setattr(streams, "RETRY_S", 0.01)
     return Node()
 
 
@@ -155,7 +148,6 @@ def test_what_is_read_or_not_envoys_own_is_let_be(node: Node) -> None:
 
 
 def test_envoy_is_asked_about_who_is_protected_and_has_streams_and_is_silent_again(node: Node) -> None:
-    """A namespace that is going away is nobody's problem."""
     asyncio.run(told(node, rules()))
     assert node.asked == [{SERVER.name}, frozenset()]
     assert not node.streams.problem
@@ -188,12 +180,6 @@ def test_what_envoy_may_have_let_in_by_newer_rules_goes_on(node: Node) -> None:
     node.newest = rules(Source(service_accounts=("default/nobody",)))
     asyncio.run(told(node, rules(), record(1)))
     assert node.closed == []
-
-
-def test_a_namespace_that_goes_away_meanwhile_is_nobodys_problem(node: Node) -> None:
-    node.refuses = FileNotFoundError(2, "it is going away")
-    asyncio.run(told(node, rules(), record(1)))
-    assert (node.closed, node.streams.problem) == ([], "")
 
 
 @pytest.mark.parametrize(

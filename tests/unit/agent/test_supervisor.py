@@ -191,7 +191,7 @@ class Dialler(Supervisor):
         if self.refused:
             raise KernelRefused(f"version {snapshot.version} does not fit")
 
-    async def _configure_waypoint(self) -> None:
+    async def _configure_waypoint(self, needed: frozenset[str] | None = None) -> None:  # noqa: ARG002
         self._xds.set({names.CLUSTER: {"backend": Resource(self.snapshot.version, b"")}})
 
 
@@ -280,7 +280,7 @@ class Latecomer(Dialler):
     async def _called(self) -> Dialled | None:
         return None  # there is no kernel
 
-    async def _configure_waypoint(self) -> None:
+    async def _configure_waypoint(self, needed: frozenset[str] | None = None) -> None:  # noqa: ARG002
         if self.down:
             raise KernelRefused("not now")
         self.built.append(cookies(self.enrolled.local))
@@ -432,6 +432,28 @@ def test_what_lingers_is_decided_by_receivers_before_envoy_leaves_it_to_them(tmp
         await agent.apply(Snapshot("1", {inside.name: inside}))
         assert agent.log == ["enforce 1", "enforce 1", ("1", [7], [])]
         assert agent._enforced_inbound == {"default/a"}
+
+    asyncio.run(scenario())
+
+
+def test_what_is_left_to_receivers_is_asked_once_for_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+
+    class Shows(Host):
+        _configure_waypoint = Supervisor._configure_waypoint
+
+    def needs_inbound(snapshot: Snapshot) -> frozenset[str]:
+        asked.append(snapshot.version)
+        return frozenset()
+
+    async def scenario() -> None:
+        agent = Shows(tmp_path, monkeypatch)
+        agent._builder = cast(
+            "Builder", SimpleNamespace(needs_inbound=needs_inbound, reading=lambda _: frozenset(), identities=frozenset())
+        )
+        await agent.apply(Snapshot("1"))
+        await agent.apply(Snapshot("2"))
+        assert asked == ["1", "2"]
 
     asyncio.run(scenario())
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from typing import Any, cast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agent.bpf import sockets
 from agent.bpf.manifest import Direction
-from agent.bpf.sockets import Destroyer, LiveSocket, Record, Sockets
+from agent.bpf.sockets import LiveSocket, Record, Sockets
 from agent.errors import KernelRefused
 from tests.unit.agent import tables
 
@@ -93,27 +95,68 @@ def test_a_socket_is_named_by_its_ends_and_its_cookie() -> None:
 
 
 class Kernel:
-    """Answers one request with an errno."""
+    """A netlink socket that answers requests with these errnos, in turn."""
 
-    def __init__(self, code: int) -> None:
-        self._code = code
+    def __init__(self, *codes: int) -> None:
+        self._codes = list(codes)
+        self.open = True
 
     def send(self, request: bytes) -> None:
         self.request = request
 
     def recv_into(self, buffer: memoryview) -> int:
-        answer = struct.pack("=IHHIIi", 20, 2, 0, 1, 0, -self._code)
+        answer = struct.pack("=IHHIIi", 20, 2, 0, 1, 0, -self._codes.pop(0))
         buffer[: len(answer)] = answer
         return len(answer)
 
+    def __enter__(self) -> None: ...
 
-def test_destroying_says_whether_there_was_still_something_to_close() -> None:
-    assert Destroyer(cast("Any", Kernel(0))).destroy(FOUND)
-    assert not Destroyer(cast("Any", Kernel(errno.ENOENT))).destroy(FOUND)
+    def __exit__(self, *_: object) -> None:
+        self.open = False
 
 
-def test_a_kernel_that_cannot_close_connections_is_named_as_such() -> None:
-    with pytest.raises(KernelRefused, match="CONFIG_INET_DIAG_DESTROY"):
-        Destroyer(cast("Any", Kernel(errno.EOPNOTSUPP))).destroy(FOUND)
-    with pytest.raises(KernelRefused, match=r"refuses to close connection 10\.0\.0\.1:8080 <- 10\.0\.0\.2:40000: Operation not permitted"):
-        Destroyer(cast("Any", Kernel(errno.EPERM))).destroy(FOUND)
+def destroying(monkeypatch: pytest.MonkeyPatch, kernel: Kernel, *names: str) -> Iterator[str]:
+    monkeypatch.setattr(sockets, "_open", lambda _: kernel)
+    return (name for _, name in Sockets.destroy(Path("/"), [(FOUND, name) for name in names]))
+
+
+def test_what_was_closed_is_said_and_what_has_ended_by_itself_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(destroying(monkeypatch, Kernel(0, errno.ENOENT, 0), "first", "second", "third")) == ["first", "third"]
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        pytest.param(errno.EOPNOTSUPP, "CONFIG_INET_DIAG_DESTROY", id="it-cannot"),
+        pytest.param(
+            errno.EPERM,
+            r"refuses to close connection 10\.0\.0\.1:8080 <- 10\.0\.0\.2:40000: Operation not permitted",
+            id="it-will-not",
+        ),
+    ],
+)
+def test_a_connection_that_the_kernel_does_not_close_leaves_no_other_open(monkeypatch: pytest.MonkeyPatch, code: int, said: str) -> None:
+    kernel = Kernel(code, 0, 0)
+    closed = destroying(monkeypatch, kernel, "first", "second", "third")
+    assert [next(closed), next(closed)] == ["second", "third"]
+    with pytest.raises(KernelRefused, match=said):
+        next(closed)
+    assert not kernel.open
+
+
+def test_a_namespace_that_is_going_away_has_no_connections_and_one_that_cannot_be_entered_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mount goes first, then the file below it. Real ones are in tests/kernel."""
+    found = Sockets(tables.of_sockets())
+    (tmp_path / "unmounted").touch()
+    for path in (tmp_path / "nothing", tmp_path / "unmounted"):
+        assert [*found.dump(path), *found.older(path, 0), *found.destroy(path, [(FOUND, "it")])] == []
+
+    def fails(*_: object) -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr("agent.netns.run_in", fails)
+    for asked in (found.dump(tmp_path), found.older(tmp_path, 0), found.destroy(tmp_path, [(FOUND, "it")])):
+        with pytest.raises(OSError, match="too many open files"):
+            list(asked)
