@@ -97,19 +97,24 @@ def took(found: Cluster, name: str) -> float:
     return (program - sandbox) / os.sysconf("SC_CLK_TCK")
 
 
-def later(found: Cluster, names: Sequence[str]) -> None:
-    """Those in the mesh were answered at once, and started at most 200 ms later than those outside; none of them is left."""
+def times(found: Cluster, names: Sequence[str]) -> dict[str, list[float]]:
+    """How long each took, by mode. Those in the mesh were answered at once; none of them is left."""
     listed = json.loads(found.plane.kubectl("get", "pods", "-n", SPACE, "-o", "json"))["items"]
     settings = {one["metadata"]["name"]: one["spec"].get("securityContext", {}).get("sysctls", ()) for one in listed}
     assert {name: [one["value"] for one in settings[name]] for name in names} == {
         name: [MARK] if name.startswith("mesh") else [] for name in names
     }
     assert {said(found, name) for name in names if name.startswith("mesh")} == {"web\n0"}
-    times = {mode: [took(found, name) for name in names if name.startswith(mode)] for mode in ("mesh", "none")}
-    medians = {mode: statistics.median(of) for mode, of in times.items()}
-    print("from sandbox to program: " + ", ".join(f"{mode} {m:.2f} s (at most {max(times[mode]):.2f})" for mode, m in medians.items()))
+    taken = {mode: [took(found, name) for name in names if name.startswith(mode)] for mode in ("mesh", "none")}
     found.plane.kubectl("delete", "pod", *names, "-n", SPACE, "--force", "--grace-period=0")
-    assert medians["mesh"] - medians["none"] < 0.2
+    return taken
+
+
+def later(taken: dict[str, list[float]]) -> float:
+    """By how much those in the mesh started later than those outside of it, seconds."""
+    medians = {mode: statistics.median(of) for mode, of in taken.items()}
+    print("from sandbox to program: " + ", ".join(f"{mode} {m:.2f} s (at most {max(taken[mode]):.2f})" for mode, m in medians.items()))
+    return medians["mesh"] - medians["none"]
 
 
 def test_a_pod_of_the_mesh_starts_no_more_than_200_ms_later_than_one_outside_of_it(shop: Cluster) -> None:
@@ -118,13 +123,17 @@ def test_a_pod_of_the_mesh_starts_no_more_than_200_ms_later_than_one_outside_of_
         for mode in ("mesh", "none") if number % 2 else ("none", "mesh"):
             names.append(f"{mode}-{number}")
             start(shop, names[-1])
-    later(shop, names)
+    assert later(times(shop, names)) < 0.2
 
 
 def test_ten_pods_of_the_mesh_that_start_at_once_do_so_no_more_than_200_ms_later_than_ten_outside_of_it(shop: Cluster) -> None:
-    names = [f"{mode}-at-once-{number}" for number in range(10) for mode in ("mesh", "none")]
-    start(shop, *names)
-    later(shop, names)
+    """In five rounds, whose differences go both ways: who of twenty comes first is the kubelet's affair, and each waits for those before it."""
+    found = []
+    for number in range(5):
+        names = [f"{mode}-{number}-at-once-{one}" for one in range(10) for mode in (("mesh", "none") if number % 2 else ("none", "mesh"))]
+        start(shop, *names)
+        found.append(later(times(shop, names)))
+    assert statistics.median(found) < 0.2
 
 
 @pytest.mark.parametrize("first", ["kubelet", "agent"])
