@@ -21,7 +21,7 @@ import pytest
 from lab import cgroup, mounts
 from lab import netns as lab_netns
 from tests.kernel.test_workload_identity import calling, entering
-from tests.unit.agent.l7.harness import free_ports
+from tests.ports import free_ports
 
 CART = "spiffe://mesh.local/ns/shop/sa/cart"
 WORKLOAD = """

@@ -23,6 +23,7 @@ from agent.l7 import memory
 from agent.l7.envoy import Envoy
 from lab import cgroup
 from tests.kernel import shop
+from tests.ports import free_ports
 from tests.unit.agent.l7 import harness
 from tests.unit.agent.l7.test_fairness import HOSTS, ask, resources, scene
 
@@ -107,7 +108,7 @@ def streaming() -> Iterator[int]:
 @pytest.mark.usefixtures("files")
 def test_an_envoy_has_its_limit_and_sheds_load_before_the_kernel_ends_it(own: Path, tmp_path: Path) -> None:
     """Callers that ask for much and read nothing fill its buffers, and those of its sockets."""
-    [port] = harness.free_ports(1)
+    [port] = free_ports(1)
     waypoint = own / "meshagent-waypoint"
 
     async def work(envoy: Envoy) -> None:
@@ -144,7 +145,7 @@ def flood(held: contextlib.ExitStack, port: int, waypoint: Path) -> int:
 def test_an_envoy_that_the_kernel_ended_for_want_of_memory_is_started_again_and_the_log_says_why(
     own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    [port] = harness.free_ports(1)
+    [port] = free_ports(1)
     waypoint = own / "meshagent-waypoint"
 
     async def work(envoy: Envoy) -> None:

@@ -19,7 +19,7 @@ from lab import cgroup, mounts
 from tests.kernel import shop
 from tests.kubernetes.controlplane import ControlPlane, Failed
 from tests.kubernetes.node import BOX, Node
-from tests.unit.agent.l7.harness import free_ports
+from tests.ports import free_ports
 
 
 def takes(condition: Callable[[], object], seconds: float = 60) -> None:

@@ -29,7 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.kubernetes.controlplane import ControlPlane, Failed, address, free_ports
+from tests.kubernetes.controlplane import ControlPlane, Failed, address
+from tests.ports import free_ports
 
 PACKAGES = ("containerd", "runc", "containernetworking-plugins", "busybox-static", "curl")
 PAUSE, BOX = "registry.test/pause:1", "registry.test/box:1"

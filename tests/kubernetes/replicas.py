@@ -25,7 +25,7 @@ from meshapi import discovery_pb2, discovery_pb2_grpc, identity_pb2_grpc
 from meshapi import identity_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
 from tests.kubernetes.manifest import OWN
-from tests.unit.agent.l7.harness import free_ports
+from tests.ports import free_ports
 from tests.unit.controller.identity.authorities import Held, make
 from tests.unit.controller.identity.harness import OPTIONS, decoded, new_key, request
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.kubernetes import controlplane
 from tests.kubernetes.mesh import Cluster, pod, takes
 from tests.kubernetes.podshop import KEPT, SERVE, SPACE, WEB, admits, answers, at, open_shop, seen, service
+from tests.ports import free_ports
 
 ASK = f"curl -s -m 5 {WEB} > /dev/termination-log; echo $? >> /dev/termination-log"
 """What a program says at its end, or has said when it is looked for there (spec.containers.terminationMessagePath)."""
@@ -160,7 +160,7 @@ def test_both_families_are_under_policy_at_services_and_at_pods(shop: Cluster) -
 
 def test_a_pod_in_the_nodes_network_runs_outside_of_the_mesh_and_no_policy_takes_it_for_its_account(shop: Cluster) -> None:
     plane = shop.plane
-    (port,) = controlplane.free_ports(1)
+    (port,) = free_ports(1)
     command = f"{ASK}; mkdir -p /tmp/www; echo host > /tmp/www/index.html; httpd -p {port} -h /tmp/www; sleep 10000"
     spec = pod("friend", "/bin/sh", "-c", command) | {"nodeName": shop.machine.name, "hostNetwork": True}
     metadata = {"name": "host", "namespace": SPACE, "labels": {"app": "host"}}

@@ -18,8 +18,8 @@ from agent.replicas import MOST, Replicas, resolved
 from controller.server import Controller, ServerTls
 from meshapi import agent_pb2
 from meshapi import relay_pb2 as pb
+from tests.ports import free_ports
 from tests.tasks import beside, until
-from tests.unit.agent.l7.harness import free_ports
 from tests.unit.controller.harness import Authority, serve
 from tests.unit.test_relay import MESH, Place, asking
 

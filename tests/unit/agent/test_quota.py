@@ -28,6 +28,7 @@ from agent.traffic import Failure, Per, RateLimit, TrafficPolicy
 from controller.quota.service import QuotaService
 from controller.quota.store import Memory
 from meshapi import discovery_pb2, quota_pb2, quota_pb2_grpc
+from tests.ports import free_ports
 from tests.tasks import beside
 from tests.unit.agent.l7 import harness
 
@@ -148,7 +149,7 @@ async def node(directory: Path, one: Workload, snapshot: Snapshot, port: int, co
 @contextlib.asynccontextmanager
 async def mesh(directory: Path, limit: RateLimit, rate: discovery_pb2.RateLimit) -> AsyncIterator[tuple[Controller, int]]:
     """Two nodes and a service, without the controller running."""
-    (port,) = harness.free_ports(1)
+    (port,) = free_ports(1)
     with harness.http_server("pod", "127.0.0.1") as server:
         snapshot = scene(port, server.server_address[1], limit)
         controller = Controller(directory, port, rate)

@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from agent.l7.snapshot import build
 from agent.model import Action, Backend, MatchKind, Operation, Policy, PolicyRule, Retry, RouteMatch, Service, StringMatch
 from agent.requests import ANSWER_LABELS, SILENCE_S, Requests, Sums, parse
+from tests.ports import free_ports
 from tests.unit.agent.l7 import harness
 
 CALLS = 23
@@ -41,7 +42,7 @@ def page(requests: Requests) -> str:
 
 
 def test_a_real_envoy_counts_by_caller_workload_route_and_code(tmp_path: Path) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
 
     def behaviour(request: BaseHTTPRequestHandler) -> int:
         return 503 if request.path.startswith("/fail") else 200

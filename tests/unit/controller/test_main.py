@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from controller.main import main
-from tests.unit.agent.l7.harness import free_ports
+from tests.ports import free_ports
 from tests.unit.controller.harness import SHOP, Authority, service
 
 COMMAND = (sys.executable, "-c", "from controller.main import main; main()")

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import http.client
 import json
-import socket
 import socketserver
 import subprocess
 import threading
@@ -215,15 +214,6 @@ def on_loopback(resources: Resources, *ports: int) -> Resources:
         listener.filter_chains[0].filters[0].typed_config.Pack(state)
         listeners[name] = pack(listener)
     return {**resources, names.LISTENER: listeners}
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 @dataclass(frozen=True)

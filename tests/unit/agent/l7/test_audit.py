@@ -12,6 +12,7 @@ from agent.l7 import audit
 from agent.l7.access_log import RequestRecord
 from agent.l7.snapshot import build
 from agent.model import Action, Operation, Policy, PolicyRule
+from tests.ports import free_ports
 from tests.unit.agent.l7 import harness
 from tests.unit.agent.l7 import test_requests as requests
 
@@ -19,7 +20,7 @@ RULE = "default/watch[0]"
 
 
 def test_envoy_reports_only_requests_that_a_rule_matches_and_counts_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     watch = Policy("default/watch", Action.AUDIT, (PolicyRule(operations=(Operation(paths=("/admin*",)),)),))
 
     def told_so_far() -> list[logging.LogRecord]:

@@ -12,6 +12,7 @@ from agent.l7 import call_log, names
 from agent.l7.call_log import Asked
 from agent.l7.snapshot import build, tracing
 from agent.model import Action, Operation, Policy, PolicyRule
+from tests.ports import free_ports
 from tests.unit.agent.l7 import harness
 
 CALLS = 7
@@ -21,7 +22,7 @@ NO_ADMIN = Policy("default/no-admin", Action.DENY, (PolicyRule(operations=(Opera
 
 def told(directory: Path, work: Callable[[int], None], *, on: bool = True, settle_s: float = 0.5) -> list[Asked]:
     """What Envoy tells of the requests that `work` sends to a port."""
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     found: list[Asked] = []
     with harness.http_server("cart", "127.0.0.1") as cart:
         pod = harness.workload("cart-1", "127.0.0.1", backing={"default/cart": {entry: cart.server_address[1]}}, policies=(NO_ADMIN.name,))

@@ -25,6 +25,7 @@ from agent.model import (
     TokenIssuer,
 )
 from tests import tokens
+from tests.ports import free_ports
 from tests.tokens import Issuer
 from tests.unit.agent.l7 import harness
 from tests.unit.agent.l7 import test_requests as requests
@@ -83,7 +84,7 @@ def outcomes(answers: list[Answer]) -> list[str]:
 
 
 def test_a_claim_of_a_good_token_chooses_the_route_and_nothing_else_does(tmp_path: Path) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     good = ISSUER.token(groups=["beta", "staff"])
     cases = {
         "one of a list": (bearer(good), "b"),
@@ -106,7 +107,7 @@ def test_a_claim_of_a_good_token_chooses_the_route_and_nothing_else_does(tmp_pat
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["one-backend", "weights"])
 def test_the_policies_of_the_final_route_hold_and_those_of_the_first_do_not(tmp_path: Path, weighted: bool) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     both = (requests.to("b", 80), requests.to("b", 80, 2)) if weighted else (requests.to("b", 80),)
     beta, other = bearer(ISSUER.token(groups=["beta"])), bearer(ISSUER.token(groups=["x"]))
     asked = [("/", beta), ("/secret", beta), ("/secret", other), ("/secret", {}), ("/", other), ("/", {})]
@@ -120,7 +121,7 @@ def test_the_policies_of_the_final_route_hold_and_those_of_the_first_do_not(tmp_
 
 def test_without_the_configuration_that_does_nothing_a_policy_would_be_skipped(tmp_path: Path) -> None:
     """Why it is there: if this fails, Envoy has changed."""
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     with requests.backends(a=requests.plain, b=requests.plain) as targets:
         rules = (claimed(BETA), harness.rule(requests.to("a", 80)))
         snapshot = scene(entry, targets, *rules, b=("default/deny",))
@@ -129,7 +130,7 @@ def test_without_the_configuration_that_does_nothing_a_policy_would_be_skipped(t
 
 
 def test_a_request_that_only_a_claim_leads_anywhere_is_found_and_others_are_404(tmp_path: Path) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     asked = [("/", bearer(ISSUER.token(groups=["beta"]))), ("/secret", bearer(ISSUER.token(groups=["beta"]))), ("/", {})]
     with requests.backends(a=requests.plain, b=requests.plain) as targets:
         answers = through_envoy(tmp_path, scene(entry, targets, claimed(BETA), b=("default/deny",)), entry, *asked)
@@ -138,7 +139,7 @@ def test_a_request_that_only_a_claim_leads_anywhere_is_found_and_others_are_404(
 
 
 def test_what_a_token_must_not_say(tmp_path: Path) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     not_guest = ClaimCondition(("realm", "role"), (), ("guest", "robot"))
     said = [bearer(ISSUER.token(realm={"role": role})) for role in ("guest", "robot", "user")]
     with requests.backends(a=requests.plain, b=requests.plain) as targets:
@@ -148,7 +149,7 @@ def test_what_a_token_must_not_say(tmp_path: Path) -> None:
 
 
 def test_the_application_sees_what_the_policies_say_and_no_more(tmp_path: Path) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     with requests.backends(a=requests.plain, b=requests.plain) as targets:
         snapshot = scene(entry, targets, claimed(BETA), harness.rule(requests.to("a", 80)))
         [answer] = through_envoy(tmp_path, snapshot, entry, ("/", bearer(ISSUER.token(groups=["beta"]))))

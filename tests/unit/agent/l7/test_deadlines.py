@@ -11,6 +11,7 @@ import pytest
 
 from agent.model import Retry
 from agent.traffic import Limits, TrafficPolicy
+from tests.ports import free_ports
 from tests.unit.agent.l7 import harness
 from tests.unit.agent.l7 import test_requests as requests
 
@@ -28,7 +29,7 @@ ASKS = {"content-type": "application/grpc", "grpc-timeout": "5S"}
 )
 def test_a_backend_is_told_the_deadline_that_holds(tmp_path: Path, limit: int | None, told: str) -> None:
     """On each try: Envoy 1.40 does not take off what the tries before have used."""
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     seen: list[str | None] = []
 
     def fails_once(handler: BaseHTTPRequestHandler) -> int:
@@ -46,7 +47,7 @@ def test_a_backend_is_told_the_deadline_that_holds(tmp_path: Path, limit: int | 
 
 
 def test_tries_do_not_outlast_the_deadline(tmp_path: Path) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     asked: list[float] = []
 
     def slow(_: BaseHTTPRequestHandler) -> int:

@@ -27,6 +27,7 @@ from agent.l7.resources import Resources, pack
 from agent.l7.snapshot import build
 from agent.model import Action, Operation, Policy, PolicyRule, Service, ServicePort, Snapshot, Source
 from agent.policy import Caller
+from tests.ports import free_ports
 from tests.unit.agent.identity.signer import Root
 from tests.unit.agent.l7 import harness
 from tests.unit.agent.l7.harness import TRUST_DOMAIN, Answer
@@ -117,7 +118,7 @@ def tls_server(context: ssl.SSLContext) -> Iterator[int]:
 
 
 def test_requests_for_the_host_go_out_and_for_others_do_not(tmp_path: Path) -> None:
-    (port,) = harness.free_ports(1)
+    (port,) = free_ports(1)
     with harness.http_server("outside", "127.0.0.1") as server:
         snapshot = model(external(port, server.server_address[1]))
         good, other = through(tmp_path, snapshot, port, lambda: (asks(port), asks(port, "intruder.example.com")))
@@ -137,14 +138,14 @@ def test_requests_for_the_host_go_out_and_for_others_do_not(tmp_path: Path) -> N
 def test_the_waypoint_speaks_tls_to_whom_it_can_verify_and_to_nobody_else(
     tmp_path: Path, names_: tuple[str, ...], root: Root, status: int
 ) -> None:
-    (port,) = harness.free_ports(1)
+    (port,) = free_ports(1)
     with tls_server(certificate(tmp_path, *names_, root=root)) as target:
         snapshot = model(external(port, target, tls=Origination(HOST, (HOST,), ROOT.pem.decode())))
         assert through(tmp_path, snapshot, port, lambda: asks(port)).status == status
 
 
 def test_the_systems_authorities_do_not_vouch_for_just_anybody(tmp_path: Path) -> None:
-    (port,) = harness.free_ports(1)
+    (port,) = free_ports(1)
     with tls_server(certificate(tmp_path, HOST)) as target:
         snapshot = model(external(port, target, tls=Origination(HOST, (HOST,), "")))
         assert through(tmp_path, snapshot, port, lambda: asks(port)).status == 503
@@ -179,7 +180,7 @@ NOT_DELETE = Policy("default/p", Action.DENY, (PolicyRule((), (Operation(methods
     ],
 )
 def test_policy_decides_each_request(tmp_path: Path, policy: Policy | None, codes: tuple[int, int]) -> None:
-    (port,) = harness.free_ports(1)
+    (port,) = free_ports(1)
     with harness.http_server("outside", "127.0.0.1") as server:
         snapshot = model(external(port, server.server_address[1], policies=("default/p",) if policy else ()), *([policy] if policy else []))
         found = through(tmp_path, snapshot, port, lambda: (asks(port).status, asks(port, path="/v1/x").status))
@@ -187,14 +188,14 @@ def test_policy_decides_each_request(tmp_path: Path, policy: Policy | None, code
 
 
 def test_a_policy_that_is_named_but_missing_lets_nobody_out(tmp_path: Path) -> None:
-    (port,) = harness.free_ports(1)
+    (port,) = free_ports(1)
     with harness.http_server("outside", "127.0.0.1") as server:
         snapshot = model(external(port, server.server_address[1], policies=("default/gone",)))
         assert through(tmp_path, snapshot, port, lambda: asks(port).status) == 403
 
 
 def test_what_is_private_is_for_its_namespace_alone(tmp_path: Path) -> None:
-    (port,) = harness.free_ports(1)
+    (port,) = free_ports(1)
     with harness.http_server("outside", "127.0.0.1") as server:
         service = external(port, server.server_address[1], private=True)
         assert through(tmp_path, model(service), port, lambda: asks(port).status) == 200
@@ -240,14 +241,14 @@ def talk(port: int) -> bytes:
     ],
 )
 def test_policy_decides_a_connection_that_holds_no_requests(tmp_path: Path, policy: Policy | None, said: bytes) -> None:
-    (port,) = harness.free_ports(1)
+    (port,) = free_ports(1)
     with greeter() as target:
         snapshot = model(external(port, target, "tcp", policies=("default/p",) if policy else ()), *([policy] if policy else []))
         assert through(tmp_path, snapshot, port, lambda: talk(port)) == said
 
 
 def test_tcp_gets_tls_on_its_way_out(tmp_path: Path) -> None:
-    (port,) = harness.free_ports(1)
+    (port,) = free_ports(1)
     with tls_server(certificate(tmp_path, HOST)) as target:
         snapshot = model(external(port, target, "tcp", tls=Origination(HOST, (HOST,), ROOT.pem.decode())))
         assert through(tmp_path, snapshot, port, lambda: asks(port)).name == "outside"
@@ -267,7 +268,7 @@ def handshake(port: int, name: str | None) -> str:
 
 
 def test_tls_goes_through_untouched_to_declared_hosts_only(tmp_path: Path) -> None:
-    (port,) = harness.free_ports(1)
+    (port,) = free_ports(1)
     with tls_server(certificate(tmp_path, HOST)) as target:
         snapshot = model(external(port, target, "tls"))
         found = through(
@@ -277,7 +278,7 @@ def test_tls_goes_through_untouched_to_declared_hosts_only(tmp_path: Path) -> No
 
 
 def test_a_name_is_resolved_by_envoy(tmp_path: Path) -> None:
-    (port,) = harness.free_ports(1)
+    (port,) = free_ports(1)
     with harness.http_server("outside", "127.0.0.1") as server:
         service = external(port, server.server_address[1], endpoint="localhost")
         assert through(tmp_path, model(service), port, lambda: _eventually(lambda: asks(port).status, 200)) == 200

@@ -25,6 +25,7 @@ from agent.l7.resources import Resources, pack
 from agent.l7.snapshot import build
 from agent.model import Backend, Snapshot
 from agent.traffic import Limits, TrafficPolicy
+from tests.ports import free_ports
 from tests.unit.agent.l7 import harness
 from tests.unit.agent.l7 import test_requests as requests
 
@@ -94,7 +95,7 @@ def until(holds: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("weighted", [False, True], ids=["one-backend", "weights"])
 @pytest.mark.parametrize("apart", [False, True], ids=["together", "apart"])
 def test_a_caller_that_uses_up_its_share_leaves_that_of_another(tmp_path: Path, apart: bool, weighted: bool) -> None:
-    [port] = harness.free_ports(1)
+    [port] = free_ports(1)
     release = threading.Event()
     arrived: list[str] = []
 
@@ -143,7 +144,7 @@ def test_what_each_workload_has_of_its_own_is_accepted_and_nothing_else_changes(
 
 def test_the_connections_of_one_workload_are_bounded_and_another_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fairness.guard, "__defaults__", (13,))
-    [port] = harness.free_ports(1)
+    [port] = free_ports(1)
 
     def work() -> tuple[int, int]:
         with contextlib.ExitStack() as stack:
@@ -177,7 +178,7 @@ def test_every_listener_of_a_workload_takes_turns_and_has_a_bound(tmp_path: Path
 
 
 def test_http2_is_told_how_many_streams_and_bytes(tmp_path: Path) -> None:
-    [port] = harness.free_ports(1)
+    [port] = free_ports(1)
 
     def work() -> dict[int, int]:
         with socket.create_connection((HOSTS["loud"], port), timeout=5) as stream, stream.makefile("rb") as reader:
@@ -196,7 +197,7 @@ def test_http2_is_told_how_many_streams_and_bytes(tmp_path: Path) -> None:
 
 def test_many_requests_at_once_on_one_connection_are_all_answered(tmp_path: Path) -> None:
     """They wait for their turn (`max_requests_per_io_cycle`) and none is lost."""
-    [port] = harness.free_ports(1)
+    [port] = free_ports(1)
     count = 97
 
     def work() -> int:

@@ -47,6 +47,7 @@ from agent.model import (
 from agent.routing import Mirror, Redirect
 from meshapi import discovery_pb2 as pb
 from tests.certificates import pair
+from tests.ports import free_ports
 from tests.tokens import Issuer
 from tests.unit.agent.l7 import harness
 
@@ -232,7 +233,7 @@ def run(check: Callable[[], Any]) -> None:
 
 
 def test_requests_go_by_host_and_path_and_nothing_that_strangers_say_of_themselves_is_believed(tmp_path: Path) -> None:
-    (port,) = harness.free_ports(1)
+    (port,) = free_ports(1)
 
     async def check() -> None:
         with harness.http_server("s", "127.0.0.1") as s, harness.http_server("t", "127.0.0.1") as t:
@@ -285,7 +286,7 @@ def test_requests_go_by_host_and_path_and_nothing_that_strangers_say_of_themselv
 
 
 def test_a_host_that_nobody_knows_is_answered_with_404_and_has_an_entry_in_the_access_log(tmp_path: Path) -> None:
-    (port,) = harness.free_ports(1)
+    (port,) = free_ports(1)
     found: list[RequestRecord] = []
 
     async def check() -> None:
@@ -309,7 +310,7 @@ def test_a_host_that_nobody_knows_is_answered_with_404_and_has_an_entry_in_the_a
 
 
 def test_a_token_and_the_gateways_identity_are_asked_for_together(tmp_path: Path) -> None:
-    (port,) = harness.free_ports(1)
+    (port,) = free_ports(1)
     issuer, other = Issuer("https://one.test"), Issuer("https://one.test")
     source = Source(principals=("mesh.test/ns/default/sa/edge",), request_principals=("https://one.test/*",))
     policy = Policy("default/must", Action.ALLOW, (PolicyRule((source,)),))
@@ -334,7 +335,7 @@ def test_a_token_and_the_gateways_identity_are_asked_for_together(tmp_path: Path
 
 def test_a_slow_client_is_sent_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateways, "HEADERS_S", 1)
-    (port,) = harness.free_ports(1)
+    (port,) = free_ports(1)
 
     def drip() -> bytes:
         with socket.create_connection(("127.0.0.1", port), 10) as slow:
@@ -353,7 +354,7 @@ def test_a_slow_client_is_sent_away(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_certificates_are_chosen_by_sni_and_rotated_without_ending_connections(tmp_path: Path) -> None:
-    (port,) = harness.free_ports(1)
+    (port,) = free_ports(1)
     listeners = [
         GatewayListener("a", port, "a.example", ("default/a",)),
         GatewayListener("b", port, "*.b.example", ("default/b", "default/r")),

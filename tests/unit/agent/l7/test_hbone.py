@@ -27,6 +27,7 @@ from agent.l7.snapshot import Builder
 from agent.l7.xds import XdsServer
 from agent.model import Action, Mtls, Operation, Policy, PolicyRule, Snapshot, Source, Workload
 from tests import hbone as peer
+from tests.ports import free_ports
 from tests.unit.agent.identity.signer import Root
 from tests.unit.agent.l7 import harness
 from tests.unit.agent.l7.harness import TRUST_DOMAIN, Answer
@@ -75,9 +76,7 @@ def resources(snapshot: Snapshot, node: str, *ports: int, distrusted: Distrusted
             continue
         if not listener.HasField("internal_listener"):
             listener.ClearField("additional_addresses")
-            place = (
-                (HERE[node], HBONE_PORT) if name.startswith(names.HBONE) else ("127.0.0.1", ports[0] if ports else harness.free_ports(1)[0])
-            )
+            place = (HERE[node], HBONE_PORT) if name.startswith(names.HBONE) else ("127.0.0.1", ports[0] if ports else free_ports(1)[0])
             listener.address.CopyFrom(socket_address(*place))
         state = set_filter_state_pb2.Config()
         if listener.filter_chains[0].filters[0].typed_config.Unpack(state):
@@ -106,7 +105,7 @@ def scene(port: int, target: int, *policies: Policy) -> Snapshot:
 
 def between(directory: Path, work: Callable[[int], list[Answer]], *policies: Policy, shown: str = "far") -> list[Answer]:
     """Run `work` with the port of a service whose one endpoint is on the other node; `shown` is the account whose certificate is there."""
-    port = harness.free_ports(1)[0]
+    port = free_ports(1)[0]
     with harness.http_server("far", FAR) as server:
         snapshot = scene(port, server.server_address[1], *policies)
 
@@ -176,7 +175,7 @@ NEAR, STRANGER = Source(principals=(f"{TRUST_DOMAIN}/ns/default/sa/near",)), Sou
 )
 def test_the_receiver_decides_by_what_the_callers_certificate_says(tmp_path: Path, rule: Policy, path: str, status: int) -> None:
     """The caller's node is told of no policy: it must be the receiver."""
-    port = harness.free_ports(1)[0]
+    port = free_ports(1)[0]
     with harness.http_server("far", FAR) as server:
         guarded = scene(port, server.server_address[1], rule)
         open_ = scene(port, server.server_address[1])
@@ -196,7 +195,7 @@ def asked(directory: Path, identity: str, *rules: Policy, targets: Callable[[int
     """Statuses of CONNECTs of a ztunnel to the workload `far`, by its program's port."""
     with harness.http_server("far", FAR) as server:
         target = server.server_address[1]
-        built = resources(scene(harness.free_ports(1)[0], target, *rules), "node-2")
+        built = resources(scene(free_ports(1)[0], target, *rules), "node-2")
 
         async def scenario() -> list[int]:
             async with (
@@ -230,7 +229,7 @@ def test_a_certificate_with_two_names_opens_nothing_although_one_fits(tmp_path: 
 
     async def scenario() -> list[int]:
         with harness.http_server("far", FAR) as server:
-            built = resources(scene(harness.free_ports(1)[0], server.server_address[1]), "node-2")
+            built = resources(scene(free_ports(1)[0], server.server_address[1]), "node-2")
             async with node(tmp_path / "far", built, "far"):
                 found = []
                 for identity in (double, holder("near")):

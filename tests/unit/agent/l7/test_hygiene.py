@@ -12,6 +12,7 @@ import pytest
 
 from agent.l7 import hygiene, names
 from agent.model import Action, Operation, Policy, PolicyRule
+from tests.ports import free_ports
 from tests.unit.agent.l7 import harness
 from tests.unit.agent.l7 import test_requests as requests
 
@@ -38,7 +39,7 @@ RESERVED = {
 
 
 def test_reserved_headers_are_removed_and_the_applications_stay(tmp_path: Path) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     with requests.backends(s=requests.plain) as targets:
         snapshot = requests.scene([requests.pod("p", "s", entry, targets["s"])], [harness.service("s", "127.0.0.1", entry)])
         [answer] = requests.through_envoy(tmp_path, snapshot, [entry], lambda: [harness.request(entry, headers=APPLICATION | RESERVED)])
@@ -56,7 +57,7 @@ def test_reserved_headers_are_removed_and_the_applications_stay(tmp_path: Path) 
     ids=lambda headers: next(iter(headers)),
 )
 def test_a_caller_sets_neither_retries_nor_timeouts(tmp_path: Path, headers: dict[str, str]) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     asked: list[str] = []
 
     def fails_slowly(handler: BaseHTTPRequestHandler) -> int:
@@ -72,7 +73,7 @@ def test_a_caller_sets_neither_retries_nor_timeouts(tmp_path: Path, headers: dic
 
 def test_a_request_that_is_never_finished_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hygiene, "HEADERS_S", 1)
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
 
     def drip() -> list[harness.Answer]:
         with socket.create_connection(("127.0.0.1", entry)) as stream, stream.makefile("rb") as answer:
@@ -90,7 +91,7 @@ def test_a_request_that_is_never_finished_is_ended(tmp_path: Path, monkeypatch: 
 
 
 def test_parameters_in_a_path_do_not_evade_a_deny(tmp_path: Path) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     deny = Policy("default/deny", Action.DENY, (PolicyRule(operations=(Operation(paths=("/admin",)),)),))
     targets = ["/admin", "/admin;x", "/;x/admin", "/x/..;/admin", "/%61dmin;y=1", "/administrator", "/admin;x/y"]
     with requests.backends(s=requests.plain) as servers:

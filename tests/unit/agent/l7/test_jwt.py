@@ -29,6 +29,7 @@ from agent.model import (
     TokenIssuer,
 )
 from tests import tokens
+from tests.ports import free_ports
 from tests.tokens import Issuer
 from tests.unit.agent.l7 import harness
 from tests.unit.agent.l7 import test_requests as requests
@@ -54,7 +55,7 @@ def ask(
     directory: Path, authentication: Authentication, *asked: tuple[str, Mapping[str, str]], rules: tuple[Policy, ...] = ()
 ) -> list[Answer]:
     """Requests (path, headers) to a workload with this RequestAuthentication and these policies."""
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     with requests.backends(s=requests.plain) as targets:
         policies = (GUARD, *rules)
         pod = requests.pod("p", "s", entry, targets["s"], policies=tuple(p.name for p in policies))
@@ -221,7 +222,7 @@ def test_a_deny_without_a_token_and_conditions_on_headers_hold(tmp_path: Path) -
 
 
 def test_each_backend_of_a_route_demands_its_own_tokens(tmp_path: Path) -> None:
-    ports = harness.free_ports(3)
+    ports = free_ports(3)
     known = {name: Authentication(name, (trusted(issuer),)) for name, issuer in (("default/one", ONE), ("default/two", TWO))}
     entry = ports[0]
     with requests.backends(one=requests.plain, two=requests.plain) as targets:

@@ -15,6 +15,7 @@ from envoy.config.core.v3 import base_pb2
 from agent.l7 import envoy, metrics
 from agent.l7.snapshot import build
 from agent.requests import full, parse
+from tests.ports import free_ports
 from tests.unit.agent.l7 import harness
 
 CALLER = harness.workload("caller", "10.0.0.1")
@@ -30,7 +31,7 @@ def status(request: BaseHTTPRequestHandler) -> int:
 
 def through(directory: Path, work: Callable[[int, Path], None]) -> None:
     """Run `work` with the port of a service and Envoy's admin socket."""
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     settings = harness.config(directory)
 
     async def scenario(target: int) -> None:

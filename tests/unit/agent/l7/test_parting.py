@@ -16,6 +16,7 @@ from agent.l7.parting import Dialled, Partings
 from agent.l7.resources import Resources
 from agent.l7.snapshot import Builder
 from agent.model import Snapshot
+from tests.ports import free_ports
 from tests.unit.agent.l7 import harness
 from tests.unit.agent.l7 import test_requests as requests
 
@@ -170,7 +171,7 @@ class _Http2:
 def test_envoy_goes_on_to_answer_and_then_asks_callers_to_connect_anew(
     tmp_path: Path, ask: Callable[[socket.socket], tuple[str, bool]]
 ) -> None:
-    (port,) = harness.free_ports(1)
+    (port,) = free_ports(1)
 
     async def scenario(target: int) -> list[tuple[str, bool]]:
         steady, found = Steady(port, target), []

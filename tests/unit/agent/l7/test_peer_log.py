@@ -17,6 +17,7 @@ from agent.l7.resources import Resources
 from agent.l7.snapshot import tracing
 from agent.l7.xds import XdsServer
 from tests import hbone as peer
+from tests.ports import free_ports
 from tests.unit.agent.l7 import harness
 from tests.unit.agent.l7.test_hbone import FAR, ROOT, credentials, resources, scene, secret, spiffe_id
 
@@ -45,7 +46,7 @@ async def until(condition: Callable[[], object], timeout_s: float = 5) -> None:
 
 def test_both_ends_name_the_tunnels_with_streams_and_what_was_shown(tmp_path: Path) -> None:
     async def scenario() -> None:
-        port = harness.free_ports(1)[0]
+        port = free_ports(1)[0]
         with harness.http_server("far", FAR) as server:
             snapshot = scene(port, server.server_address[1])
             at_far: list[Shown] = []
@@ -79,7 +80,7 @@ def test_a_revoked_serial_opens_no_stream_on_a_tunnel_that_is_open(tmp_path: Pat
     async def scenario() -> None:
         with harness.http_server("far", FAR) as server:
             port = server.server_address[1]
-            snapshot = scene(harness.free_ports(1)[0], port)
+            snapshot = scene(free_ports(1)[0], port)
             before = resources(snapshot, "node-2")
             after = resources(snapshot, "node-2", distrusted=Distrusted.of({serial, 0x77}, [b"root"]))
             async with (

@@ -25,6 +25,7 @@ from agent.l7.peers import Peers
 from agent.l7.snapshot import build
 from agent.model import Action, Authentication, Operation, Policy, PolicyRule, Snapshot, Source, TokenIssuer, Workload
 from agent.policy import Caller, Verdict, decide, matches, protecting
+from tests.ports import free_ports
 from tests.tokens import Issuer
 from tests.unit.agent import policies as drawn
 from tests.unit.agent.l7 import harness
@@ -318,7 +319,7 @@ ISSUER = Issuer("i")
 @given(st.lists(drawn.policy_sets(most=2), min_size=23, max_size=23))
 def test_envoy_itself_decides_as_the_definition_does(sets: list[list[Policy]]) -> None:
     """Each set of policies protects a service of its own; every request goes to each of them, with real tokens."""
-    ports = harness.free_ports(len(sets))
+    ports = free_ports(len(sets))
     tokens_known = Authentication("shop/tokens", (TokenIssuer(ISSUER.name, keys=ISSUER.jwks),))
     caller = dataclasses.replace(harness.workload("shop/frontend", "10.1.2.3"), labels=dict([drawn.LABELS[0]]))
     pods, services, policies = [], [], {}

@@ -32,6 +32,7 @@ from agent.model import (
     StringMatch,
     Workload,
 )
+from tests.ports import free_ports
 from tests.unit.agent.l7 import harness
 from tests.unit.agent.l7.harness import Answer
 
@@ -81,7 +82,7 @@ def path(kind: MatchKind, value: str) -> RouteMatch:
 
 
 def test_the_most_specific_match_wins_and_no_match_is_404(tmp_path: Path) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     wanted = {
         "exact": path(MatchKind.EXACT, "/shop/cart"),
         "long": path(MatchKind.PREFIX, "/shop/cart/"),
@@ -119,7 +120,7 @@ def test_the_most_specific_match_wins_and_no_match_is_404(tmp_path: Path) -> Non
 
 
 def test_hostnames_choose_rules_before_paths_do(tmp_path: Path) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     with backends(exact=plain, wild=plain, open=plain) as targets:
         services = [harness.service("s", "127.0.0.1", entry), *(harness.service(n, "10.96.0.9", 80, waypoint=False) for n in targets)]
         routes = [
@@ -138,7 +139,7 @@ def test_hostnames_choose_rules_before_paths_do(tmp_path: Path) -> None:
 
 
 def test_weights_hold_and_zero_gets_nothing(tmp_path: Path) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     count = 601
     with backends(v1=plain, v2=plain, v3=plain) as targets:
         services = [harness.service("s", "127.0.0.1", entry), *(harness.service(n, "10.96.0.9", 80, waypoint=False) for n in targets)]
@@ -153,7 +154,7 @@ def test_weights_hold_and_zero_gets_nothing(tmp_path: Path) -> None:
 
 
 def test_answers_of_the_waypoint_itself_say_why(tmp_path: Path) -> None:
-    empty, zero, invalid, gone = harness.free_ports(4)
+    empty, zero, invalid, gone = free_ports(4)
     services = [harness.service(name, "127.0.0.1", port) for name, port in (("empty", empty), ("zero", zero), ("invalid", invalid))]
     routes = [
         harness.route("zero", harness.rule(to("empty", empty, 0)), parent="zero"),
@@ -172,7 +173,7 @@ def test_answers_of_the_waypoint_itself_say_why(tmp_path: Path) -> None:
 
 
 def test_a_retry_goes_to_another_backend(tmp_path: Path) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     failures = itertools.count()
 
     def failing(_: BaseHTTPRequestHandler) -> int:
@@ -188,7 +189,7 @@ def test_a_retry_goes_to_another_backend(tmp_path: Path) -> None:
 
 
 def test_timeouts_are_those_of_the_route_and_none_means_none(tmp_path: Path) -> None:
-    limited, open_ended = harness.free_ports(2)
+    limited, open_ended = free_ports(2)
     release = threading.Event()
 
     def slow(_: BaseHTTPRequestHandler) -> int:
@@ -211,7 +212,7 @@ def test_timeouts_are_those_of_the_route_and_none_means_none(tmp_path: Path) -> 
 
 
 def test_header_edits_of_rule_and_backend_apply_and_percent_signs_are_text(tmp_path: Path) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     with backends(s=plain) as targets:
         edit = HeaderEdit({"x-set": "100%", "host": "other.test"}, {"x-add": "b"}, ("x-gone",))
         backend = to("s", entry, request_headers=HeaderEdit({"x-backend": "1"}), response_headers=HeaderEdit({}, {"x-out": "%REQ(:path)%"}))
@@ -227,7 +228,7 @@ def test_header_edits_of_rule_and_backend_apply_and_percent_signs_are_text(tmp_p
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["one backend", "weighted backends"])
 def test_policies_are_enforced_by_caller_method_path_and_host(tmp_path: Path, weighted: bool) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     allow = Policy(
         "default/allow",
         Action.ALLOW,
@@ -262,7 +263,7 @@ def test_policies_are_enforced_by_caller_method_path_and_host(tmp_path: Path, we
 
 
 def test_an_allow_for_somebody_else_stops_the_caller(tmp_path: Path) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     policy = Policy("default/p", Action.ALLOW, (PolicyRule((Source(namespaces=("elsewhere", "def")),), (Operation(methods=("GET",)),)),))
     with backends(s=plain) as targets:
         workload = pod("p", "s", entry, targets["s"], policies=("default/p",))
@@ -284,7 +285,7 @@ def test_an_allow_for_somebody_else_stops_the_caller(tmp_path: Path) -> None:
     ],
 )
 def test_labels_and_addresses_of_the_calling_workload_are_conditions(tmp_path: Path, action: Action, source: Source, status: int) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     policy = Policy("default/p", action, (PolicyRule((source,), (Operation(methods=("GET",)),)),))
     caller = dataclasses.replace(CALLER, labels={"app": "caller"})
     with backends(s=plain) as targets:
@@ -295,7 +296,7 @@ def test_labels_and_addresses_of_the_calling_workload_are_conditions(tmp_path: P
 
 
 def test_requests_are_shared_by_weight(tmp_path: Path) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     with backends(heavy=plain, light=plain) as targets:
         workloads = [
             dataclasses.replace(pod(name, "s", entry, targets[name]), weight=weight) for name, weight in (("heavy", 9), ("light", 1))

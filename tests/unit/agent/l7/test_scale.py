@@ -17,6 +17,7 @@ from agent.l7.xds import XdsServer
 from agent.model import LocalWorkload
 from bench.l7_model import NODE, History, L7Model, L7Size
 from meshapi import discovery_pb2 as pb
+from tests.ports import free_ports
 from tests.unit.agent.l7 import harness
 
 MODEL = L7Model(L7Size(local=3))
@@ -32,7 +33,7 @@ class Plant:
         self.history = History(MODEL)
         self.sent: list[tuple[str, str]] = []
         self._builder = Builder(NODE, harness.TRUST_DOMAIN)
-        self._entries = harness.free_ports(MODEL.size.local)
+        self._entries = free_ports(MODEL.size.local)
         self._listeners: dict[str, tuple[str, int]] = {}
 
     async def change(self, *resources: pb.Resource, removed: Iterable[str] = ()) -> list[tuple[str, str]]:

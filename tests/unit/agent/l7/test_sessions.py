@@ -15,6 +15,7 @@ import pytest
 from agent.l7 import names
 from agent.model import Action, Backend, HeaderEdit, Operation, Policy, PolicyRule, RouteRule, Snapshot
 from agent.routing import Session
+from tests.ports import free_ports
 from tests.unit.agent.l7 import harness, test_claims
 from tests.unit.agent.l7 import test_requests as requests
 from tests.unit.agent.l7.harness import Answer
@@ -67,7 +68,7 @@ def through_envoy(directory: Path, snapshot: Snapshot, entries: list[int], work:
 
 @pytest.mark.parametrize("session", [COOKIE, LASTING, HEADER], ids=["cookie", "lasting", "header"])
 def test_a_session_stays_with_its_backend_and_its_endpoint_and_others_are_drawn_by_weight(tmp_path: Path, session: Session) -> None:
-    entries = harness.free_ports(4)
+    entries = free_ports(4)
     first: list[Answer] = []
 
     def work() -> list[Answer]:
@@ -88,7 +89,7 @@ def test_a_session_stays_with_its_backend_and_its_endpoint_and_others_are_drawn_
 
 
 def test_whose_endpoint_has_gone_gets_another_of_the_backend_and_is_told(tmp_path: Path) -> None:
-    before, after = harness.free_ports(2)
+    before, after = free_ports(2)
     with pods() as targets:
         first: list[Answer] = []
 
@@ -112,7 +113,7 @@ def test_whose_endpoint_has_gone_gets_another_of_the_backend_and_is_told(tmp_pat
 
 @pytest.mark.parametrize("session", [COOKIE, HEADER], ids=["cookie", "header"])
 def test_each_backends_policies_hold_for_who_is_led_there_by_a_session(tmp_path: Path, session: Session) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
 
     def work() -> list[Answer]:
         brought = {answer.name[0]: told(session, answer) for answer in (harness.request(entry) for _ in range(CALLS))}
@@ -132,7 +133,7 @@ def test_each_backends_policies_hold_for_who_is_led_there_by_a_session(tmp_path:
 def test_nonsense_begins_a_session_and_what_a_client_says_in_the_waypoints_words_counts_for_nothing(
     tmp_path: Path, session: Session, value: str
 ) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
 
     def work() -> list[Answer]:
         begun = harness.request(entry)
@@ -151,7 +152,7 @@ def test_nonsense_begins_a_session_and_what_a_client_says_in_the_waypoints_words
 
 
 def test_a_cookie_for_some_paths_is_given_there_alone(tmp_path: Path) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     paths = {"/x": True, "/x/y": True, "/x?q=1": True, "/xy": False, "/": False, "/y/x": False}
     with pods() as targets:
         snapshot = scene(targets, [entry], ruled(Session("stay", "/x", 0, ""), 1, 1))
@@ -160,14 +161,14 @@ def test_a_cookie_for_some_paths_is_given_there_alone(tmp_path: Path) -> None:
 
 
 def test_a_lasting_cookie_says_how_long(tmp_path: Path) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     with pods() as targets:
         [answer] = through_envoy(tmp_path, scene(targets, [entry], ruled(LASTING, 1, 1)), [entry], lambda: [harness.request(entry)])
     assert re.fullmatch(r"st\.a%y=[0-9a-f]{8}\.[A-Za-z0-9+/]+=*; Max-Age=61; Path=/; HttpOnly", answer.headers["set-cookie"])
 
 
 def test_a_backend_that_does_not_exist_has_no_sessions_and_without_weights_only_they_go_on(tmp_path: Path) -> None:
-    begun, ended = harness.free_ports(2)
+    begun, ended = free_ports(2)
     missing = replace(harness.rule(requests.to("a", 80, 0), Backend("default/none", 80, 0)), session=HEADER)
 
     def work() -> list[Answer]:
@@ -182,7 +183,7 @@ def test_a_backend_that_does_not_exist_has_no_sessions_and_without_weights_only_
 
 def test_a_session_goes_on_behind_a_route_that_a_claim_has_chosen(tmp_path: Path) -> None:
     """The first route of such a request has no session: its filters are made because the RouteConfiguration asks for them (`agent.l7.claims`)."""
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     beta = test_claims.bearer(test_claims.ISSUER.token(groups=["beta"]))
     both = (requests.to("a", 80), requests.to("b", 80, 3))
 

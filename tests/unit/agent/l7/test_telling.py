@@ -22,6 +22,7 @@ from agent.logfiles import LogFile
 from agent.model import Backend, Gateway, GatewayListener, Retry, RouteMatch, Snapshot
 from agent.observability import ALL, AccessLogs, Marks, Telemetry, Tracing
 from tests import otlp
+from tests.ports import free_ports
 from tests.unit.agent.l7 import harness
 
 CALLER = harness.workload("caller", "10.0.0.1", account="front")
@@ -79,7 +80,7 @@ def model(entry: int, target: int, collector: int, *telemetry: Telemetry) -> Sna
 
 
 def through(directory: Path, work: Callable[[Asked], None], *telemetry: Telemetry) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     log, failures = directory / "requests.log", iter(range(1000))
     spans: list[dict[str, Any]] = []
 

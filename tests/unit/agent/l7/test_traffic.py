@@ -37,6 +37,7 @@ from agent.traffic import (
     RateLimit,
     TrafficPolicy,
 )
+from tests.ports import free_ports
 from tests.unit.agent.l7 import harness
 from tests.unit.agent.l7.harness import Answer
 
@@ -196,7 +197,7 @@ def through_envoy(
     directory: Path, what: TrafficPolicy, targets: dict[str, int], work: Callable[[int], Any], retry: Retry | None = None
 ) -> tuple[Any, dict[str, int]]:
     """What `work(port)` returns while a real Envoy serves the port, and Envoy's counters afterwards. A server is an endpoint of `web`."""
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     what = dataclasses.replace(what, targets=(("default/web", entry), ("default/backend", 80)))
     pods = [
         harness.workload(name, "127.0.0.1", backing={"default/web": {entry: port}, "default/backend": {80: port}})
@@ -469,7 +470,7 @@ def test_another_node_of_the_zone_takes_over_when_the_near_endpoint_fails(tmp_pa
         time.sleep(5 * traffic.MERGE_MS / 1000)
         return before, first + [harness.request(port).name for _ in range(20)]
 
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     with servers(near=near, far=plain) as targets:
         pods = [
             dataclasses.replace(harness.workload(name, "127.0.0.1", backing={"default/web": {entry: port}}), node=node)

@@ -14,6 +14,7 @@ from agent.l7.resources import Resource, Resources
 from agent.l7.snapshot import tracing
 from agent.l7.tunnel_log import TunnelRecord
 from agent.l7.xds import XdsServer
+from tests.ports import free_ports
 from tests.unit.agent.l7 import harness
 from tests.unit.agent.l7.harness import TRUST_DOMAIN
 from tests.unit.agent.l7.test_hbone import FAR, ROOT, credentials, resources, scene, secret, spiffe_id
@@ -47,7 +48,7 @@ def records(
     """What the caller's and the receiver's Envoy say of one request from "near" to "far"."""
 
     async def scenario() -> tuple[list[TunnelRecord], list[TunnelRecord]]:
-        port = harness.free_ports(1)[0]
+        port = free_ports(1)[0]
         with harness.http_server("far", FAR) as server:
             snapshot = scene(port, server.server_address[1])
             near: list[TunnelRecord] = []

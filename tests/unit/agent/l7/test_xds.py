@@ -19,6 +19,7 @@ from agent.l7.resources import Resource, Resources, pack
 from agent.l7.snapshot import Builder, build
 from agent.model import Backend, HeaderEdit, Snapshot
 from agent.traffic import Limits, TrafficPolicy
+from tests.ports import free_ports
 from tests.unit.agent.l7 import harness
 from tests.unit.agent.l7.scripted import got, serving, some
 
@@ -379,7 +380,7 @@ def web(entry: int, target: int, *, header: str) -> Resources:
 
 
 def test_envoy_survives_the_agent_and_the_next_agent_changes_only_what_differs(tmp_path: Path) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     settings = harness.config(tmp_path)
 
     async def agent(resources: Resources) -> tuple[int | None, dict[str, int], set[str]]:
@@ -403,7 +404,7 @@ def test_envoy_survives_the_agent_and_the_next_agent_changes_only_what_differs(t
 
 
 def test_a_listener_that_envoy_refuses_leaves_the_last_good_one_and_the_others_in_force(tmp_path: Path) -> None:
-    entry, other = harness.free_ports(2)
+    entry, other = free_ports(2)
 
     async def scenario() -> None:
         async with harness.waypoint(harness.config(tmp_path)) as (server, envoy):
@@ -426,7 +427,7 @@ def test_a_listener_that_envoy_refuses_leaves_the_last_good_one_and_the_others_i
 
 def test_a_new_service_is_never_answered_by_a_cluster_that_is_not_there_yet(tmp_path: Path) -> None:
     """Make before break, seen from a client that asks all the time while backends are swapped."""
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     statuses: list[int] = []
 
     def between(target: int, name: str) -> Resources:
@@ -464,7 +465,7 @@ def test_a_new_service_is_never_answered_by_a_cluster_that_is_not_there_yet(tmp_
 
 
 def test_routes_change_while_a_cluster_changes_whenever_envoy_has_taken_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     services = [harness.service("web", "127.0.0.1", entry), harness.service("v", "10.96.0.9", 80, waypoint=False)]
     builder, statuses = Builder("", harness.TRUST_DOMAIN), set[int]()
 
@@ -509,7 +510,7 @@ def test_routes_change_while_a_cluster_changes_whenever_envoy_has_taken_it(tmp_p
 @pytest.mark.parametrize("seed", [1, 2])
 def test_clusters_that_come_go_and_change_faster_than_envoy_takes_them_are_never_without_endpoints(tmp_path: Path, seed: int) -> None:
     """Else Envoy waits 15 s for endpoints that do not come, and everything after them with it; then it goes on without any."""
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     chance = random.Random(seed)  # noqa: S311
     backends = tuple(f"default/v{i}" for i in range(4))
     services = [

@@ -18,6 +18,7 @@ from agent.l7.snapshot import build
 from agent.l7.xds import XdsServer
 from agent.model import Backend
 from agent.traffic import Limits, TrafficPolicy
+from tests.ports import free_ports
 from tests.unit.agent.l7 import harness
 from tests.unit.agent.l7.scripted import Client, got, serving, some
 
@@ -75,7 +76,7 @@ def test_who_comes_back_gets_endpoints_again_because_a_cluster_may_wait_for_them
 
 @pytest.mark.parametrize("dies", ["before the change", "before the endpoints"])
 def test_a_cluster_that_changed_while_the_agent_was_away_is_used_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: str) -> None:
-    [entry] = harness.free_ports(1)
+    [entry] = free_ports(1)
     settings, update = harness.config(tmp_path), xds._Stream._update
 
     async def scenario(target: int) -> None:
@@ -180,7 +181,7 @@ def test_what_envoy_may_have_taken_of_a_refused_response_is_set_right(
 
 def test_a_listener_of_a_refused_response_that_nobody_wants_any_more_goes(tmp_path: Path) -> None:
     """With a real Envoy, which takes the good ones of a response that it refuses."""
-    entry, other = harness.free_ports(2)
+    entry, other = free_ports(2)
 
     def listener(of: Resources, name: str, port: int) -> listener_pb2.Listener:
         found: listener_pb2.Listener = harness.decoded(of, names.LISTENER, "outbound/default/caller")
