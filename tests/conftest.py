@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections import Counter
 
 import pytest
 from hypothesis import settings
@@ -21,6 +22,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:  # n
     timer = threading.Timer(_PATIENCE_S, _end, (int(exitstatus),))
     timer.daemon = True
     timer.start()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say why tests were skipped, a line for each reason: a line for each test (`-rs`) buries those that failed."""
+    reasons = Counter(str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.line(f"{count} {reason.replace('Skipped', 'skipped', 1)}")
 
 
 def _end(status: int) -> None:

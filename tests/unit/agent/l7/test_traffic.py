@@ -262,27 +262,38 @@ def test_round_robin_takes_turns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "least", "most"),
     [
-        pytest.param(Balancing.LEAST_REQUEST, 0.0, 0.3, id="least-request"),
-        pytest.param(Balancing.RANDOM, 0.35, 0.65, id="random"),  # 4.5 standard deviations of 230
+        # Two draws of two: the busy one is chosen only if both draws are it. Bounds are 5 standard deviations and more from 0.25 and from 0.5.
+        pytest.param(Balancing.LEAST_REQUEST, 0.0, 0.375, id="least-request"),
+        pytest.param(Balancing.RANDOM, 0.375, 0.625, id="random"),
     ],
 )
 def test_a_slow_endpoint_is_asked_less_by_who_looks_at_what_is_under_way(
     tmp_path: Path, kind: Balancing, least: float, most: float
 ) -> None:
     """Least request is what comes nearest to balancing by latency: requests under way are the rate times the time that each takes (Little's law)."""
+    go_on = threading.Event()
+    held = threading.Semaphore(0)
 
-    def slow(_: BaseHTTPRequestHandler) -> int:
-        time.sleep(0.1)
+    def slow(request: BaseHTTPRequestHandler) -> int:
+        if "x-slow" in request.headers:
+            held.release()
+            go_on.wait()
         return 200
 
     def work(port: int) -> Counter[str]:
-        with ThreadPoolExecutor(10) as pool:
-            return Counter(answer.name for answer in pool.map(lambda _: harness.request(port), range(230)))
+        with ThreadPoolExecutor(100) as pool:
+            try:
+                for _ in range(3):  # requests under way at the slow one, however long it takes to find it
+                    while not held.acquire(timeout=0.2):
+                        pool.submit(harness.request, port, headers={"x-slow": "yes"})
+                return Counter(harness.request(port).name for _ in range(400))
+            finally:
+                go_on.set()
 
     with servers(quick=plain, slow=slow) as targets:
         found, _ = through_envoy(tmp_path, policy(balancing=LoadBalancing(kind)), targets, work)
-    assert found.total() == 230
-    assert least <= found["slow"] / 230 <= most, found
+    assert found.total() == 400
+    assert least <= found["slow"] / 400 <= most, found
 
 
 @pytest.mark.parametrize(
