@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 
 RETRY_S: Final = 5.0
 _NAMED: Final = 20
+_PROBLEM: Final = "tunnels of peers that are not believed any more may go on"
 
 
 class Waypoint(NamedTuple):
@@ -115,19 +116,22 @@ class Distrust:
             await self._wanted.wait()
             self._wanted.clear()
             try:
-                await self._look()
-                self.problem = self._left
+                reason = await self._look()
             except (MeshError, OSError) as error:
-                self.problem = f"tunnels of peers that are not believed any more may go on: {error}"
-                _log.error(self.problem)
+                reason = str(error)
+            before, self.problem = self.problem, f"{_PROBLEM}: {reason}: the agent tries again" if reason else ""
+            if reason:
+                if self.problem != before:
+                    _log.error(self.problem)
                 await asyncio.sleep(RETRY_S)
                 self._wanted.set()
 
-    async def _look(self) -> None:
+    async def _look(self) -> str:
+        """Why not all could be looked at; "" if they were."""
         self._known, self._believed, self._bad = {}, set(), {}
         if self._reasons == Reasons():
             await self._waypoint.configure()
-            return
+            return ""
         self._left, heard = "", False
         self._waypoint.ask(True)
         configuring = asyncio.ensure_future(self._waypoint.configure())
@@ -138,9 +142,7 @@ class Distrust:
                     if bad:
                         await asyncio.to_thread(self._close, bad)
                 if not heard and not self.problem:
-                    self.problem = (
-                        "tunnels of peers that are not believed any more may go on: Envoy does not answer; if it is gone, so are they"
-                    )
+                    self.problem = f"{_PROBLEM}: Envoy does not answer; if it is gone, so are they"
                     _log.error(self.problem)
             if self._reasons.roots:
                 await asyncio.to_thread(self._close_silent)
@@ -149,9 +151,10 @@ class Distrust:
             configuring.cancel()
             self._waypoint.ask(False)
         self._known, self._believed = {}, set()
-        if not self._wanted.is_set():
+        if not self._left and not self._wanted.is_set():
             self._reasons = Reasons()
             self._store()
+        return self._left
 
     def _close(self, bad: dict[tuple[str, str, str], str]) -> None:
         for path in self._namespaces():
@@ -177,8 +180,7 @@ class Distrust:
                 if self.closed <= _NAMED:
                     _log.warning("a tunnel was closed: its peer is not believed any more", extra={"connection": str(one), "reason": reason})
         except (KernelRefused, OSError) as error:  # the other namespaces are looked at
-            self._left = f"tunnels of peers that are not believed any more go on: {error}; restart their pods"
-            _log.error(self._left)
+            self._left = f"{error}; restart their pods"
 
     def _store(self) -> None:
         content = {
