@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -31,10 +32,9 @@ def run_beside(work: Coroutine[Any, Any, object], scenario: Callable[[], Awaitab
     asyncio.run(both())
 
 
-async def until(condition: Callable[[], object]) -> None:
-    """Wait for what has no event to await; fails after 20 s."""
-    for _ in range(4000):
-        if condition():
-            return
+async def until(condition: Callable[[], object], limit_s: float = 30.0) -> None:
+    """Wait for what has no event to await; AssertionError if it does not come true in time."""
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, f"not true within {limit_s} s"
         await asyncio.sleep(0.005)
-    raise AssertionError("it did not happen within 20 s")

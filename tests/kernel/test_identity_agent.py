@@ -11,8 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pytest
 
 from lab import cgroup, mounts
 from lab import netns as lab_netns
+from tests.kernel.shop import takes
 from tests.kernel.test_workload_identity import calling, entering
 from tests.ports import free_ports
 
@@ -46,7 +46,7 @@ class Machine:
             "--join-listen", f"127.0.0.1:{self.join_port}", "--ca-directory", top / "ca",
         )  # fmt: skip
         self.places = ["--run-dir", top / "run", "--state-dir", top / "state", "--pin-dir", top / "bpf" / "m", "--cgroup", place]
-        wait((top / "ca" / "trust.json").exists)
+        takes((top / "ca" / "trust.json").exists, 40)
         (top / "token").write_text(self.said("mesh-controller", "token", "create", "--ca-directory", top / "ca", "--node", "n1"))
         self.agent = self.start_agent()
 
@@ -97,13 +97,6 @@ class Machine:
             process.wait(20)
 
 
-def wait(condition: Callable[[], object], seconds: float = 40) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
 def real() -> Iterator[Machine]:
     name = f"meshid-{secrets.token_hex(4)}"
@@ -133,7 +126,7 @@ def real() -> Iterator[Machine]:
 
 
 def test_a_node_joins_and_its_workload_gets_its_identity_from_the_kernel(real: Machine) -> None:
-    wait(real.serial)
+    takes(real.serial, 40)
     found = real.identities()
     assert (found["mode"], found["connected"], found["node"]["problem"]) == ("on", True, "")
     assert real.call(inside=True)["id"] == CART
@@ -143,20 +136,20 @@ def test_a_node_joins_and_its_workload_gets_its_identity_from_the_kernel(real: M
 
 
 def test_a_restart_while_the_controller_is_away_keeps_the_identity(real: Machine) -> None:
-    wait(real.serial)
+    takes(real.serial, 40)
     before = real.serial()
     real.controller.kill()
     real.agent.kill()
     real.agent.wait()
     real.agent = real.start_agent()
-    wait(real.serial)
+    takes(real.serial, 40)
     assert real.serial() == before
     assert real.call(inside=True)["id"] == CART
     assert real.identities()["connected"] is False
 
 
 def test_the_key_is_in_one_file_that_only_root_may_read_and_the_process_leaves_no_core(real: Machine) -> None:
-    wait(real.serial)
+    takes(real.serial, 40)
     file = real.top / "run" / "identity" / "svids.json"
     assert file.stat().st_mode & 0o777 == 0o600
     key = json.loads(file.read_bytes())["svids"]["shop/cart"]["key"]

@@ -22,7 +22,8 @@ from agent.identity.service import Identity
 from agent.identity.workload_api import WorkloadApi
 from agent.model import LocalWorkload
 from lab import netns as lab_netns
-from tests.unit.agent.identity.signer import TRUST_DOMAIN, Signer, spiffe_id, until, workload
+from tests.tasks import until
+from tests.unit.agent.identity.signer import TRUST_DOMAIN, Signer, spiffe_id, workload
 
 # The package's dependency `pem` imports OpenSSL if it finds it, and Debian's does not go with the pinned cryptography.
 CLIENT = """

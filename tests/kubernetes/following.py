@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from controller.mesh import Mesh
 from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
 from tests.kubernetes.manifest import OWN
+from tests.tasks import until
 
 
 @asynccontextmanager
@@ -38,15 +39,6 @@ async def following(plane: ControlPlane, user: str = "admin") -> AsyncIterator[M
     """The mesh of a controller that reads the API server as a user."""
     async with reading(Api.connect(plane.kubeconfig(user))) as mesh:
         yield mesh
-
-
-async def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    """Wait for what has no event to await."""
-    for _ in range(int(seconds / 0.02)):
-        if condition():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("it did not happen in time")
 
 
 def found(mesh: Mesh, name: str) -> pb.Workload | None:

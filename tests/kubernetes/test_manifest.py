@@ -8,10 +8,11 @@ import pytest
 
 from controller.documents import parse
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.following import conditions, until, writing
+from tests.kubernetes.following import conditions, writing
 from tests.kubernetes.install import CHART, HELM
 from tests.kubernetes.manifest import ACCOUNT, FULL, HOLDING, MANIFEST, OWN, grant, objects
 from tests.kubernetes.samples import namespace, policy
+from tests.tasks import until
 
 
 def test_the_manifest_is_accepted(plane: ControlPlane) -> None:

@@ -17,9 +17,10 @@ import pytest
 from controller.documents import parse
 from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.following import following, until
+from tests.kubernetes.following import following
 from tests.kubernetes.install import HELM
 from tests.kubernetes.manifest import HOLDING, MANIFEST, OWN
+from tests.tasks import until
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "quickstart.md"

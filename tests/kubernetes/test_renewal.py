@@ -26,11 +26,10 @@ from agent.identity.service import Identity
 from agent.model import LocalWorkload, Workload
 from agent.report import as_json
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.following import until
 from tests.kubernetes.manifest import OWN
 from tests.kubernetes.replicas import Replica, Replicas, replicas, workload
 from tests.kubernetes.samples import namespace
-from tests.tasks import beside
+from tests.tasks import beside, until
 from tests.unit.controller.identity.authorities import make
 
 pytestmark = pytest.mark.anyio

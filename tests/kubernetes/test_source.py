@@ -14,8 +14,9 @@ from controller.kubernetes import reflector
 from controller.kubernetes.api import Api
 from controller.kubernetes.source import KubernetesSource
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.following import following, found, until
+from tests.kubernetes.following import following, found
 from tests.kubernetes.samples import namespace, pod, policy, running, service
+from tests.tasks import until
 
 pytestmark = pytest.mark.anyio
 

@@ -15,9 +15,10 @@ from controller.kubernetes import access
 from controller.kubernetes.api import Api, Unreachable
 from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.following import action, found, reading, told, until
+from tests.kubernetes.following import action, found, reading, told
 from tests.kubernetes.manifest import OWN, grant
 from tests.kubernetes.samples import namespace, pod, policy
+from tests.tasks import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quick")]
 

@@ -13,9 +13,10 @@ import pytest
 from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
 from tests.kubernetes.definitions import CRD, FILE, install, older, soon
-from tests.kubernetes.following import action, following, told, until
+from tests.kubernetes.following import action, following, told
 from tests.kubernetes.manifest import ACCOUNT, OWN, grant, objects
 from tests.kubernetes.samples import namespace, policy
+from tests.tasks import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quick")]
 

@@ -11,9 +11,10 @@ import pytest
 from controller.mesh import Mesh
 from tests import tokens
 from tests.kubernetes.controlplane import ControlPlane, Failed
-from tests.kubernetes.following import conditions, following, found, started, told, until, writing
+from tests.kubernetes.following import conditions, following, found, started, told, writing
 from tests.kubernetes.manifest import ACCOUNT, OWN, grant
 from tests.kubernetes.samples import namespace, pod, policy, running, service
+from tests.tasks import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quick")]
 MODE, DEFAULT = "meshagent.io/mode", "meshagent.io/default-policy"

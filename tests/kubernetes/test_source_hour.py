@@ -18,9 +18,10 @@ from controller.kubernetes.api import Api
 from meshapi import discovery_pb2 as pb
 from meshapi.join import AUDIENCE
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.following import action, conditions, found, reading, told, until, writing
+from tests.kubernetes.following import action, conditions, found, reading, told, writing
 from tests.kubernetes.manifest import ACCOUNT, OWN, grant, objects
 from tests.kubernetes.samples import namespace, pod, policy
+from tests.tasks import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quick")]
 AGENT, CONTROLLER = "meshagent-agent", "meshagent-controller"

@@ -15,9 +15,10 @@ from controller.kubernetes import lastgood, lease, reflector, status
 from controller.objects import Key
 from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.following import action, following, found, got, kept, started, told, until, writing, written
+from tests.kubernetes.following import action, following, found, got, kept, started, told, writing, written
 from tests.kubernetes.manifest import ACCOUNT, OWN, grant
 from tests.kubernetes.samples import namespace, pod, policy, service
+from tests.tasks import until
 
 pytestmark = pytest.mark.anyio
 BAD = {"meshagent.io/dry-run": "perhaps"}

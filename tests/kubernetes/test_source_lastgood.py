@@ -13,9 +13,10 @@ from controller.objects import Key
 from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
 from tests.kubernetes.definitions import CRD, install, older, soon
-from tests.kubernetes.following import Writing, action, conditions, kept, started, told, until, writing, written
+from tests.kubernetes.following import Writing, action, conditions, kept, started, told, writing, written
 from tests.kubernetes.manifest import ACCOUNT, OWN, grant, objects
 from tests.kubernetes.samples import namespace, policy
+from tests.tasks import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quick")]
 BAD = {"meshagent.io/dry-run": "perhaps"}

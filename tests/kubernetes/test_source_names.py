@@ -18,10 +18,11 @@ from agent.l7.snapshot import build
 from agent.model import Snapshot, decode
 from controller.mesh import Mesh
 from tests.kubernetes.controlplane import ControlPlane, Failed
-from tests.kubernetes.following import conditions, following, found, until, writing
+from tests.kubernetes.following import conditions, following, found, writing
 from tests.kubernetes.manifest import OWN
 from tests.kubernetes.replicas import replicas
 from tests.kubernetes.samples import namespace, pod, policy, running
+from tests.tasks import until
 from tests.unit.agent.l7 import harness
 
 pytestmark = pytest.mark.anyio

@@ -10,9 +10,10 @@ import pytest
 
 from meshapi import discovery_pb2 as pb
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.following import action, conditions, following, until, writing
+from tests.kubernetes.following import action, conditions, following, writing
 from tests.kubernetes.manifest import ACCOUNT, OWN, grant, objects
 from tests.kubernetes.samples import namespace, policy
+from tests.tasks import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quick")]
 

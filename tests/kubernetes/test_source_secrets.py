@@ -16,9 +16,10 @@ from controller.kubernetes.source import KubernetesSource
 from controller.mesh import Mesh
 from controller.objects import Key
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.following import following, until
+from tests.kubernetes.following import following
 from tests.kubernetes.manifest import ACCOUNT, FULL, OWN, RIGHTS
 from tests.kubernetes.samples import SIGNER, namespace, pod, secret
+from tests.tasks import until
 
 pytestmark = pytest.mark.anyio
 GATEWAY_API = "gateway.networking.k8s.io"

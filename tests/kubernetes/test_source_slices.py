@@ -9,8 +9,9 @@ import pytest
 
 from controller.mesh import Mesh
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.following import following, found, until
+from tests.kubernetes.following import following, found
 from tests.kubernetes.samples import namespace, pod, running
+from tests.tasks import until
 
 pytestmark = pytest.mark.anyio
 OUTSIDE = "203.0.113.7"

@@ -10,9 +10,10 @@ import pytest
 
 from controller.kubernetes.part import LEASE
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.following import Writing, conditions, got, until, writing
+from tests.kubernetes.following import Writing, conditions, got, writing
 from tests.kubernetes.manifest import OWN
 from tests.kubernetes.samples import namespace, pod, policy, service
+from tests.tasks import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quick")]
 

@@ -11,9 +11,10 @@ import pytest
 from controller.gateways import CONTROLLER, LABEL
 from controller.kubernetes import status
 from tests.kubernetes.controlplane import ControlPlane
-from tests.kubernetes.following import got, until, writing
+from tests.kubernetes.following import got, writing
 from tests.kubernetes.manifest import OWN
 from tests.kubernetes.samples import API, listener, namespace, pod, running, service
+from tests.tasks import until
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("quick")]
 BEFORE = "2026-01-01T00:00:00Z"

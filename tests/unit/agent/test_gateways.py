@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import pytest
 from agent import netns
 from agent.config import Config
 from agent.gateways import GatewayCertificates, read
-from tests.tasks import beside
+from tests.tasks import beside, until
 from tests.unit.controller.harness import serve
 from tests.unit.controller.test_gateways import GOOD, HTTPS, WORKLOAD, Signer, gateway, secret
 
@@ -35,13 +34,6 @@ def config(tmp_path: Path, *, on_disk: bool = True) -> Config:
     return Config(
         node="n1", controller=f"unix:{tmp_path}/c.sock", cgroup=cgroup, run_dir=run, state_dir=tmp_path / "state", keys_on_disk=on_disk
     )
-
-
-async def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager

@@ -302,13 +302,3 @@ class Signer(identity_pb2_grpc.JoinServicer, identity_pb2_grpc.IdentityServicer)
         files = TlsFiles(directory / "ca.pem", directory / "own.pem", directory / "own.key")
         settings: dict[str, Any] = {"tls": files, "trust_domain": TRUST_DOMAIN, **changes}
         return Config(NODE, f"127.0.0.1:{self.port}", run_dir=run_dir, state_dir=run_dir / "state", **settings)
-
-
-async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    """Wait for what nothing announces."""
-
-    async def poll() -> None:
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.002)
-
-    await asyncio.wait_for(poll(), seconds)

@@ -28,7 +28,7 @@ from controller.identity.operator import Intermediate
 from controller.main import main
 from meshapi import workload_pb2 as pb
 from meshapi import workload_pb2_grpc
-from tests.unit.agent.identity.signer import until
+from tests.tasks import until
 from tests.unit.controller.identity.authorities import make
 from tests.unit.controller.identity.harness import DOMAIN, World, world
 

@@ -28,7 +28,8 @@ from agent.l7.envoy import _get
 from agent.l7.resources import Resources, pack, packed
 from agent.l7.xds import XdsServer
 from tests.ports import free_ports
-from tests.unit.agent.identity.signer import TRUST_DOMAIN, Signer, local, spiffe_id, until
+from tests.tasks import until
+from tests.unit.agent.identity.signer import TRUST_DOMAIN, Signer, local, spiffe_id
 from tests.unit.agent.l7.harness import config, waypoint
 
 TRUSTED = f"spiffe://{TRUST_DOMAIN}"

@@ -30,7 +30,8 @@ from agent.identity.service import Identity
 from agent.identity.trust import jwks
 from agent.report import encode
 from controller.identity import command
-from tests.unit.agent.identity.signer import NODE, TRUST_DOMAIN, JwtKey, Root, Signer, local, spiffe_id, until, workload
+from tests.tasks import until
+from tests.unit.agent.identity.signer import NODE, TRUST_DOMAIN, JwtKey, Root, Signer, local, spiffe_id, workload
 
 
 class Hands:

@@ -30,7 +30,8 @@ from agent.identity.workload_api import WorkloadApi
 from agent.model import LocalWorkload
 from meshapi import workload_pb2 as pb
 from meshapi import workload_pb2_grpc
-from tests.unit.agent.identity.signer import TRUST_DOMAIN, Signer, local, spiffe_id, until
+from tests.tasks import until
+from tests.unit.agent.identity.signer import TRUST_DOMAIN, Signer, local, spiffe_id
 
 HEADER = (("workload.spiffe.io", "true"),)
 OWN = Path("/proc/self/ns/net")

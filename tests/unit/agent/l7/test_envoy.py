@@ -22,20 +22,12 @@ from agent.l7.bootstrap import bootstrap
 from agent.l7.envoy import Envoy, find, stop
 from agent.l7.xds import XdsServer
 from agent.process import Process, end
-from tests.tasks import beside
+from tests.tasks import beside, until
 from tests.unit.agent.l7 import harness
 
 _MONITORS = "type.googleapis.com/envoy.extensions.resource_monitors."
 HEAP = _MONITORS + "fixed_heap.v3.FixedHeapConfig"
 CONNECTIONS = _MONITORS + "downstream_connections.v3.DownstreamConnectionsConfig"
-
-
-async def until(holds: Callable[[], bool], envoy: Envoy) -> None:
-    for _ in range(400):
-        if holds():
-            return
-        await asyncio.sleep(0.025)
-    raise AssertionError(envoy.state)
 
 
 def supervised(directory: Path, work: Callable[[Envoy], Awaitable[None]], **changes: int | str) -> None:
@@ -58,7 +50,7 @@ def supervised(directory: Path, work: Callable[[Envoy], Awaitable[None]], **chan
 
 def test_it_starts_becomes_ready_and_is_restarted_at_once_when_it_dies(tmp_path: Path) -> None:
     async def work(envoy: Envoy) -> None:
-        await until(lambda: envoy.state.ready, envoy)
+        await until(lambda: envoy.state.ready)
         first = envoy.state.pid
         assert first is not None
         assert envoy.state.version == "1.40.0"
@@ -67,7 +59,7 @@ def test_it_starts_becomes_ready_and_is_restarted_at_once_when_it_dies(tmp_path:
         for name in ("envoy-admin.sock", "envoy-bootstrap.json", "envoy.json", "envoy.log"):
             assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600, name
         os.kill(first, signal.SIGKILL)
-        await until(lambda: envoy.state.ready and envoy.state.pid != first, envoy)
+        await until(lambda: envoy.state.ready and envoy.state.pid != first)
         assert envoy.state.restarts == 1
 
     (tmp_path / "cgroup/meshagent-waypoint").mkdir(parents=True)
@@ -89,13 +81,13 @@ def test_an_agent_that_comes_back_is_found_soon_however_often_it_was_away(tmp_pa
         envoy, took = Envoy(settings), []
         try:
             async with beside(envoy.run()):
-                await until(lambda: envoy.state.ready, envoy)
+                await until(lambda: envoy.state.ready)
                 for away in (0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 4):
                     await server.stop()
                     await asyncio.sleep(away)
                     await server.start()
                     started = time.monotonic()
-                    await until(lambda: server.state.connected, envoy)
+                    await until(lambda: server.state.connected)
                     took.append(time.monotonic() - started)
                     assert await server.wait_acked(5)
         finally:
@@ -113,7 +105,7 @@ def test_an_envoy_with_another_configuration_is_replaced(tmp_path: Path) -> None
     pids: list[int | None] = []
 
     async def work(envoy: Envoy) -> None:
-        await until(lambda: envoy.state.ready, envoy)
+        await until(lambda: envoy.state.ready)
         pids.append(envoy.state.pid)
 
     (tmp_path / "cgroup/meshagent-waypoint").mkdir(parents=True)
@@ -132,7 +124,7 @@ def test_another_envoy_at_the_same_path_takes_the_place_of_the_running_one(tmp_p
     program = tmp_path / "envoy"
 
     async def work(envoy: Envoy) -> None:
-        await until(lambda: envoy.state.ready, envoy)
+        await until(lambda: envoy.state.ready)
         pids.append(envoy.state.pid)
 
     (tmp_path / "cgroup/meshagent-waypoint").mkdir(parents=True)
@@ -214,7 +206,7 @@ def test_an_envoy_whose_cgroup_can_have_no_limit_runs_with_that_of_its_heap_and_
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def work(envoy: Envoy) -> None:
-        await until(lambda: envoy.state.ready, envoy)
+        await until(lambda: envoy.state.ready)
 
     try:
         supervised(tmp_path, work, envoy_memory=256 << 20)
@@ -248,20 +240,20 @@ def test_it_leaves_no_core_dump_however_much_its_starter_allows(tmp_path: Path, 
     resource.setrlimit(resource.RLIMIT_CORE, (before[1], before[1]))
 
     async def allow(envoy: Envoy) -> None:
-        await until(lambda: envoy.state.ready, envoy)
+        await until(lambda: envoy.state.ready)
         assert envoy.state.pid is not None
         if may_raise():
             resource.prlimit(envoy.state.pid, resource.RLIMIT_CORE, (most, most))  # as one that an agent before this one started
 
     async def crash(envoy: Envoy) -> None:
-        await until(lambda: envoy.state.ready, envoy)
+        await until(lambda: envoy.state.ready)
         pid = envoy.state.pid
         assert pid is not None
         assert resource.prlimit(pid, resource.RLIMIT_CORE) == ((1, 1) if could else (0, 0))
         directory = _directory_of(pid)
         cores = _cores(directory)
         os.kill(pid, signal.SIGSEGV)
-        await until(lambda: envoy.state.restarts == 1, envoy)
+        await until(lambda: envoy.state.restarts == 1)
         assert _cores(directory) == cores
 
     try:
@@ -275,7 +267,7 @@ def test_it_leaves_no_core_dump_however_much_its_starter_allows(tmp_path: Path, 
 
 def test_what_was_never_counted_is_not_among_the_counters_and_takes_no_memory(tmp_path: Path) -> None:
     async def work(envoy: Envoy) -> None:
-        await until(lambda: envoy.state.ready, envoy)
+        await until(lambda: envoy.state.ready)
         found = await envoy.stats("cluster")
         assert "cluster.meshagent-xds.upstream_cx_total" in found
         assert bootstrap("n", tmp_path / "x", tmp_path / "a")["deferred_stat_options"] == {"enable_deferred_creation_stats": True}

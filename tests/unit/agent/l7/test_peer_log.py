@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from agent.l7.snapshot import tracing
 from agent.l7.xds import XdsServer
 from tests import hbone as peer
 from tests.ports import free_ports
+from tests.tasks import until
 from tests.unit.agent.l7 import harness
 from tests.unit.agent.l7.test_hbone import FAR, ROOT, credentials, resources, scene, secret, spiffe_id
 
@@ -34,14 +35,6 @@ async def envoy(directory: Path, account: str, built: Resources, seen: list[Show
         xds.set_secrets(secret(account))
         await harness.applied(xds, {**built, **tracing(frozenset())})
         yield xds
-
-
-async def until(condition: Callable[[], object], timeout_s: float = 5) -> None:
-    for _ in range(int(timeout_s / 0.02)):
-        if condition():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("not within the time")
 
 
 def test_both_ends_name_the_tunnels_with_streams_and_what_was_shown(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from agent import causes
@@ -15,6 +15,7 @@ from agent.l7.snapshot import tracing
 from agent.l7.tunnel_log import TunnelRecord
 from agent.l7.xds import XdsServer
 from tests.ports import free_ports
+from tests.tasks import until
 from tests.unit.agent.l7 import harness
 from tests.unit.agent.l7.harness import TRUST_DOMAIN
 from tests.unit.agent.l7.test_hbone import FAR, ROOT, credentials, resources, scene, secret, spiffe_id
@@ -32,14 +33,6 @@ async def envoy(
         xds.set_secrets(own)
         await harness.applied(xds, {**built, **tracing(traced, received=traced)})
         yield xds
-
-
-async def until(condition: Callable[[], object], timeout_s: float = 5) -> None:
-    for _ in range(int(timeout_s / 0.02)):
-        if condition():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("not within the time")
 
 
 def records(
