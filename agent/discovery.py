@@ -179,9 +179,9 @@ class Discovery:
         config: Config,
         apply: Callable[[Snapshot], Awaitable[None]],
         wireguard: Callable[[], pb.WireGuard | None] = lambda: None,
-        beside: Callable[[grpc.aio.Channel], Coroutine[Any, Any, None]] | None = None,
+        beside: Collection[Callable[[grpc.aio.Channel], Coroutine[Any, Any, None]]] = (),
     ) -> None:
-        """`wireguard` says at the begin of each stream how others reach this node; None: not over WireGuard. `beside` runs while there is a connection."""
+        """`wireguard` says at the begin of each stream how others reach this node; None: not over WireGuard. `beside` run while there is a connection."""
         if config.tls is None and not config.controller.startswith("unix:"):
             raise EnvironmentUnfit(
                 f"controller {config.controller} is reached over TCP, which needs credentials: give the CA, certificate and key, or a unix: target"
@@ -299,7 +299,7 @@ class Discovery:
         async with await dial(self._config) as channel:
             stream: Any = channel.stream_stream(_STREAM, response_deserializer=pb.DiscoveryResponse.FromString)
             call = stream()
-            beside = asyncio.create_task(self._beside(channel)) if self._beside else None
+            beside = [asyncio.create_task(work(channel)) for work in self._beside]
             try:
                 await call.write(await asyncio.to_thread(lambda: self._held.request(self._config.node, self._wireguard())))
                 first, self._channel_now = True, channel
@@ -311,14 +311,9 @@ class Discovery:
             finally:
                 self._channel_now = None
                 call.cancel()
-                if beside is not None:
-                    beside.cancel()
-                    await asyncio.gather(beside, return_exceptions=True)
-
-    @property
-    def channel(self) -> grpc.aio.Channel | None:
-        """The connection to the controller while it serves this node; None while it is away."""
-        return self._channel_now
+                for task in beside:
+                    task.cancel()
+                await asyncio.gather(*beside, return_exceptions=True)
 
     async def report_tunnels(self, workloads: Collection[str]) -> str:
         """Tell the controller that callers are served at the ends of tunnels of these workloads of this node; return why it does not know now, or nothing."""

@@ -71,10 +71,9 @@ class _Limits:
 class Quotas(rlqs_pb2_grpc.RateLimitQuotaServiceServicer):  # type: ignore[misc,unused-ignore]
     """See the module. Belongs to the event loop."""
 
-    def __init__(self, node: str, channel: Callable[[], grpc.aio.Channel | None], clock: Callable[[], float] = time.monotonic) -> None:
-        """`channel` to the controller, while there is one."""
+    def __init__(self, node: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """`run` and `follow` bring it to life."""
         self._node = node
-        self._channel = channel
         self._clock = clock
         self._limits = _Limits()
         self._traffic: Mapping[str, TrafficPolicy] | None = None
@@ -84,6 +83,7 @@ class Quotas(rlqs_pb2_grpc.RateLimitQuotaServiceServicer):  # type: ignore[misc,
         self._gone: dict[Key, tuple[int, int]] = {}
         self._news = asyncio.Event()
         self._streams: set[asyncio.Queue[rlqs_pb2.RateLimitQuotaResponse]] = set()
+        self._following = False
         self._connected = False
         self._left_at = clock()
         self._alone = False
@@ -190,35 +190,37 @@ class Quotas(rlqs_pb2_grpc.RateLimitQuotaServiceServicer):  # type: ignore[misc,
     # What the controller says
 
     async def run(self) -> None:
-        """Follow the controller for ever."""
+        """Notice, for ever, when the controller has been away for too long."""
         while True:
-            channel = self._channel()
-            if channel is not None:
+            if not self._following:
+                self._notice()
+            await asyncio.sleep(RETRY_S)
+
+    async def follow(self, channel: grpc.aio.Channel) -> None:
+        """Follow the controller over a channel. To be cancelled before that is closed: a call that is made meanwhile would wait for ever to be sent."""
+        self._following = True
+        try:
+            while True:
                 try:
-                    await self._followed(channel)
+                    await self._follow(channel)
                 except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError, OSError) as error:
                     if self._connected:
                         _log.warning("global rate limits are not shared out by the controller now", extra={"error": _reason(error)})
                 finally:
                     if self._connected:
                         self._connected, self._left_at = False, self._clock()
-            if not self._alone and self._clock() - self._left_at >= PATIENCE_S:
-                self._alone = True
-                if self._buckets:
-                    _log.warning("global rate limits: without the controller for too long, each does what its `failure` says")
-                self._give(self._alone_or_first(key) for key in self._buckets)
-            await asyncio.sleep(RETRY_S)
-
-    async def _followed(self, channel: grpc.aio.Channel) -> None:
-        """`_follow`; it looks cancelled when discovery closes the channel, which is the end of that connection and of nothing else."""
-        following = asyncio.ensure_future(self._follow(channel))
-        try:
-            await asyncio.wait({following})
+                self._notice()
+                await asyncio.sleep(RETRY_S)
         finally:
-            following.cancel()
-            (outcome,) = await asyncio.gather(following, return_exceptions=True)
-        if isinstance(outcome, Exception):  # and not CancelledError, which is none
-            raise outcome
+            self._following = False
+
+    def _notice(self) -> None:
+        if self._alone or self._clock() - self._left_at < PATIENCE_S:
+            return
+        self._alone = True
+        if self._buckets:
+            _log.warning("global rate limits: without the controller for too long, each does what its `failure` says")
+        self._give(self._alone_or_first(key) for key in self._buckets)
 
     async def _follow(self, channel: grpc.aio.Channel) -> None:
         call: Any = channel.stream_stream(_SHARE, quota_pb2.QuotaReport.SerializeToString, quota_pb2.QuotaAssignment.FromString)()

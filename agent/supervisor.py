@@ -234,8 +234,8 @@ class Supervisor:
         self._identity.load()
         self._secrets_changed()
         self._relay = Relay(config)
-        self._discovery = Discovery(config, self.apply, self._wireguard.announcement, self._relay.run)
-        self._quotas = Quotas(config.node, lambda: self._discovery.channel)
+        self._quotas = Quotas(config.node)
+        self._discovery = Discovery(config, self.apply, self._wireguard.announcement, (self._relay.run, self._quotas.follow))
         self._xds.services.append(self._quotas.serve)
         # Before anything is attached: a port that is taken must not leave a half-started agent behind.
         self._metrics = MetricsServer(

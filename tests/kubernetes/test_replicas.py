@@ -244,7 +244,7 @@ async def test_a_trace_and_a_status_reach_an_agent_through_the_replica_that_it_i
     async def apply(_: Snapshot) -> None:
         pass
 
-    discovery = Discovery(config, apply, beside=agent.run)
+    discovery = Discovery(config, apply, beside=(agent.run,))
     async with beside(place.api.run()), beside(discovery.run()), beside(Replicated(config, agent.offer, resolve).run()):
         for replica in (two.b, two.a):
             async with grpc.aio.insecure_channel(f"unix:{replica.top}/c.sock") as channel:

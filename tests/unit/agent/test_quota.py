@@ -138,10 +138,14 @@ async def node(directory: Path, one: Workload, snapshot: Snapshot, port: int, co
     await asyncio.to_thread(directory.mkdir)
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 500)]
     async with grpc.aio.insecure_channel(controller.address, options=options) as channel:
-        quotas = Quotas(one.node, lambda: channel)
+        quotas = Quotas(one.node)
         quotas.update(snapshot)
         resources = build(snapshot, [harness.local(one)], trust_domain=harness.TRUST_DOMAIN)
-        async with harness.waypoint(harness.config(directory), quotas=quotas.serve) as (server, _), beside(quotas.run()):
+        async with (
+            harness.waypoint(harness.config(directory), quotas=quotas.serve) as (server, _),
+            beside(quotas.run()),
+            beside(quotas.follow(channel)),
+        ):
             await harness.applied(server, at(resources, ADDRESSES[one.name], port))
             yield quotas
 
@@ -260,7 +264,7 @@ def used(limit: str, caller: str, allowed: int = 0, denied: int = 0) -> rlqs_pb2
 
 def alone(*limits: RateLimit, now: list[float] | None = None) -> Quotas:
     clock = now or [0.0]
-    quotas = Quotas("node-1", lambda: None, lambda: clock[0])
+    quotas = Quotas("node-1", lambda: clock[0])
     quotas.update(scene(80, 8080, *limits))
     return quotas
 
@@ -384,7 +388,7 @@ def test_without_the_controller_a_limit_does_what_its_failure_says(
     monkeypatch.setattr(part, "RETRY_S", 0.02)
 
     async def scenario() -> None:
-        quotas = Quotas("node-1", lambda: None)
+        quotas = Quotas("node-1")
         quotas.update(scene(80, 8080, RateLimit(Per.WORKLOAD, 100, 1000, 50, True, failure)))
         out: asyncio.Queue[rlqs_pb2.RateLimitQuotaResponse] = asyncio.Queue()
         quotas._streams.add(out)
@@ -411,34 +415,29 @@ def test_only_global_limits_wake_the_filter_and_each_node_has_the_whole_as_its_b
     harness.validate(resources, tmp_path)
 
 
-def test_a_channel_that_is_closed_under_it_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(part, "RETRY_S", 0.02)
-
+def test_each_connection_is_followed_until_it_is_given_up(tmp_path: Path) -> None:
     async def scenario() -> None:
-        calls: asyncio.Queue[bool] = asyncio.Queue()
+        said: asyncio.Queue[str] = asyncio.Queue()
 
         async def share(requests: Any, _: Any) -> None:
-            calls.put_nowait(True)
-            async for _ in requests:
-                pass
+            said.put_nowait("begin")
+            try:
+                async for _ in requests:
+                    pass
+            finally:
+                said.put_nowait("end")
 
         server = grpc.aio.server()
         method: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(share)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("meshagent.v1.Quotas", {"Share": method}),))
         server.add_insecure_port(f"unix:{tmp_path}/controller.sock")
         await server.start()
-        now: list[grpc.aio.Channel | None] = [None]
-        quotas = Quotas("node-1", lambda: now[0])
-        running = asyncio.create_task(quotas.run())
+        quotas = Quotas("node-1")
         for _ in range(3):
             async with grpc.aio.insecure_channel(f"unix:{tmp_path}/controller.sock") as channel:
-                now[0] = channel
-                await asyncio.wait_for(calls.get(), 10)
-            now[0] = None
-            await asyncio.sleep(0.1)
-            assert not running.done()
-        running.cancel()
-        assert isinstance((await asyncio.gather(running, return_exceptions=True))[0], asyncio.CancelledError)
+                async with beside(quotas.follow(channel)):
+                    assert await asyncio.wait_for(said.get(), 30) == "begin"
+                assert await asyncio.wait_for(said.get(), 30) == "end"
         await server.stop(0)
 
     asyncio.run(scenario())

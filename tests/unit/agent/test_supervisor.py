@@ -185,7 +185,7 @@ class Dialler(Supervisor):
         self._wireguard = cast("WireGuard", self.carrier)
         self._tunnels, self._xds = Tunnels(self._config), XdsServer(self._config.xds_socket)
         self._revocation = cast("Revocation", SimpleNamespace(changed=lambda *_: None, taken=lambda: None))
-        self._quotas = Quotas("n1", lambda: None)
+        self._quotas = Quotas("n1")
 
     async def _enforce(self, snapshot: Snapshot, enforce_inbound: frozenset[str]) -> None:  # noqa: ARG002
         if self.refused:
