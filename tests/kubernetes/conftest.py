@@ -66,17 +66,18 @@ def whole() -> Iterator[mesh.Cluster]:
 
 
 @contextmanager
-def whole_mesh(dns: str = node.DNS) -> Iterator[mesh.Cluster]:
-    """The same, whose pods ask `dns` for names."""
+def whole_mesh(dns: str = node.DNS, *, systemd: bool = False) -> Iterator[mesh.Cluster]:
+    """The same, whose pods ask `dns` for names, and have cgroups that systemd makes."""
     assets = Path(os.environ.get(ASSETS) or "/nonexistent")
     if lacking := [name for name in NEEDED if not (assets / name).exists()]:
         pytest.skip(f"no {', '.join(lacking)}: `make test-kubernetes` builds them and says so in {ASSETS}")
     top = Path(tempfile.mkdtemp(prefix="mesh-", dir="/dev/shm"))
+    cgroup2 = cgroup.mount_point() / "mesh-systemd" if systemd else cgroup.mount_point()
     try:
         with (
             own_network(),
             controlplane.running(assets, top / "plane", whole=True) as plane,
-            node.running(plane, top / "node", cgroup.mount_point(), dns=dns) as machine,
+            node.running(plane, top / "node", cgroup2, dns=dns, systemd=systemd) as machine,
         ):
             plane.install_crds()
             with mesh.running(plane, machine, top / "mesh") as found:

@@ -7,6 +7,10 @@ is as on any node.
 
 Of a whole control plane (`ControlPlane.whole`) a node also has kube-proxy, in nftables mode, and names of Services, answered by dnsmasq at an address of
 NodeLocal DNSCache's kind. Its /run/meshagent is a shared tmpfs, as all of /run is where systemd runs (mount_namespaces(7)).
+
+A node with `systemd` has one of its own, which makes all slices and scopes, as kubelet and runc ask it to. It is a user's manager, since it is not process 1;
+for those two it is the system's: it has a cgroup namespace, so that its slices are at the root, and answers at /run/systemd/private. There systemd's clients
+ask where there is no bus (github.com/coreos/go-systemd, dbus.NewWithContext), and none is at the address that they have.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from typing import Any
 from tests.kubernetes.controlplane import ControlPlane, Failed, address
 from tests.ports import free_ports
 
-PACKAGES = ("containerd", "runc", "containernetworking-plugins", "busybox-static", "curl")
+PACKAGES = ("containerd", "runc", "containernetworking-plugins", "busybox-static", "curl", "systemd")
 PAUSE, BOX = "registry.test/pause:1", "registry.test/box:1"
 APPLETS = ("sh", "httpd", "nc", "sleep", "mkdir", "cat", "touch", "ls", "true")
 """Nothing that looks up names: linked statically it ends with SIGSEGV, even for an address."""
@@ -59,6 +63,13 @@ exec "$@"
 """
 """With /run/netns of its own, too: containerd names pods' namespaces there, and leaves the names behind. What starts later enters the same namespace: kubelet
 mounts volumes there for containerd."""
+_SYSTEMD = """
+mkdir -p /run/systemd; mount -t tmpfs none /run/systemd; mkdir /run/systemd/system
+exec /lib/systemd/systemd --user --unit=init.scope
+"""
+"""The directory tells that systemd runs (sd_booted(3))."""
+_SCOPE = ("systemd-run", "--user", "--scope", "--quiet", "--slice=system.slice")
+"""What comes before a program that is to be in a cgroup of its own below systemd's root, where nothing may be: controllers are switched on there."""
 _RUNC = """#!/usr/bin/python3 -S
 import json, os, sys
 arguments = sys.argv[1:]
@@ -97,6 +108,7 @@ state = "{0}/containerd-state"
     runtime_type = "io.containerd.runc.v2"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
       BinaryName = "{0}/runc"
+      SystemdCgroup = {3}
 """
 
 
@@ -108,11 +120,13 @@ class Node:
     name: str
     directory: Path
     cgroup2: Path
-    """The machine's cgroup2 tree, with kubepods below it."""
+    """The machine's cgroup2 tree, with kubepods below it; with `systemd` a part of it, which is made and removed."""
     dns: str = DNS
     """Whom pods ask for names."""
     kubelet_cgroup: Path | None = None
     """Where the kubelet runs, as a service manager would have it; None: with everything else here."""
+    systemd: bool = False
+    """systemd makes the cgroups of pods."""
     _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _first: bool = False
     """No kubelet was here before."""
@@ -128,13 +142,27 @@ class Node:
             self._start_network()
 
     def start_containerd(self) -> None:
-        """Start containerd, and give it the images of tests."""
+        """Start containerd, and give it the images of tests; before it systemd, if there is to be one."""
+        if self.systemd:
+            self._start_systemd()
         self._run("containerd", ["containerd", "-c", str(self.directory / "containerd.toml")])
         deadline = time.monotonic() + START_S
         while self.ctr("version", check=False).returncode:
             self._alive("containerd", deadline)
         for image in sorted(self.directory.glob("*.tar")):
             self.ctr("images", "import", str(image))
+
+    def _start_systemd(self) -> None:
+        self.cgroup2.mkdir()
+        self._run("systemd", ["sh", "-ec", _SYSTEMD], self.cgroup2)
+        deadline = time.monotonic() + START_S
+        while not (self.cgroup2 / "init.scope").exists() or self.systemctl("list-units", check=False).returncode:
+            self._alive("systemd", deadline)
+
+    def systemctl(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Ask the node's systemd."""
+        command = [*self._enter(), "env", "XDG_RUNTIME_DIR=/run", "systemctl", "--user", *argv]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=check)
 
     def start_kubelet(self) -> None:
         """Start kubelet, and wait until it says that its node is ready: what one before it has said does not count."""
@@ -166,13 +194,13 @@ class Node:
         cannot be read.
         """
         for name in ("burstable", "besteffort"):
-            asked = self.cgroup2 / "kubepods" / name / "cgroup.controllers"
-            if asked.exists():
+            asked = f"kubepods.slice/kubepods-{name}.slice" if self.systemd else f"kubepods/{name}"
+            if (self.cgroup2 / asked).exists():
                 unreadable = self.directory / "unreadable"
                 if not unreadable.exists():
                     os.mknod(unreadable, stat.S_IFSOCK)
                 subprocess.run(
-                    [*self._enter(), "mount", "--bind", str(unreadable), f"/sys/fs/cgroup/kubepods/{name}/cgroup.controllers"], check=True
+                    [*self._enter(), "mount", "--bind", str(unreadable), f"/sys/fs/cgroup/{asked}/cgroup.controllers"], check=True
                 )
 
     def reboot(self) -> None:
@@ -181,7 +209,7 @@ class Node:
         Returns when containerd is there again; `start_kubelet` goes on.
         """
         self._end("kubelet", signal.SIGKILL)
-        (self.cgroup2 / "kubepods" / "cgroup.kill").write_text("1")
+        (self._top() / "cgroup.kill").write_text("1")
         for name in tuple(self._processes):
             self._end(name, signal.SIGKILL)
         self._end_shims()
@@ -245,6 +273,7 @@ class Node:
                 self.ctr("containers", "delete", container, check=False)
         self._end("containerd", signal.SIGTERM)
         self._end_shims()
+        self._end("systemd", signal.SIGKILL)
         for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
             point = line.split()[4]
             if point.startswith(f"{self.directory}/"):
@@ -307,21 +336,22 @@ class Node:
         time.sleep(0.2)
 
     def _run(self, name: str, argv: Sequence[str], cgroup: Path | None = None) -> None:
-        enter = self._enter()
+        enter = [*self._enter(), *(_SCOPE if self.systemd and name != "systemd" else ())]
         if cgroup is not None:
             enter = ["sh", "-c", 'echo 0 > "$0/cgroup.procs" && exec "$@"', str(cgroup), *enter]
-        path = f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin"
+        env = {"PATH": f"{os.environ['PATH']}:/usr/local/sbin:/usr/sbin:/sbin", "HOME": str(self.directory)}
+        if self.systemd:
+            env |= {"XDG_RUNTIME_DIR": "/run", "DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={self.directory}/no-bus"}
         with (self.directory / f"{name}.log").open("ab") as log:
-            self._processes[name] = subprocess.Popen(
-                [*enter, *argv], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={"PATH": path, "HOME": str(self.directory)}
-            )
+            self._processes[name] = subprocess.Popen([*enter, *argv], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env)
 
     def _enter(self) -> list[str]:
-        """What comes before a command that is to have the node's mounts."""
+        """What comes before a command that is to have the node's mounts and, with systemd, its root of cgroups."""
         first = next((process for process in self._processes.values() if process.poll() is None), None)
         if first is None:
-            return ["unshare", "--mount", "--propagation", "private", "sh", "-c", _ENTER, str(self.directory / LIMITS.parent.name)]
-        return ["nsenter", f"--mount=/proc/{first.pid}/ns/mnt"]
+            unshare = ["unshare", "--mount", "--propagation", "private", *(["--cgroup"] if self.systemd else [])]
+            return [*unshare, "sh", "-c", _ENTER, str(self.directory / LIMITS.parent.name)]
+        return ["nsenter", f"--mount=/proc/{first.pid}/ns/mnt", *([f"--cgroup=/proc/{first.pid}/ns/cgroup"] if self.systemd else [])]
 
     def _end(self, name: str, number: signal.Signals) -> None:
         process = self._processes.pop(name, None)
@@ -332,7 +362,11 @@ class Node:
     def _prepare(self) -> None:
         self._first = not _KUBELET.exists()
         self._forwarding = {path: path.read_text() for path in _FORWARDING}
-        missing = [name for name in ("containerd", "runc", "busybox", "curl") if shutil.which(name, path="/usr/bin:/usr/sbin:/bin") is None]
+        missing = [
+            name
+            for name in ("containerd", "runc", "busybox", "curl", "systemctl")
+            if shutil.which(name, path="/usr/bin:/usr/sbin:/bin") is None
+        ]
         if missing:
             raise Failed(f"{', '.join(missing)} not found: apt-get install --no-install-recommends {' '.join(PACKAGES)}")
         self._remove_cgroups()
@@ -344,7 +378,8 @@ class Node:
         limits = self.directory / LIMITS.parent.name / LIMITS.name
         runc.write_text(_RUNC % (str(limits), str(shutil.which("runc", path="/usr/sbin:/usr/bin"))))
         runc.chmod(0o755)
-        (self.directory / "containerd.toml").write_text(_CONTAINERD.format(self.directory, PAUSE, _CNI_PLUGINS))
+        config = _CONTAINERD.format(self.directory, PAUSE, _CNI_PLUGINS, str(self.systemd).lower())
+        (self.directory / "containerd.toml").write_text(config)
         ranges = [[{"subnet": "10.244.0.0/24"}], [{"subnet": "fd44::/112"}]]
         ipam = {
             "type": "host-local",
@@ -366,7 +401,7 @@ class Node:
             "authorization": {"mode": "AlwaysAllow"},  # for certificates of the control plane
             "port": port,
             "healthzPort": 0,
-            "cgroupDriver": "cgroupfs",
+            "cgroupDriver": "systemd" if self.systemd else "cgroupfs",
             "cgroupsPerQOS": True,
             "enforceNodeAllocatable": [],
             "failSwapOn": False,
@@ -389,9 +424,13 @@ class Node:
         files |= {str(library): library for library in libraries(files["/bin/curl"])}
         image(self.directory / "box.tar", BOX, files, ["/bin/sh"], {f"/bin/{name}": "busybox" for name in APPLETS})
 
+    def _top(self) -> Path:
+        """The cgroup that is the node's alone."""
+        return self.cgroup2 if self.systemd else self.cgroup2 / "kubepods"
+
     def _remove_cgroups(self) -> None:
         """kubelet refuses to take over cgroups whose limits it cannot write."""
-        tops = (self.cgroup2 / "kubepods", LIMITS)
+        tops = (self._top(), LIMITS)
         for _ in range(100):
             for folder in sorted((path for top in tops for path in [top, *top.rglob("*")] if path.is_dir()), reverse=True):
                 with contextlib.suppress(OSError):
@@ -468,9 +507,11 @@ def _digest(content: bytes) -> str:
 
 
 @contextmanager
-def running(plane: ControlPlane, directory: Path, cgroup2: Path, name: str = "node-1", dns: str = DNS) -> Iterator[Node]:
+def running(
+    plane: ControlPlane, directory: Path, cgroup2: Path, name: str = "node-1", dns: str = DNS, *, systemd: bool = False
+) -> Iterator[Node]:
     """A node that is ready."""
-    found = Node(plane, name, directory, cgroup2, dns)
+    found = Node(plane, name, directory, cgroup2, dns, systemd=systemd)
     try:
         found.start()
         yield found

@@ -12,6 +12,8 @@ SPACE = "shop"
 WEB = "http://10.96.7.1/"
 ACCOUNTS = ("web", "friend", "stranger", "db")
 SERVE = "mkdir -p /tmp/www; echo {0} > /tmp/www/index.html; httpd -p [::]:8080 -h /tmp/www"
+ASK = f"curl -s -m 5 {WEB} > /dev/termination-log; echo $? >> /dev/termination-log"
+"""What a program says at its end, or has said when it is looked for there (spec.containers.terminationMessagePath)."""
 KEPT = 8081
 """Where the server says nothing and keeps connections open."""
 

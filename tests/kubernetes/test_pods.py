@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 
 from tests.kubernetes.mesh import Cluster, pod, takes
-from tests.kubernetes.podshop import KEPT, SERVE, SPACE, WEB, admits, answers, at, open_shop, seen, service
+from tests.kubernetes.podshop import ASK, KEPT, SERVE, SPACE, WEB, admits, answers, at, open_shop, seen, service
 from tests.ports import free_ports
 
-ASK = f"curl -s -m 5 {WEB} > /dev/termination-log; echo $? >> /dev/termination-log"
-"""What a program says at its end, or has said when it is looked for there (spec.containers.terminationMessagePath)."""
 WAIT = "while [ ! -e /run/end ]; do sleep 0.1; done"
 
 
