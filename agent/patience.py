@@ -29,7 +29,11 @@ async def within(awaitable: Awaitable[_T], seconds: float) -> _T:
 
 
 async def until_one_ends(*work: Coroutine[Any, Any, object]) -> None:
-    """Run all until one ends, then cancel the others; what the first one raised is raised."""
+    """Run all until one ends, then cancel the others; what the first one raised is raised.
+
+    Also for one alone that makes a call of grpc.aio: whoever waits for this and is cancelled ends, whatever becomes of the work. A call that ends just then
+    takes a cancellation of whoever reads from it for its own (grpc.aio, StreamStreamCall._prepare_rpc), and who tries again after that never ends.
+    """
     tasks = [asyncio.create_task(one) for one in work]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

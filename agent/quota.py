@@ -21,6 +21,7 @@ from envoy.service.rate_limit_quota.v3 import rlqs_pb2, rlqs_pb2_grpc
 
 from agent.l7 import quota
 from agent.model import Snapshot
+from agent.patience import until_one_ends
 from agent.traffic import Failure, RateLimit, TrafficPolicy
 from meshapi import quota_pb2, quotas
 
@@ -202,7 +203,7 @@ class Quotas(rlqs_pb2_grpc.RateLimitQuotaServiceServicer):  # type: ignore[misc,
         try:
             while True:
                 try:
-                    await self._follow(channel)
+                    await until_one_ends(self._follow(channel))
                 except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError, OSError) as error:
                     if self._connected:
                         _log.warning("global rate limits are not shared out by the controller now", extra={"error": _reason(error)})

@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 
 from agent.errors import NotFound
+from agent.patience import until_one_ends
 from meshapi import agent_pb2, agent_pb2_grpc, proposal_pb2, proposal_pb2_grpc, relay_pb2_grpc
 from meshapi import relay_pb2 as pb
 from meshapi.text import shown
@@ -54,7 +55,7 @@ class Relay:
                 await asyncio.Event().wait()
             while True:
                 try:
-                    await self.offer(channel)
+                    await until_one_ends(self.offer(channel))
                 except _LOST as error:
                     if isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNIMPLEMENTED:
                         return  # an older controller

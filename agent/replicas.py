@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc.aio
 
 from agent.dialling import dial
-from agent.patience import Backoff
+from agent.patience import Backoff, until_one_ends
 
 if TYPE_CHECKING:
     from agent.config import Config
@@ -29,7 +29,6 @@ MOST: Final = 16
 """Connections; the chart allows 9 replicas."""
 FIRST_BACKOFF_S: Final = 0.5
 MAX_BACKOFF_S: Final = 5.0
-AGAIN_S: Final = 0.1
 _LOST = (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError, OSError)
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
@@ -68,11 +67,9 @@ class Replicas:
                 await asyncio.sleep(LOOK_S)
         finally:
             self._known = frozenset()
-            # Again and again: gRPC may take a cancellation for the end of the call that was waited for.
-            while alive := [task for task in self._kept.values() if not task.done()]:
-                for task in alive:
-                    task.cancel()
-                await asyncio.wait(alive, timeout=AGAIN_S)
+            for task in self._kept.values():
+                task.cancel()
+            await asyncio.gather(*self._kept.values(), return_exceptions=True)
 
     async def _look(self, host: str, port: int) -> None:
         try:
@@ -91,7 +88,7 @@ class Replicas:
             began = asyncio.get_running_loop().time()
             try:
                 async with await dial(self._config, address, name) as channel:
-                    await self._offer(channel)
+                    await until_one_ends(self._offer(channel))
                 last = ""
             except _LOST as error:
                 reason = str(error.details() if isinstance(error, grpc.aio.AioRpcError) else error)
