@@ -52,7 +52,8 @@ _TCP_FASTOPEN_CONNECT = 30  # include/uapi/linux/tcp.h
 _SO_ZEROCOPY, _MSG_ZEROCOPY = 60, 0x4000000  # include/uapi/asm-generic/socket.h, include/linux/socket.h
 _SPLICE_F_NONBLOCK = 2  # include/linux/splice.h
 _BYTES_RECEIVED = 128  # offset in struct tcp_info, include/uapi/linux/tcp.h
-_LAST_PACKETS_S = 0.05  # between the end of the child and that of its connections, whose rows mesh_selftest removes
+_LAST_PACKETS_S = 1.0  # connections that are closed last so much longer at most; mesh_selftest removes their rows, so it must see them end
+_TIME_WAIT = "06"  # include/net/tcp_states.h: what is left of a connection that has ended
 _LINK_LIMIT_S = 3.0
 _PORT, _DEFERRED_PORT = 1500, 1501
 _CALLER, _RECEIVER = "192.0.2.1", "192.0.2.2"  # RFC 5737; they exist in the test's own namespaces only
@@ -122,7 +123,6 @@ def place(programs: Path, cgroup: Path) -> Iterator[Path]:
             files.closing(libbpf.link_create(code, target, "cgroup_sock_ops")),  # not pinned: it goes with this process
         ):
             yield made
-            time.sleep(_LAST_PACKETS_S)
     finally:
         _remove(made)
 
@@ -226,9 +226,14 @@ class Bed:
         self._enter(self.caller_side)
 
     def close(self) -> None:
-        """The namespaces go with the last descriptor."""
+        """Wait for the last packets. The namespaces go with the last descriptor."""
         self.listener.close()
         self.deferred.close()
+        end = time.monotonic() + _LAST_PACKETS_S
+        for side in (self.caller_side, self.receiver_side):
+            self._enter(side)
+            while self._connected() and time.monotonic() < end:
+                time.sleep(0.005)
         self._enter(self._home)
         for number in (self._home, self.caller_side, self.receiver_side):
             os.close(number)
@@ -236,6 +241,12 @@ class Bed:
     def _enter(self, namespace: int) -> None:
         if self._libc.setns(namespace, _CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), "join network namespace")
+
+    @staticmethod
+    def _connected() -> bool:
+        """Is there a connection in the namespace? (proc_net_tcp.rst)."""
+        _head, *lines = Path("/proc/thread-self/net/tcp").read_text().splitlines()
+        return any(line.split()[3] != _TIME_WAIT for line in lines)
 
     def _namespace(self) -> int:
         if self._libc.unshare(_CLONE_NEWNET):
