@@ -22,7 +22,7 @@ from envoy.service.rate_limit_quota.v3 import rlqs_pb2, rlqs_pb2_grpc
 from agent.l7 import quota
 from agent.model import Snapshot
 from agent.patience import until_one_ends
-from agent.traffic import Failure, RateLimit, TrafficPolicy
+from agent.traffic import Failure, RateLimit
 from meshapi import quota_pb2, quotas
 
 _log = logging.getLogger(__name__)
@@ -77,7 +77,6 @@ class Quotas(rlqs_pb2_grpc.RateLimitQuotaServiceServicer):  # type: ignore[misc,
         self._node = node
         self._clock = clock
         self._limits = _Limits()
-        self._traffic: Mapping[str, TrafficPolicy] | None = None
         self._buckets: dict[Key, _Bucket] = {}
         self._anew_at: dict[str, float] = {}
         """When Envoy was given another filter for a limit."""

@@ -222,7 +222,7 @@ def compile_from(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     monkeypatch.setattr(source, "Job", functools.partial(job, source=str(directory)))
 
 
-def until(condition: object, timeout: float = 10.0) -> bool:
+def until(condition: object, timeout: float = 3.0) -> bool:
     """Poll a condition that no event announces (a counter in the kernel); False if it does not come true."""
     assert callable(condition)
     end = time.monotonic() + timeout
